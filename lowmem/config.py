@@ -26,10 +26,15 @@ Tier = Literal["device", "host", "disk"]
 Precision = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw8bit", "adamw"]
 Method = Literal["diffusion_blocks", "end_to_end"]
-NoisyInput = Literal["scaled", "posterior"]  # the noisy token that the network sees: c_in z (paper), or E[y | z] without context
+# what the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing, so that only the read-out knows z
+NoisyInput = Literal["scaled", "posterior", "none"]
 Readout = Literal["plain", "bayes"]  # the network's logits (paper), or with the analytic term E z / sigma^2 added
+# how ln sigma is drawn: around p_mean (paper); around the level that hides half of what z tells of a discrete target; so with that spread too
+NoiseSchedule = Literal["lognormal", "centred", "balanced"]
+P_MEAN, P_STD = -1.2, 1.2  # paper, App. C
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class TransformerModel(Section):
@@ -79,7 +84,7 @@ class RecurrentLmModel(TransformerModel):
     coda_layers: PositiveInt = 2  # the core has what is left of num_layers
     iterations: PositiveInt = 32  # mean number, when trained end to end
     backprop_iterations: PositiveInt = 8  # of them that gradients flow through
-    noisy_input: NoisyInput = "posterior"
+    noisy_input: Literal["scaled", "posterior"] = "posterior"  # its state is the noisy target: it must be seen
     readout: Readout = "bayes"
     head_chunk: PositiveInt = 4096
 
@@ -138,17 +143,19 @@ class BlocksConfig(Section):
 
 
 class NoiseConfig(Section):
-    schedule: Literal["lognormal"] = "lognormal"
+    schedule: NoiseSchedule = "lognormal"
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
     sigma_data: Positive = 0.5
-    p_mean: float = -1.2
-    p_std: Positive = 1.2
-    sigma_max_share: Fraction = 0.0  # of text models' draws made at sigma_max in every block, for the joint prediction
+    p_mean: float = P_MEAN  # of ln sigma; schedules centred and balanced measure it
+    p_std: Positive = P_STD  # of ln sigma; schedule balanced measures it
+    sigma_max_share: Share = 0.0  # of discrete targets' draws, made at sigma_max in every block: they train the joint prediction
     weighting: Literal["auto", "none", "edm"] = "auto"  # auto: edm for L2 losses, none for cross-entropy
 
     @model_validator(mode="after")
     def _ordered(self) -> NoiseConfig:
+        if (self.schedule != "lognormal" and self.p_mean != P_MEAN) or (self.schedule == "balanced" and self.p_std != P_STD):
+            raise ValueError(f"schedule '{self.schedule}' measures p_mean (balanced: p_std too) from the targets; leave it out, or take lognormal")
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}; swap them")
         low, high = (STANDARD_NORMAL.cdf((math.log(sigma) - self.p_mean) / self.p_std) for sigma in (self.sigma_min, self.sigma_max))

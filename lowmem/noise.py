@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem.config import STANDARD_NORMAL
+from lowmem.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lowmem.config import NoiseConfig
@@ -97,6 +100,53 @@ def block_of(sigma: float, borders: Sequence[float]) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Levels that fit a discrete target: where z = y + sigma eps goes from saying everything about y to saying nothing
+
+INFORMATION_GRID, INFORMATION_DRAWS, INFORMATION_ROWS = 48, 64, 32_768
+
+
+@lru_cache
+def information_quantiles(num_rows: int, dim: int) -> tuple[float, float, float]:
+    """ln sigma at which z leaves a quarter, a half and three quarters of ln K open, K = `num_rows` targets of length 1 in `dim` dimensions.
+
+    The entropy of p(y | z) without context, for rows of random direction: z . E_k / sigma^2 = (1[k = y] + cos_k + sigma eps_k) / sigma^2.
+    A function of K and D alone (fixed draws), so a plan is the same on every machine.
+    """
+    import numpy as np
+
+    draws = np.random.default_rng(0)
+    rows = min(num_rows, INFORMATION_ROWS)
+    cosine, eps = (draws.standard_normal((INFORMATION_DRAWS, rows)) for _ in range(2))
+    cosine /= math.sqrt(dim)
+    cosine[:, 0] = 1.0  # y itself
+    ln_sigma = np.linspace(math.log(0.02), math.log(20.0), INFORMATION_GRID)
+    entropy = []
+    for sigma in np.exp(ln_sigma):
+        score = (cosine + sigma * eps) / sigma**2
+        score -= score.max(1, keepdims=True)
+        weight = np.exp(score)
+        total = weight.sum(1)
+        entropy.append(float((np.log(total) - (weight * score).sum(1) / total).mean()))
+    share = np.maximum.accumulate(entropy) / math.log(rows)
+    low, middle, high = (float(np.interp(quarter, share, ln_sigma)) for quarter in (0.25, 0.5, 0.75))
+    return low, middle, high
+
+
+def settled_noise(noise: NoiseConfig, target_shape: tuple[int, int] | None) -> NoiseConfig:
+    """`noise` with p_mean (and p_std) measured where its schedule says so. `target_shape`: rows and width of the table of targets.
+
+    Raises ConfigError for a schedule that measures a table where the targets are no rows of one.
+    """
+    if noise.schedule == "lognormal":
+        return noise
+    if target_shape is None:
+        raise ConfigError(f"noise.schedule: found '{noise.schedule}'; allowed for targets that are no rows of a table: lognormal")
+    low, middle, high = information_quantiles(*target_shape)
+    measured = {"p_mean": middle} if noise.schedule == "centred" else {"p_mean": middle, "p_std": (high - low) / (2 * STANDARD_NORMAL.inv_cdf(0.75))}
+    return noise.model_copy(update=measured)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Drawing and sampling
 
 
@@ -107,6 +157,16 @@ def sample_sigma(uniform: Tensor, interval: Interval, noise: NoiseConfig) -> Ten
     q_low, q_high = quantile(interval.low, noise), quantile(interval.high, noise)
     ln_sigma: Tensor = noise.p_mean + noise.p_std * torch.special.ndtri(q_low + uniform.double() * (q_high - q_low))
     return ln_sigma.exp().clamp(interval.low, interval.high).float()
+
+
+def drawn_levels(shape: Sequence[int], device: torch.device, interval: Interval, noise: NoiseConfig) -> Tensor:
+    """Levels of `shape` from the interval, a share of them (`noise.sigma_max_share`) at sigma_max instead."""
+    import torch
+
+    sigma = sample_sigma(torch.rand(*shape, device=device), interval, noise)
+    if noise.sigma_max_share:
+        sigma = torch.where(torch.rand(*shape, device=device) < noise.sigma_max_share, noise.sigma_max, sigma)
+    return sigma
 
 
 def sampler_grid(num_steps: int, noise: NoiseConfig) -> list[float]:

@@ -13,11 +13,12 @@ from pydantic import Field
 
 from lowmem.arena import ArenaLayout
 from lowmem.block_queue import BlockQueue
-from lowmem.config import OptimizerName, Precision, Recipe, Tier
+from lowmem.config import NoiseConfig, OptimizerName, Precision, Recipe, Tier
 from lowmem.errors import BudgetError, ConfigError
 from lowmem.footprint import CATEGORIES, ActivationCounter, Predicted, Settings, check_model, layouts_of, predict
 from lowmem.hardware import DeviceSpec, HostSpec, Profile
 from lowmem.models.base import BuildModel
+from lowmem.noise import settled_noise
 from lowmem.strict import Section
 from lowmem.tables import text_table
 from lowmem.units import MIB, format_bytes, from_gib
@@ -37,6 +38,7 @@ class Plan(Section):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     recipe: Recipe
     profile: Profile
+    noise: NoiseConfig  # the recipe's, with what its schedule measures settled
     settings: Settings
     budget: Budget
     predicted: Predicted
@@ -95,6 +97,8 @@ def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder:
     """
     with torch.device("meta"):
         model = build_model()
+        table = getattr(model, "target_table", None)
+        noise = settled_noise(recipe.noise, None if table is None else tuple(table().shape))
     check_model(model)
     counter = ActivationCounter(model, recipe)
     budget = Budget(
@@ -109,11 +113,12 @@ def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder:
         plan = Plan(
             recipe=recipe,
             profile=profile,
+            noise=noise,
             settings=settings,
             budget=budget,
             predicted=predicted,
             num_parameters=sum(p.numel() for p in model.parameters()),
-            choices=_choices(recipe, profile, settings),
+            choices=_choices(recipe, profile, settings, noise),
         )
         if plan.fits:
             return plan
@@ -183,8 +188,10 @@ def _write_back(recipe: Recipe, layouts: list[ArenaLayout], shared: ArenaLayout)
     return "beside" if max(layout.total_bytes for layout in layouts) + shared.total_bytes > WRITE_BESIDE_BYTES else "wait"
 
 
-def _choices(recipe: Recipe, profile: Profile, settings: Settings) -> list[str]:
+def _choices(recipe: Recipe, profile: Profile, settings: Settings, noise: NoiseConfig) -> list[str]:
     lines = []
+    if noise.schedule != "lognormal":
+        lines.append(f"noise.schedule {noise.schedule}: ln sigma ~ N({noise.p_mean:.2f}, {noise.p_std:.2f}), measured from the table of targets")
     if recipe.blocks.num_blocks == "auto":
         lines.append(f"blocks.num_blocks {settings.num_blocks}: the fewest that fit")
     if recipe.train.micro_batch_size == "auto":

@@ -67,7 +67,7 @@ class FrozenRun:
 
     def schedule(self, num_steps: int) -> list[tuple[int, list[tuple[float, float | None]]]]:
         """The chain, block by block: [(block, [(sigma, next sigma or None at the end), ...]), ...], from sigma_max down."""
-        noise, num_blocks = self.plan.recipe.noise, self.plan.settings.num_blocks
+        noise, num_blocks = self.plan.noise, self.plan.settings.num_blocks
         grid, borders = sampler_grid(num_steps, noise), boundaries(num_blocks, noise)
         calls: list[tuple[int, list[tuple[float, float | None]]]] = []
         for sigma, following in zip(grid, [*grid[1:], None], strict=True):

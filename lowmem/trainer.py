@@ -186,10 +186,10 @@ class Trainer:
             torch.manual_seed(mix_seed(recipe.train.seed, "step", visit.blocks[0], step, part))  # noise and dropout
             micro: Batch = {name: value[part * size : (part + 1) * size].to(self.device, non_blocking=True) for name, value in batch.items()}
             if recipe.method == "end_to_end":
-                losses = self.model.objective.end_to_end_loss(self.model, layers, micro, recipe.noise, plan.settings.recompute)
+                losses = self.model.objective.end_to_end_loss(self.model, layers, micro, plan.noise, plan.settings.recompute)
             else:
-                interval = self.model.objective.interval(visit.blocks[0], plan.settings.num_blocks, recipe.noise, recipe.blocks.overlap_gamma)
-                losses = self.model.objective.block_loss(self.model, layers, micro, interval, recipe.noise, plan.settings.recompute)
+                interval = self.model.objective.interval(visit.blocks[0], plan.settings.num_blocks, plan.noise, recipe.blocks.overlap_gamma)
+                losses = self.model.objective.block_loss(self.model, layers, micro, interval, plan.noise, plan.settings.recompute)
             loss = losses.mean() / parts
             self.monitor.sample()  # activations are at their most
             loss.backward()  # type: ignore[no-untyped-call]

@@ -66,7 +66,7 @@ def sample(frozen: FrozenRun, labels: Tensor, num_steps: int, guidance: float, s
 
     Euler steps down from sigma_max, the last call returns D itself (paper, section 3.3). Guidance: D_none + guidance (D_class - D_none).
     """
-    model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.recipe.noise
+    model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.noise
     assert isinstance(objective, ImageDenoising)
     size = frozen.plan.recipe.eval.batch_size
     classes = torch.split(labels.to(frozen.device), size)
@@ -104,7 +104,7 @@ def _losses(frozen: FrozenRun, data: Dataset, seed: int) -> dict[str, Any]:
     """`per_block`: the loss on the block's own levels, drawn as in training. `levels`: at one level, with the true class and with another's."""
     plan = frozen.plan
     batches = test_batches(frozen, data)
-    noise, num_blocks = plan.recipe.noise, plan.settings.num_blocks
+    noise, num_blocks = plan.noise, plan.settings.num_blocks
     borders = boundaries(num_blocks, noise)
     wanted = sorted({noise.sigma_min, noise.sigma_max, *(sigma_at((b + 0.5) / num_blocks, noise) for b in range(num_blocks))}, reverse=True)
     per_block, levels = [], []
@@ -125,7 +125,7 @@ def _losses(frozen: FrozenRun, data: Dataset, seed: int) -> dict[str, Any]:
 
 
 def _loss(frozen: FrozenRun, layers: list[nn.Module], batches: list[dict[str, Tensor]], sigmas: list[Tensor]) -> float:
-    objective, noise = frozen.model.objective, frozen.plan.recipe.noise
+    objective, noise = frozen.model.objective, frozen.plan.noise
     assert isinstance(objective, ImageDenoising)
     losses = []
     for batch, sigma in zip(batches, sigmas, strict=True):

@@ -46,7 +46,7 @@ def classify_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[st
     """All figures of a classifier in blocks, in one pass over the blocks; the chain takes `num_steps` steps."""
     plan, model, objective = frozen.plan, frozen.model, frozen.model.objective
     assert isinstance(objective, LabelDenoising)
-    noise, num_blocks = plan.recipe.noise, plan.settings.num_blocks
+    noise, num_blocks = plan.noise, plan.settings.num_blocks
     batches = test_batches(frozen, data)
     labels = torch.cat([batch["label"] for batch in batches])
     table: Tensor = model.target_table()  # type: ignore[operator]
@@ -97,7 +97,7 @@ def _oracle(frozen: FrozenRun, layers: list[Any], batches: list[Batch], table: T
     for batch in batches:
         z = objective.noised(table[batch["label"]], torch.full_like(batch["label"], 1, dtype=torch.float32) * sigma)
         for place, image in enumerate((batch["image"], batch["image"].roll(1, 0))):
-            out[place].append(objective.logits(frozen.model, layers, {**batch, "image": image}, z, _full(sigma, z), frozen.plan.recipe.noise))
+            out[place].append(objective.logits(frozen.model, layers, {**batch, "image": image}, z, _full(sigma, z), frozen.plan.noise))
     labels = torch.cat([batch["label"] for batch in batches])
     return _cross_entropy(torch.cat(out[0]), labels), _cross_entropy(torch.cat(out[1]), labels)
 

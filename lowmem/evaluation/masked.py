@@ -34,11 +34,11 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     total: Tensor | float = 0.0
     per_block, levels = [], []
     for block, layers in _walk(frozen):
-        interval = objective.interval(block, num_blocks, recipe.noise, gamma=0.0)
+        interval = objective.interval(block, num_blocks, frozen.plan.noise, gamma=0.0)
         parts = []  # of the NELBO, a row for each draw, a column for each window
         for draw in range(NUM_DRAWS):
             torch.manual_seed(mix_seed("evaluate", block, draw))
-            parts.append(torch.cat([objective.block_loss(model, layers, batch, interval, recipe.noise, False) for batch in batches]))
+            parts.append(torch.cat([objective.block_loss(model, layers, batch, interval, frozen.plan.noise, False) for batch in batches]))
         part = torch.stack(parts).mean(0) / math.log(2)
         total = total + part
         figures = {"bits": float(part.mean()), "bits_std_error": _std_error(part), "loss": float(part.mean()) * math.log(2)}

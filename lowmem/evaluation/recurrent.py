@@ -56,7 +56,7 @@ def _loop(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, iterations: 
 
 def _chain(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, iterations: int) -> Tensor:
     """Cross-entropy [B] of the last call of a chain of so many denoising iterations. One iteration: a plain prediction at sigma_max."""
-    model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.recipe.noise
+    model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.noise
     assert isinstance(model, RecurrentLm) and isinstance(objective, RecurrentDenoising)
     tokens, table = batch["tokens"], model.target_table()
     z = torch.randn(*tokens.shape, table.shape[1], device=tokens.device) * math.sqrt(1 + noise.sigma_max**2)

@@ -33,10 +33,10 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     batches = test_batches(frozen, data)
     if plan.recipe.method == "end_to_end":
         with frozen.on_device(range(plan.settings.num_blocks)) as layers:
-            losses = torch.cat([objective.end_to_end_loss(model, layers, batch, plan.recipe.noise, False) for batch in batches])
+            losses = torch.cat([objective.end_to_end_loss(model, layers, batch, plan.noise, False) for batch in batches])
         return {**headline(losses), "per_block": []}
 
-    noise, num_blocks = plan.recipe.noise, plan.settings.num_blocks
+    noise, num_blocks = plan.noise, plan.settings.num_blocks
     table = model.target_table()
     torch.manual_seed(mix_seed(plan.recipe.train.seed, "evaluate"))
     log_probs: list[Tensor] = []
@@ -69,7 +69,7 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
     Each block keeps its own cache of clean keys and values. `use_cache=False` computes every token from the whole prefix.
     """
     model, objective = _parts(frozen)
-    noise = frozen.plan.recipe.noise
+    noise = frozen.plan.noise
     generator = torch.Generator().manual_seed(mix_seed(seed, "generate"))
     with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
         groups: list[list[nn.Module]] = [layers] if model.whole else [[model.layers[i] for i in part] for part in frozen.slices]
@@ -128,7 +128,7 @@ def _log_probs(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, sigma: 
     tokens = batch["tokens"]
     levels = torch.full(tokens.shape, sigma, device=tokens.device)
     z = torch.randn(*tokens.shape, model.head.in_features, device=tokens.device) * math.sqrt(1 + sigma**2)
-    features = objective.features(model, layers, batch, z, levels, frozen.plan.recipe.noise)
+    features = objective.features(model, layers, batch, z, levels, frozen.plan.noise)
     out = objective.logits(model, features.flatten(0, 1), z.flatten(0, 1), levels.flatten())
     return out.log_softmax(-1).view(*tokens.shape, -1)
 
@@ -141,7 +141,7 @@ def _oracle(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, table: Ten
     y = F.embedding(tokens, table)
     z = y + append_dims(levels, 3) * torch.randn_like(y)
     context = {"tokens": tokens.roll(1, 0)} if shuffle else batch
-    features = objective.features(model, layers, context, z, levels, frozen.plan.recipe.noise)
+    features = objective.features(model, layers, context, z, levels, frozen.plan.noise)
     logits = objective.logits(model, features.flatten(0, 1), z.flatten(0, 1), levels.flatten())
     return nll(logits.log_softmax(-1).view(*tokens.shape, -1), tokens).mean(1)
 

@@ -1,7 +1,8 @@
 """An autoregressive language model: Llama-style layers over a clean half and a noisy half of the sequence (paper, App. B).
 
 Trained in blocks, T = 2 L: clean tokens 0 .. L-1, then one noisy copy of each; noisy i predicts token i from clean < i and its own
-noisy embedding. Trained end to end the same model sees the start token and tokens 0 .. L-2, and predicts each next one.
+noisy embedding. Trained end to end, or with `noisy_input: none`, the model has one stream: it sees the start token and tokens
+0 .. L-2, and predicts each next one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ class CausalLm(TextModel):
     """`whole`: built to be trained end to end, on clean tokens alone."""
 
     def __init__(self, config: CausalLmModel, vocab_size: int, seq_len: int, whole: bool) -> None:
-        super().__init__(config, vocab_size, seq_len, "causal" if whole else "clean_noisy")
-        self.whole = whole
+        one_stream = whole or config.noisy_input == "none"
+        super().__init__(config, vocab_size, seq_len, "causal" if one_stream else "clean_noisy")
+        self.whole, self.one_stream = whole, one_stream
         self.objective = TokenDenoising(config.noisy_input, config.readout, config.head_chunk)
 
     def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,7 @@ class CausalLm(TextModel):
         return h, self.time(torch.cat([torch.zeros_like(c_noise), c_noise], dim=1))
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
-        """Features [B, L, D] before the head: of the noisy half, or of all tokens end to end."""
-        if not self.whole:
+        """Features [B, L, D] before the head: of the noisy half, or of all tokens of the one stream."""
+        if not self.one_stream:
             h, cond = h.chunk(2, dim=1)[1], cond.chunk(2, dim=1)[1]
         return self.features(h, cond)

@@ -7,14 +7,14 @@ code's product of [B] by [B, 1] throws the weight away unseen. `noise.weighting:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.config import NoiseConfig
-from lowmem.noise import Interval, append_dims, block_interval, c_in, c_noise, loss_weight, sample_sigma
+from lowmem.config import NoiseConfig, NoisyInput, Readout
+from lowmem.noise import Interval, append_dims, block_interval, c_in, c_noise, drawn_levels, loss_weight
 from lowmem.objectives.base import mean_cosine, run_layers, weighted
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class LabelDenoising:
     """Classification as denoising: y = the label's row of a table at length 1, z = y + sigma eps; cross-entropy on logits.
 
-    `noisy_input`: what the network sees of z: `scaled` is c_in z (paper), `posterior` the context-free mean E[y | z].
+    `noisy_input`: what the network sees of z: `scaled` is c_in z (paper), `posterior` the context-free mean E[y | z], `none` nothing.
     `readout`: `plain` takes the network's logits, `bayes` adds the analytic term E z / sigma^2.
     The model must have `target_table() -> [K, D]`, rows of length 1: the same table in training and in the sampler.
     """
 
-    def __init__(self, noisy_input: Literal["scaled", "posterior"] = "scaled", readout: Literal["plain", "bayes"] = "plain") -> None:
+    def __init__(self, noisy_input: NoisyInput = "scaled", readout: Readout = "plain") -> None:
         self.noisy_input, self.readout = noisy_input, readout
 
     def interval(self, block: int, num_blocks: int, noise: NoiseConfig, gamma: float) -> Interval:
@@ -39,7 +39,7 @@ class LabelDenoising:
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, interval: Interval, noise: NoiseConfig, recompute: bool
     ) -> Tensor:
         label = batch["label"]
-        sigma = sample_sigma(torch.rand(len(label), device=label.device), interval, noise)
+        sigma = drawn_levels(label.shape, label.device, interval, noise)
         z = self.noised(F.embedding(label, model.target_table()), sigma)  # type: ignore[operator]
         loss = F.cross_entropy(self.logits(model, layers, batch, z, sigma, noise, recompute), label, reduction="none")
         return weighted(loss, loss_weight(sigma, noise.sigma_data)) if noise.weighting == "edm" else loss
@@ -60,7 +60,8 @@ class LabelDenoising:
     ) -> Tensor:
         """[B, K] in fp32, for z [B, D] at levels sigma [B]."""
         level = append_dims(sigma, z.ndim)
-        noisy, evidence = c_in(level, noise.sigma_data) * z, None
+        noisy: Tensor | None = None if self.noisy_input == "none" else c_in(level, noise.sigma_data) * z
+        evidence = None
         if self.noisy_input == "posterior" or self.readout == "bayes":
             table: Tensor = model.target_table()  # type: ignore[operator]
             evidence = z @ table.T / level**2

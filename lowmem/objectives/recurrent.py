@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem.config import NoiseConfig, RecurrentLmModel
-from lowmem.noise import Interval, append_dims, c_noise, loss_weight
+from lowmem.noise import Interval, append_dims, c_noise, drawn_levels, loss_weight
 from lowmem.objectives.base import run_layers, weighted
 from lowmem.objectives.tokens import TokenDenoising
 
@@ -35,7 +35,7 @@ class RecurrentDenoising(TokenDenoising):
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, interval: Interval, noise: NoiseConfig, recompute: bool
     ) -> Tensor:
         tokens = batch["tokens"]
-        sigma = self.drawn_levels((len(tokens),), tokens.device, interval, noise)
+        sigma = drawn_levels((len(tokens),), tokens.device, interval, noise)
         y = F.embedding(tokens, model.target_table())  # type: ignore[operator]
         z = y + append_dims(sigma, 3) * torch.randn_like(y)
         levels = sigma[:, None].expand(tokens.shape)

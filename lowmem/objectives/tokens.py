@@ -2,22 +2,23 @@
 
 The level is drawn per token. For one next token given its clean context Bayes' rule factorises,
 p(y | x, z) ~ p(y | x) exp(z . E_y / sigma^2) (rows of length 1), so with `readout: bayes` the network has only p(y | x) left to
-learn, at every level; with `noisy_input: posterior` its noisy token is E[y | z] = softmax(E z / sigma^2) E instead of c_in z.
+learn, at every level; with `noisy_input: posterior` its noisy token is E[y | z] = softmax(E z / sigma^2) E instead of c_in z, with
+`none` it sees no noisy token at all: the sequence has no noisy half, and a block costs what its layers cost an ordinary model.
 Logits exist for `head_chunk` tokens at a time: forward and again in backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem.config import NoiseConfig
-from lowmem.noise import Interval, append_dims, block_interval, c_in, c_noise, loss_weight, sample_sigma
+from lowmem.config import NoiseConfig, NoisyInput, Readout
+from lowmem.noise import Interval, append_dims, block_interval, c_in, c_noise, drawn_levels, loss_weight
 from lowmem.objectives.base import mean_cosine, run_layers, weighted
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ HEALTH_ROWS = 4096  # of the table, for its mean cosine
 class TokenDenoising:
     """Losses are means over a sequence's tokens, in nats per token, [B]."""
 
-    def __init__(self, noisy_input: Literal["scaled", "posterior"], readout: Literal["plain", "bayes"], head_chunk: int) -> None:
+    def __init__(self, noisy_input: NoisyInput, readout: Readout, head_chunk: int) -> None:
         self.noisy_input, self.readout, self.head_chunk = noisy_input, readout, head_chunk
 
     def interval(self, block: int, num_blocks: int, noise: NoiseConfig, gamma: float) -> Interval:
@@ -40,7 +41,7 @@ class TokenDenoising:
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, interval: Interval, noise: NoiseConfig, recompute: bool
     ) -> Tensor:
         tokens = batch["tokens"]
-        sigma = self.drawn_levels(tokens.shape, tokens.device, interval, noise)
+        sigma = drawn_levels(tokens.shape, tokens.device, interval, noise)
         table: Tensor = model.target_table()  # type: ignore[operator]
         y = F.embedding(tokens, table)
         z = y + append_dims(sigma, 3) * torch.randn_like(y)
@@ -48,14 +49,6 @@ class TokenDenoising:
         if noise.weighting == "edm":
             loss = weighted(loss, loss_weight(sigma, noise.sigma_data))
         return loss.mean(1)
-
-    @staticmethod
-    def drawn_levels(shape: Sequence[int], device: torch.device, interval: Interval, noise: NoiseConfig) -> Tensor:
-        """Levels of `shape` from the interval, a share of them (`noise.sigma_max_share`) at sigma_max instead."""
-        sigma = sample_sigma(torch.rand(*shape, device=device), interval, noise)
-        if noise.sigma_max_share:
-            sigma = torch.where(torch.rand(*shape, device=device) < noise.sigma_max_share, noise.sigma_max, sigma)
-        return sigma
 
     def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
         h, cond = model.input_part(batch, None, None)
@@ -72,7 +65,8 @@ class TokenDenoising:
     def features(
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, z: Tensor, sigma: Tensor, noise: NoiseConfig, recompute: bool = False
     ) -> Tensor:
-        h, cond = model.input_part(batch, self.network_input(model, z, sigma, noise), c_noise(sigma))
+        seen = (None, None) if self.noisy_input == "none" else (self.network_input(model, z, sigma, noise), c_noise(sigma))
+        h, cond = model.input_part(batch, *seen)
         return model.output_part(run_layers(layers, h, cond, recompute), cond)
 
     def network_input(self, model: BlockModel, z: Tensor, sigma: Tensor, noise: NoiseConfig) -> Tensor:
