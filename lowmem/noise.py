@@ -133,7 +133,7 @@ def information_quantiles(num_rows: int, dim: int) -> tuple[float, float, float]
 
 
 def settled_noise(noise: NoiseConfig, target_shape: tuple[int, int] | None) -> NoiseConfig:
-    """`noise` with p_mean (and p_std) measured where its schedule says so. `target_shape`: rows and width of the table of targets.
+    """The log-normal that `noise` amounts to: p_mean (and p_std) measured where its schedule says so. `target_shape`: of the table of targets.
 
     Raises ConfigError for a schedule that measures a table where the targets are no rows of one.
     """
@@ -142,8 +142,8 @@ def settled_noise(noise: NoiseConfig, target_shape: tuple[int, int] | None) -> N
     if target_shape is None:
         raise ConfigError(f"noise.schedule: found '{noise.schedule}'; allowed for targets that are no rows of a table: lognormal")
     low, middle, high = information_quantiles(*target_shape)
-    measured = {"p_mean": middle} if noise.schedule == "centred" else {"p_mean": middle, "p_std": (high - low) / (2 * STANDARD_NORMAL.inv_cdf(0.75))}
-    return noise.model_copy(update=measured)
+    p_std = noise.p_std if noise.schedule == "centred" else (high - low) / (2 * STANDARD_NORMAL.inv_cdf(0.75))
+    return noise.model_copy(update={"schedule": "lognormal", "p_mean": middle, "p_std": p_std})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

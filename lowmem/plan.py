@@ -190,8 +190,8 @@ def _write_back(recipe: Recipe, layouts: list[ArenaLayout], shared: ArenaLayout)
 
 def _choices(recipe: Recipe, profile: Profile, settings: Settings, noise: NoiseConfig) -> list[str]:
     lines = []
-    if noise.schedule != "lognormal":
-        lines.append(f"noise.schedule {noise.schedule}: ln sigma ~ N({noise.p_mean:.2f}, {noise.p_std:.2f}), measured from the table of targets")
+    if recipe.noise.schedule != "lognormal":
+        lines.append(f"noise.schedule {recipe.noise.schedule}: ln sigma ~ N({noise.p_mean:.2f}, {noise.p_std:.2f}), measured from the targets")
     if recipe.blocks.num_blocks == "auto":
         lines.append(f"blocks.num_blocks {settings.num_blocks}: the fewest that fit")
     if recipe.train.micro_batch_size == "auto":
