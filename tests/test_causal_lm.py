@@ -49,7 +49,7 @@ def block_logits(model: CausalLm, tokens: torch.Tensor, z: torch.Tensor, sigma: 
     return objective.logits(model, features.flatten(0, 1), z.flatten(0, 1), sigma.flatten()).view(*tokens.shape, -1)
 
 
-@pytest.mark.parametrize("noisy_input", ["scaled", "posterior"])
+@pytest.mark.parametrize("noisy_input", ["scaled", "posterior", "none"])
 def test_check_7_changing_clean_token_i_changes_noisy_logits_after_i_and_none_before(noisy_input: str) -> None:
     model = built(noisy_input=noisy_input)
     tokens, z, sigma = torch.randint(VOCAB, (2, LENGTH)), torch.randn(2, LENGTH, 16), torch.full((2, LENGTH), 1.0)
@@ -62,8 +62,9 @@ def test_check_7_changing_clean_token_i_changes_noisy_logits_after_i_and_none_be
         assert difference[i + 1 :].min() > 0
 
 
-def test_a_noisy_token_is_seen_by_itself_alone() -> None:
-    model = built()
+@pytest.mark.parametrize("noisy_input", ["scaled", "posterior", "none"])
+def test_a_noisy_token_is_seen_by_itself_alone(noisy_input: str) -> None:
+    model = built(noisy_input=noisy_input)
     tokens, z, sigma = torch.randint(VOCAB, (2, LENGTH)), torch.randn(2, LENGTH, 16), torch.full((2, LENGTH), 1.0)
     before = block_logits(model, tokens, z, sigma)
     z[:, 4] += 1.0
@@ -121,8 +122,8 @@ def test_the_loss_in_chunks_equals_the_loss_at_once_and_so_do_its_gradients() ->
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results[0][1], results[1][1], strict=True))
 
 
-def tiny(method: str, **overrides: Any) -> Recipe:
-    model = {"name": "causal_lm", "num_layers": 4, "dim": 32, "num_heads": 2}
+def tiny(method: str, noisy_input: str = "posterior", **overrides: Any) -> Recipe:
+    model = {"name": "causal_lm", "num_layers": 4, "dim": 32, "num_heads": 2, "noisy_input": noisy_input}
     changes = {"model": model, "data": {"name": "custom"}, "train__seq_len": LENGTH, "train__num_steps": 4, "blocks__visit_steps": 2}
     return recipe_with(**{"method": method, "blocks__num_blocks": 2, "train__batch_size": 8, "train__warmup_steps": 0, **changes, **overrides})
 
@@ -143,9 +144,10 @@ def train(folder: Path, recipe: Recipe, num_steps: int | None = None) -> Any:
     return build, plan, Trainer(build, plan, folder).fit(batches)
 
 
-@pytest.mark.parametrize("method", ["diffusion_blocks", "end_to_end"])
-def test_a_trained_model_continues_and_its_cache_changes_nothing(tmp_path: Path, method: str) -> None:
-    recipe = tiny(method, train__num_steps=120, blocks__visit_steps=30, train__lr=5e-3)
+@pytest.mark.parametrize(("method", "noisy_input"), [("diffusion_blocks", "posterior"), ("diffusion_blocks", "none"), ("end_to_end", "none")])
+def test_a_trained_model_continues_and_its_cache_changes_nothing(tmp_path: Path, method: str, noisy_input: str) -> None:
+    changes = {"train__num_steps": 120, "blocks__visit_steps": 30, "train__lr": 5e-3, "noise__sigma_max_share": 0.5}
+    recipe = tiny(method, noisy_input=noisy_input, **changes)
     build, plan, _ = train(tmp_path / "run", recipe)
     with FrozenRun(RunDir(tmp_path / "run"), plan, build, resident=True) as frozen:
         prompt = torch.tensor([[3, 4, 5], [9, 10, 0]])
@@ -156,20 +158,22 @@ def test_a_trained_model_continues_and_its_cache_changes_nothing(tmp_path: Path,
     assert cached[1].tolist() == [(9 + i) % VOCAB for i in range(11)]
 
 
-def test_logits_from_the_cache_equal_those_of_the_training_pass() -> None:
+@pytest.mark.parametrize("noisy_input", ["posterior", "none"])
+def test_logits_from_the_cache_equal_those_of_the_training_pass(noisy_input: str) -> None:
     from lowmem.evaluation.tokens import _advance
     from lowmem.models.layers import KeyValueCache
 
-    model = built()
+    model = built(noisy_input=noisy_input)
     objective = objective_of(model)
     tokens, z = torch.randint(VOCAB, (2, LENGTH)), torch.randn(2, LENGTH, 16) * NOISE.sigma_max
     whole = block_logits(model, tokens, z, torch.full((2, LENGTH), NOISE.sigma_max))
     caches = [KeyValueCache() for _ in range(2)]
-    fed = 0
+    fed, start = 0, torch.full((2, 1), VOCAB)
     for position in range(LENGTH):
+        seen = torch.cat([start, tokens[:, :position]], 1) if model.one_stream else tokens[:, :position]
         with torch.no_grad():
-            logits = _advance(model, objective, list(model.layers[:2]), caches, tokens[:, :position], fed, z[:, position : position + 1], NOISE)
-        fed = position
+            logits = _advance(model, objective, list(model.layers[:2]), caches, seen, fed, z[:, position : position + 1], NOISE)
+        fed = seen.shape[1]
         assert (logits - whole[:, position]).abs().max() < 1e-5
 
 
@@ -180,3 +184,32 @@ def test_every_tier_gives_the_same_digest(tmp_path: Path, precision: str) -> Non
         recipe = tiny("diffusion_blocks", offload__tier=tier, train__precision=precision, optimizer__name="adamw8bit")
         digests.add(digest(train(tmp_path / tier, recipe)[2]))
     assert len(digests) == 1
+
+
+def test_without_a_noisy_input_a_block_trained_at_sigma_max_alone_is_an_ordinary_shallow_model() -> None:
+    """Same layers, same tokens: the block's loss is the end-to-end model's of those layers, up to the evidence of pure noise."""
+    noise = NoiseConfig(sigma_max=1e4, sigma_max_share=1.0)
+    block, whole = built(noisy_input="none"), built(whole=True)
+    batch = {"tokens": torch.randint(VOCAB, (4, LENGTH))}
+    drawn = block.objective.block_loss(block, block.layers[:2], batch, Interval(0.1, 1e4), noise, False)
+    assert torch.allclose(drawn, whole.objective.end_to_end_loss(whole, whole.layers[:2], batch, noise, False), atol=1e-3)
+
+
+@pytest.mark.parametrize("noisy_input", ["posterior", "none"])
+def test_an_evaluation_shows_the_chain_beside_the_oracle_and_the_joint_prediction(tmp_path: Path, noisy_input: str) -> None:
+    from lowmem.data_text import TextDataset
+    from lowmem.evaluation.tokens import evaluate
+
+    recipe = tiny("diffusion_blocks", noisy_input, train__num_steps=120, train__lr=5e-3, noise__schedule="balanced", noise__sigma_max_share=0.5)
+    build, plan, _ = train(tmp_path / "run", recipe)
+    text = (torch.arange(40 * LENGTH) % VOCAB).numpy()
+    with FrozenRun(RunDir(tmp_path / "run"), plan, build) as frozen, torch.no_grad():
+        metrics = evaluate(frozen, TextDataset(text, text, LENGTH, VOCAB, "text"))  # type: ignore[arg-type]
+    first, last = metrics["chain"]
+    assert (first["sigma"], first["block"]) == (NOISE.sigma_max, 0) and (last["sigma"], last["block"]) == (NOISE.sigma_min, 1)
+    assert first["ce"] == pytest.approx(metrics["per_block"][0]["sigma_max_ce"], abs=1e-5), "the chain begins as a plain prediction"
+    assert last["oracle_ce"] < 1e-3 and last["oracle_cosine"] > 0.99, "at sigma_min the token is read off the true z"
+    assert last["ce"] >= last["oracle_ce"]
+    assert first["ce_shuffled"] > first["ce"] + 0.1
+    blocks = [block["sigma_max_ce"] for block in metrics["per_block"]]
+    assert metrics["value"] == metrics["sigma_max_ce"] <= max(blocks)

@@ -60,22 +60,25 @@ def classify_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[st
     for level in _levels(num_blocks, noise):
         levels_of[block_of(level, borders)].append(level)
 
-    per_block, levels, chain_ce, log_probs = [], [], [], torch.zeros(len(labels), table.shape[0], device=frozen.device)
+    per_block, levels, calls, log_probs = [], [], [], torch.zeros(len(labels), table.shape[0], device=frozen.device)
     for block, layers in frozen.walk(range(num_blocks)):
         # the paper's sampler: this block's share of the way down from sigma_max
         for sigma, following in schedule.get(block, []):
             chain_logits = [objective.logits(model, layers, b, z, _full(sigma, z), noise) for b, z in zip(batches, chain, strict=True)]
-            chain_ce.append({"sigma": sigma, "block": block, "ce": _cross_entropy(torch.cat(chain_logits), labels)})
+            shuffled = [objective.logits(model, layers, _shuffled(b), z, _full(sigma, z), noise) for b, z in zip(batches, chain, strict=True)]
+            denoised = [objective.denoised(model, out) for out in chain_logits]
+            oracle = _oracle(frozen, layers, batches, table, sigma)
+            figures = {"ce": _cross_entropy(torch.cat(chain_logits), labels), "ce_shuffled": _cross_entropy(torch.cat(shuffled), labels)}
+            figures |= {"cosine": _cosine(torch.cat(denoised), table[labels]), "oracle_ce": oracle["ce"], "oracle_cosine": oracle["cosine"]}
+            calls.append({"sigma": sigma, "block": block, **figures})
             if following is not None:
-                chain = [euler_step(z, objective.denoised(model, out), sigma, following) for z, out in zip(chain, chain_logits, strict=True)]
+                chain = [euler_step(z, estimate, sigma, following) for z, estimate in zip(chain, denoised, strict=True)]
         # this block as a plain predictor from pure noise
         alone = torch.cat([objective.logits(model, layers, b, z, _full(noise.sigma_max, z), noise) for b, z in zip(batches, at_top, strict=True)])
         log_probs += alone.log_softmax(-1) / num_blocks
         per_block.append({"block": block, "sigma_max_accuracy": _accuracy(alone, labels), "sigma_max_ce": _cross_entropy(alone, labels)})
         # its own levels, on the true z: with the true image and with another one
-        for sigma in levels_of[block]:
-            true, shuffled = _oracle(frozen, layers, batches, table, sigma)
-            levels.append({"sigma": sigma, "block": block, "ce": true, "ce_shuffled": shuffled})
+        levels += [{"sigma": sigma, "block": block, **_oracle(frozen, layers, batches, table, sigma)} for sigma in levels_of[block]]
     return {
         "metric": "accuracy",
         "value": _accuracy(torch.cat(chain_logits), labels),
@@ -84,22 +87,34 @@ def classify_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[st
         "sigma_max_ce": _cross_entropy(log_probs, labels),
         "per_block": per_block,
         "levels": levels,
-        "chain": chain_ce,
+        "chain": calls,  # on its own z, beside the oracle's at the same level
         "table_cosine": mean_cosine(table),
     }
 
 
-def _oracle(frozen: FrozenRun, layers: list[Any], batches: list[Batch], table: Tensor, sigma: float) -> tuple[float, float]:
-    """Cross-entropy at one level on z made from the true label: with the sample's own image, and with its neighbour's."""
+def _oracle(frozen: FrozenRun, layers: list[Any], batches: list[Batch], table: Tensor, sigma: float) -> dict[str, float]:
+    """One level on z made from the true label: with the sample's own image, and with its neighbour's."""
     objective = frozen.model.objective
     assert isinstance(objective, LabelDenoising)
     out: list[list[Tensor]] = [[], []]
     for batch in batches:
         z = objective.noised(table[batch["label"]], torch.full_like(batch["label"], 1, dtype=torch.float32) * sigma)
-        for place, image in enumerate((batch["image"], batch["image"].roll(1, 0))):
-            out[place].append(objective.logits(frozen.model, layers, {**batch, "image": image}, z, _full(sigma, z), frozen.plan.noise))
+        for place, context in enumerate((batch, _shuffled(batch))):
+            out[place].append(objective.logits(frozen.model, layers, context, z, _full(sigma, z), frozen.plan.noise))
     labels = torch.cat([batch["label"] for batch in batches])
-    return _cross_entropy(torch.cat(out[0]), labels), _cross_entropy(torch.cat(out[1]), labels)
+    true, shuffled = (torch.cat(logits) for logits in out)
+    cosine = _cosine(objective.denoised(frozen.model, true), table[labels])
+    return {"ce": _cross_entropy(true, labels), "ce_shuffled": _cross_entropy(shuffled, labels), "cosine": cosine}
+
+
+def _shuffled(batch: Batch) -> Batch:
+    """Every sample with another one's image."""
+    return {**batch, "image": batch["image"].roll(1, 0)}
+
+
+def _cosine(denoised: Tensor, y: Tensor) -> float:
+    """Of the denoised estimate with the true label's embedding."""
+    return float(F.cosine_similarity(denoised, y, dim=-1).mean())
 
 
 def _levels(num_blocks: int, noise: Any) -> list[float]:

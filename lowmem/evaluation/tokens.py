@@ -8,7 +8,7 @@ layers as the ordinary model has, with a perplexity, temperature and top-p.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,46 +20,107 @@ from lowmem.evaluation.common import test_batches
 from lowmem.models.base import Batch
 from lowmem.models.causal_lm import CausalLm
 from lowmem.models.layers import KeyValueCache, Layer
-from lowmem.noise import append_dims, c_noise, sigma_at
+from lowmem.noise import c_noise, euler_step, sigma_at
 from lowmem.objectives.base import mean_cosine
-from lowmem.objectives.tokens import TokenDenoising
-from lowmem.sampler import FrozenRun
+from lowmem.objectives.tokens import HEALTH_ROWS, TokenDenoising
+from lowmem.sampler import FrozenRun, initial_noise
 from lowmem.schedule import mix_seed
 
 
 def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     model, objective = _parts(frozen)
-    plan = frozen.plan
+    plan, noise = frozen.plan, frozen.plan.noise
     batches = test_batches(frozen, data)
     if plan.recipe.method == "end_to_end":
         with frozen.on_device(range(plan.settings.num_blocks)) as layers:
-            losses = torch.cat([objective.end_to_end_loss(model, layers, batch, plan.noise, False) for batch in batches])
+            losses = torch.cat([objective.end_to_end_loss(model, layers, batch, noise, False) for batch in batches])
         return {**headline(losses), "per_block": []}
 
-    noise, num_blocks = plan.noise, plan.settings.num_blocks
+    num_blocks = plan.settings.num_blocks
+    num_steps = num_blocks if plan.recipe.eval.num_steps == "auto" else plan.recipe.eval.num_steps
+    schedule = dict(frozen.schedule(num_steps))
     table = model.target_table()
     torch.manual_seed(mix_seed(plan.recipe.train.seed, "evaluate"))
-    log_probs: list[Tensor] = []
-    per_block, levels = [], []
+    top_noise = [initial_noise((*batch["tokens"].shape, table.shape[1]), noise.sigma_max).to(frozen.device) for batch in batches]
+    own_z, top_features = top_noise, []
+    per_block, levels, chain = [], [], []
     for block, layers in frozen.walk(range(num_blocks)):
-        at_top = [_log_probs(frozen, layers, batch, noise.sigma_max) for batch in batches]
-        log_probs = at_top if not log_probs else [a + b for a, b in zip(log_probs, at_top, strict=True)]
-        alone = torch.cat([nll(logp, batch["tokens"]).mean(1) for logp, batch in zip(at_top, batches, strict=True)])
-        per_block.append({"block": block, "sigma_max_ce": float(alone.mean())})
-        for sigma in _levels(block, num_blocks, noise):
-            true, shuffled = (
-                torch.cat([_oracle(frozen, layers, batch, table, sigma, shuffle) for batch in batches]).mean() for shuffle in (False, True)
-            )
-            levels.append({"sigma": sigma, "block": block, "ce": float(true), "ce_shuffled": float(shuffled)})
-    joint = torch.cat([nll((total / num_blocks).log_softmax(-1), batch["tokens"]).mean(1) for total, batch in zip(log_probs, batches, strict=True)])
-    figures = headline(joint)
-    return {**figures, "sigma_max_ce": figures["value"], "per_block": per_block, "levels": levels, "table_cosine": mean_cosine(table)}
+        # a plain predictor from pure noise
+        top_features.append(
+            [objective.features(model, layers, b, z, _full(b, noise.sigma_max), noise) for b, z in zip(batches, top_noise, strict=True)]
+        )
+        per_block.append({"block": block, "sigma_max_ce": _call(frozen, layers, batches, top_noise, noise.sigma_max).ce})
+        # the paper's sampler, given the true clean context: this block's share of the way down, beside the oracle's z at the same level
+        for sigma, following in schedule.get(block, []):
+            own, own_shuffled = (_call(frozen, layers, batches, own_z, sigma, shuffle) for shuffle in (False, True))
+            oracle = _oracle(frozen, layers, batches, sigma)
+            figures = {
+                "ce": own.ce,
+                "ce_shuffled": own_shuffled.ce,
+                "cosine": own.cosine,
+                "oracle_ce": oracle["ce"],
+                "oracle_cosine": oracle["cosine"],
+            }
+            chain.append({"sigma": sigma, "block": block, **figures})
+            if following is not None:
+                own_z = [euler_step(z, denoised, sigma, following) for z, denoised in zip(own_z, own.denoised, strict=True)]
+        levels += [{"sigma": sigma, "block": block, **_oracle(frozen, layers, batches, sigma)} for sigma in _levels(block, num_blocks, noise)]
+    joint = [
+        objective.joint_losses(model, parts, batch["tokens"], z, _full(batch, noise.sigma_max)).mean(1)
+        for *parts, batch, z in zip(*top_features, batches, top_noise, strict=True)
+    ]
+    figures = headline(torch.cat(joint))
+    return {
+        **figures,
+        "sigma_max_ce": figures["value"],
+        "per_block": per_block,
+        "levels": levels,
+        "num_steps": num_steps,
+        "chain": chain,
+        "table_cosine": mean_cosine(table[:HEALTH_ROWS]),
+    }
 
 
 def _levels(block: int, num_blocks: int, noise: NoiseConfig) -> list[float]:
     """The middle of the block's interval by probability; sigma_max too for the first block, sigma_min for the last."""
     middle = sigma_at(1 - (block + 0.5) / num_blocks, noise)
     return [*([noise.sigma_max] if block == 0 else []), middle, *([noise.sigma_min] if block == num_blocks - 1 else [])]
+
+
+class _Call(NamedTuple):
+    """One call of a block on all test batches."""
+
+    ce: float
+    cosine: float  # of the denoised estimate with the true token's embedding
+    denoised: list[Tensor]
+
+
+def _call(frozen: FrozenRun, layers: list[nn.Module], batches: list[Batch], noisy: list[Tensor], sigma: float, shuffle: bool = False) -> _Call:
+    """`shuffle`: every sequence is given another one's clean context."""
+    model, objective = _parts(frozen)
+    losses, cosines, estimates = [], [], []
+    for batch, z in zip(batches, noisy, strict=True):
+        tokens, level = batch["tokens"], _full(batch, sigma)
+        context = {"tokens": tokens.roll(1, 0)} if shuffle else batch
+        features = objective.features(model, layers, context, z, level, frozen.plan.noise)
+        loss, denoised = objective.predictions(model, features, tokens, z, level)
+        losses.append(loss.mean(1))
+        cosines.append(F.cosine_similarity(denoised, F.embedding(tokens, model.target_table()), dim=-1).mean(1))
+        estimates.append(denoised)
+    return _Call(float(torch.cat(losses).mean()), float(torch.cat(cosines).mean()), estimates)
+
+
+def _oracle(frozen: FrozenRun, layers: list[nn.Module], batches: list[Batch], sigma: float) -> dict[str, float]:
+    """On z made from the true tokens: with the true clean context, and with another sequence's."""
+    model, _ = _parts(frozen)
+    y = [F.embedding(batch["tokens"], model.target_table()) for batch in batches]
+    z = [clean + sigma * torch.randn_like(clean) for clean in y]
+    true, shuffled = (_call(frozen, layers, batches, z, sigma, shuffle) for shuffle in (False, True))
+    return {"ce": true.ce, "ce_shuffled": shuffled.ce, "cosine": true.cosine}
+
+
+def _full(batch: Batch, sigma: float) -> Tensor:
+    return torch.full(batch["tokens"].shape, sigma, device=batch["tokens"].device)
 
 
 @torch.no_grad()
@@ -75,7 +136,7 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
         groups: list[list[nn.Module]] = [layers] if model.whole else [[model.layers[i] for i in part] for part in frozen.slices]
         caches = [[KeyValueCache() for _ in group] for group in groups]
         start = torch.full((len(prompt), 1), model.vocab_size, device=frozen.device)
-        tokens = torch.cat([start, prompt], dim=1) if model.whole else prompt
+        tokens = torch.cat([start, prompt], dim=1) if model.one_stream else prompt
         fed = 0
         for _ in range(num_tokens):
             if not use_cache:
@@ -87,7 +148,7 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
                 logits += out.log_softmax(-1) / len(groups)
             fed = tokens.shape[1]
             tokens = torch.cat([tokens, _draw(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
-    return tokens[:, 1:] if model.whole else tokens
+    return tokens[:, 1:] if model.one_stream else tokens
 
 
 def _advance(
@@ -99,10 +160,11 @@ def _advance(
     h = None
     for position in range(fed, tokens.shape[1]):
         h = _through(layers, caches, model.clean(tokens[:, position : position + 1]), cond, keep=True)
-    if model.whole:
-        assert h is not None, "the start token is always fed"
-        return objective.logits(model, model.features(h, cond)[:, 0], None, None)
     sigma = torch.full((len(tokens), 1), noise.sigma_max, device=tokens.device)
+    if model.one_stream:
+        assert h is not None, "the start token is always fed"
+        evidence = (None, None) if model.whole else (z[:, 0], sigma[:, 0])
+        return objective.logits(model, model.features(h, cond)[:, 0], *evidence)
     cond = model.time(c_noise(sigma))
     h = _through(layers, caches, model.noisy(objective.network_input(model, z, sigma, noise)), cond, keep=False)
     return objective.logits(model, model.features(h, cond)[:, 0], z[:, 0], sigma[:, 0])
@@ -120,30 +182,6 @@ def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
     probs, order = logits.softmax(-1).sort(descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
     return order.gather(1, torch.multinomial(probs.cpu(), 1, generator=generator).to(order.device))
-
-
-def _log_probs(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, sigma: float) -> Tensor:
-    """[B, L, V] from pure noise at `sigma`."""
-    model, objective = _parts(frozen)
-    tokens = batch["tokens"]
-    levels = torch.full(tokens.shape, sigma, device=tokens.device)
-    z = torch.randn(*tokens.shape, model.head.in_features, device=tokens.device) * math.sqrt(1 + sigma**2)
-    features = objective.features(model, layers, batch, z, levels, frozen.plan.noise)
-    out = objective.logits(model, features.flatten(0, 1), z.flatten(0, 1), levels.flatten())
-    return out.log_softmax(-1).view(*tokens.shape, -1)
-
-
-def _oracle(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, table: Tensor, sigma: float, shuffle: bool) -> Tensor:
-    """Cross-entropy [B] on z made from the true tokens, with the true clean context or with another sequence's."""
-    model, objective = _parts(frozen)
-    tokens = batch["tokens"]
-    levels = torch.full(tokens.shape, sigma, device=tokens.device)
-    y = F.embedding(tokens, table)
-    z = y + append_dims(levels, 3) * torch.randn_like(y)
-    context = {"tokens": tokens.roll(1, 0)} if shuffle else batch
-    features = objective.features(model, layers, context, z, levels, frozen.plan.noise)
-    logits = objective.logits(model, features.flatten(0, 1), z.flatten(0, 1), levels.flatten())
-    return nll(logits.log_softmax(-1).view(*tokens.shape, -1), tokens).mean(1)
 
 
 def nll(log_probs: Tensor, tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Logits exist for `head_chunk` tokens at a time: forward and again in backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,6 +87,29 @@ class TokenDenoising:
             out = out + z @ lm.target_table().T / sigma[:, None] ** 2
         return out
 
+    @torch.no_grad()
+    def predictions(self, model: BlockModel, features: Tensor, tokens: Tensor, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each token [B, L], and the denoised estimate D = softmax(logits) E [B, L, D]; logits in chunks.
+
+        For features and z [B, L, D], tokens and sigma [B, L].
+        """
+        table: Tensor = model.target_table()  # type: ignore[operator]
+        losses, denoised = [], []
+        for rows in _chunks(tokens.numel(), self.head_chunk):
+            logits = self.logits(model, features.flatten(0, 1)[rows], z.flatten(0, 1)[rows], sigma.flatten()[rows])
+            losses.append(F.cross_entropy(logits, tokens.flatten()[rows], reduction="none"))
+            denoised.append(logits.softmax(-1) @ table)
+        return torch.cat(losses).view(tokens.shape), torch.cat(denoised).view_as(z)
+
+    @torch.no_grad()
+    def joint_losses(self, model: BlockModel, features: Sequence[Tensor], tokens: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+        """Cross-entropy of each token [B, L] under the renormalised mean of the blocks' log-probabilities, from each block's features."""
+        losses = []
+        for rows in _chunks(tokens.numel(), self.head_chunk):
+            parts = [self.logits(model, part.flatten(0, 1)[rows], z.flatten(0, 1)[rows], sigma.flatten()[rows]).log_softmax(-1) for part in features]
+            losses.append(F.cross_entropy(torch.stack(parts).mean(0), tokens.flatten()[rows], reduction="none"))
+        return torch.cat(losses).view(tokens.shape)
+
     def _chunked(self, model: BlockModel, features: Tensor, tokens: Tensor, z: Tensor | None, sigma: Tensor | None, recompute: bool) -> Tensor:
         """Cross-entropy of each token, [B, L]; logits of `head_chunk` tokens exist at once and are made again in backward."""
 
@@ -95,8 +118,7 @@ class TokenDenoising:
 
         flat, targets = features.flatten(0, -2), tokens.flatten()
         out = []
-        for start in range(0, len(targets), self.head_chunk):
-            rows = slice(start, start + self.head_chunk)
+        for rows in _chunks(len(targets), self.head_chunk):
             part = (flat[rows], targets[rows], None if z is None else z.flatten(0, -2)[rows], None if sigma is None else sigma.flatten()[rows])
             out.append(checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) if recompute else loss(*part))
         return torch.cat(out).view(tokens.shape)
@@ -104,3 +126,7 @@ class TokenDenoising:
     @torch.no_grad()
     def health(self, model: BlockModel) -> dict[str, float]:
         return {"table_cosine": mean_cosine(model.target_table()[:HEALTH_ROWS])}  # type: ignore[operator]
+
+
+def _chunks(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, total, size))
