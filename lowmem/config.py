@@ -56,6 +56,7 @@ class TransformerModel(Section):
 class VitModel(TransformerModel):
     name: Literal["vit"]
     patch_size: PositiveInt  # pixels
+    image_drop: Fraction = 0.0  # share of samples trained on a blank image, for guidance
     noisy_input: NoisyInput = "scaled"
     readout: Readout = "plain"
 
@@ -201,7 +202,7 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 256
     num_batches: PositiveInt | None = None  # of the test part; None = all of it
     num_samples: PositiveInt = 1000  # images generated
-    guidance: Positive = 2.0  # of images: D without class + guidance (D with class - D without); 1 = none
+    guidance: Auto | Positive = "auto"  # without class (or image) + guidance (with - without); 1 = none; auto: 2 for images, 1 for labels
 
 
 class Recipe(Section):
@@ -223,6 +224,8 @@ class Recipe(Section):
         layers, blocks = getattr(self.model, "num_layers", None), self.blocks.num_blocks
         if layers is not None and blocks != "auto" and blocks > layers:
             raise ValueError(f"blocks.num_blocks: found {blocks}; allowed: at most model.num_layers = {layers}; lower it")
+        if isinstance(self.model, VitModel) and self.eval.guidance not in ("auto", 1) and not self.model.image_drop:
+            raise ValueError(f"eval.guidance: found {self.eval.guidance}; allowed without model.image_drop: 1; train with model.image_drop: 0.1")
         if self.train.micro_batch_size != "auto" and self.train.batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size: found {self.train.micro_batch_size}; allowed: a divisor of train.batch_size = {self.train.batch_size}"

@@ -74,6 +74,5 @@ def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSett
 def _image_grid(frozen: FrozenRun, path: Path, num: int | None, seed: int) -> Path:
     num_classes, config = int(frozen.model.num_classes), frozen.plan.recipe.eval  # type: ignore[arg-type]
     labels = torch.arange(num or 8 * num_classes) % num_classes
-    num_steps = images.NUM_STEPS if config.num_steps == "auto" else config.num_steps
-    images.write_grid(images.sample(frozen, labels, num_steps, config.guidance, seed), path, num_classes)
+    images.write_grid(images.sample(frozen, labels, *images.sampling_settings(config), seed), path, num_classes)
     return path

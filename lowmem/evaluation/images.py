@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowmem.config import EvalConfig
 from lowmem.data import Dataset
 from lowmem.errors import DataError
 from lowmem.evaluation.common import test_batches
@@ -25,7 +26,7 @@ from lowmem.objectives.images import ImageDenoising
 from lowmem.sampler import FrozenRun, initial_noise
 from lowmem.schedule import mix_seed
 
-NUM_STEPS = 18  # of the chain, where the recipe says auto: EDM's number for small images
+NUM_STEPS, GUIDANCE = 18, 2.0  # where the recipe says auto: EDM's number of steps for small images, the paper's guidance
 FEATURES = 64  # dimension of the space in which the Fréchet distance is taken
 FEATURE_IMAGES, FEATURE_STEPS, FEATURE_BATCH = 6000, 700, 64  # the feature network's training
 GRID_SIDE, GRID_GAP = 32, 2  # pixels: smaller images are magnified to about that side; between images
@@ -34,12 +35,12 @@ GRID_SIDE, GRID_GAP = 32, 2  # pixels: smaller images are magnified to about tha
 def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     recipe = frozen.plan.recipe
     seed, config = mix_seed(recipe.train.seed, "evaluate"), recipe.eval
-    num_steps = NUM_STEPS if config.num_steps == "auto" else config.num_steps
+    num_steps, guidance = sampling_settings(config)
     network = feature_network(data)
     tests = list(data.test_batches(config.batch_size))
     test, test_labels = (torch.from_numpy(np.concatenate([batch[name] for batch in tests])) for name in ("image", "label"))
     labels = test_labels[torch.arange(config.num_samples) % len(test_labels)]  # the test part's share of each class
-    made = sample(frozen, labels, num_steps, config.guidance, seed)
+    made = sample(frozen, labels, num_steps, guidance, seed)
     real_features, _ = _features(network, *_training_images(data, 0))
     test_features, test_right = _features(network, test, test_labels)
     made_features, made_right = _features(network, made, labels)
@@ -51,13 +52,18 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
         "class_accuracy_test": test_right,
         "num_samples": config.num_samples,
         "num_steps": num_steps,
-        "guidance": config.guidance,
+        "guidance": guidance,
         **_losses(frozen, data, seed),
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
+
+
+def sampling_settings(config: EvalConfig) -> tuple[int, float]:
+    """(steps of the chain, guidance)."""
+    return NUM_STEPS if config.num_steps == "auto" else config.num_steps, GUIDANCE if config.guidance == "auto" else config.guidance
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ def classify_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[st
     plan, model, objective = frozen.plan, frozen.model, frozen.model.objective
     assert isinstance(objective, LabelDenoising)
     noise, num_blocks = plan.noise, plan.settings.num_blocks
+    guidance = 1.0 if plan.recipe.eval.guidance == "auto" else plan.recipe.eval.guidance
     batches = test_batches(frozen, data)
     labels = torch.cat([batch["label"] for batch in batches])
     table: Tensor = model.target_table()  # type: ignore[operator]
@@ -64,8 +65,10 @@ def classify_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[st
     for block, layers in frozen.walk(range(num_blocks)):
         # the paper's sampler: this block's share of the way down from sigma_max
         for sigma, following in schedule.get(block, []):
-            chain_logits = [objective.logits(model, layers, b, z, _full(sigma, z), noise) for b, z in zip(batches, chain, strict=True)]
-            shuffled = [objective.logits(model, layers, _shuffled(b), z, _full(sigma, z), noise) for b, z in zip(batches, chain, strict=True)]
+            chain_logits, shuffled = (
+                [objective.guided_logits(model, layers, seen(b), z, _full(sigma, z), noise, guidance) for b, z in zip(batches, chain, strict=True)]
+                for seen in (dict, _shuffled)
+            )
             denoised = [objective.denoised(model, out) for out in chain_logits]
             oracle = _oracle(frozen, layers, batches, table, sigma)
             figures = {"ce": _cross_entropy(torch.cat(chain_logits), labels), "ce_shuffled": _cross_entropy(torch.cat(shuffled), labels)}

@@ -31,7 +31,7 @@ class Vit(BlockModel):
         self.layers = nn.ModuleList(Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout) for _ in range(config.num_layers))
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, num_classes, zero=True)
-        self.objective = LabelDenoising(config.noisy_input, config.readout)
+        self.objective = LabelDenoising(config.noisy_input, config.readout, config.image_drop)
 
     def example_batch(self, batch_size: int) -> Batch:
         return {"image": torch.zeros(batch_size, *self.image_shape), "label": torch.zeros(batch_size, dtype=torch.long)}

@@ -26,11 +26,12 @@ class LabelDenoising:
 
     `noisy_input`: what the network sees of z: `scaled` is c_in z (paper), `posterior` the context-free mean E[y | z], `none` nothing.
     `readout`: `plain` takes the network's logits, `bayes` adds the analytic term E z / sigma^2.
+    `image_drop`: the share of training samples that see a blank image, so that the chain can be guided.
     The model must have `target_table() -> [K, D]`, rows of length 1: the same table in training and in the sampler.
     """
 
-    def __init__(self, noisy_input: NoisyInput = "scaled", readout: Readout = "plain") -> None:
-        self.noisy_input, self.readout = noisy_input, readout
+    def __init__(self, noisy_input: NoisyInput = "scaled", readout: Readout = "plain", image_drop: float = 0.0) -> None:
+        self.noisy_input, self.readout, self.image_drop = noisy_input, readout, image_drop
 
     def interval(self, block: int, num_blocks: int, noise: NoiseConfig, gamma: float) -> Interval:
         return block_interval(block, num_blocks, noise, gamma)
@@ -41,7 +42,8 @@ class LabelDenoising:
         label = batch["label"]
         sigma = drawn_levels(label.shape, label.device, interval, noise)
         z = self.noised(F.embedding(label, model.target_table()), sigma)  # type: ignore[operator]
-        loss = F.cross_entropy(self.logits(model, layers, batch, z, sigma, noise, recompute), label, reduction="none")
+        seen = {**batch, "image": self.drop_images(batch["image"])} if self.image_drop else batch
+        loss = F.cross_entropy(self.logits(model, layers, seen, z, sigma, noise, recompute), label, reduction="none")
         return weighted(loss, loss_weight(sigma, noise.sigma_data)) if noise.weighting == "edm" else loss
 
     def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
@@ -70,6 +72,20 @@ class LabelDenoising:
         h, cond = model.input_part(batch, noisy, c_noise(sigma))
         out = model.output_part(run_layers(layers, h, cond, recompute), cond).float()
         return out + evidence if self.readout == "bayes" and evidence is not None else out
+
+    def guided_logits(
+        self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, z: Tensor, sigma: Tensor, noise: NoiseConfig, guidance: float
+    ) -> Tensor:
+        """Blank + guidance (image - blank), [B, K]; with guidance 1 the logits themselves."""
+        logits = self.logits(model, layers, batch, z, sigma, noise)
+        if guidance == 1:
+            return logits
+        blank = self.logits(model, layers, {**batch, "image": torch.zeros_like(batch["image"])}, z, sigma, noise)
+        return blank + guidance * (logits - blank)
+
+    def drop_images(self, image: Tensor) -> Tensor:
+        keep = torch.rand(len(image), device=image.device) >= self.image_drop
+        return image * append_dims(keep, image.ndim)
 
     def denoised(self, model: BlockModel, logits: Tensor) -> Tensor:
         """D = E[y] under softmax(logits), with the normalised table that training used."""
