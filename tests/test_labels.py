@@ -93,7 +93,7 @@ def test_a_share_is_between_0_and_1(share: float) -> None:
 
 
 def test_draws_at_sigma_max_make_every_block_a_predictor_of_its_own(tmp_path: Path) -> None:
-    """Without them the deeper blocks have never been asked to predict from noise alone; with them their joint prediction is no worse than the chain."""
+    """Without them deeper blocks are never asked to predict from noise alone; with them the joint prediction is no worse than the chain."""
     common = {"train__num_steps": 120, "model": {"name": "vit", "num_layers": 3, "dim": 32, "num_heads": 2, "patch_size": 2}}
     metrics = {}
     for share in (0.0, 0.5):
