@@ -6,7 +6,7 @@ from setuptools import setup
 
 DATA = ["scikit-learn>=1.4", "Pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
-HUGGINGFACE = ["transformers>=4.50", "tokenizers>=0.21", "datasets>=3"]
+HUGGINGFACE = ["transformers>=4.50", "tokenizers>=0.21", "datasets>=4"]
 DEV = ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"]
 
 setup(

@@ -6,10 +6,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from lowmem.config import CausalLmModel, StdlibTextData, TextData
+from lowmem.config import CausalLmModel
 from lowmem.data import describe_data
+from lowmem.data_config import LatentArraysData, TextConfig
 from lowmem.data_text import load_tokenizer
 from lowmem.errors import ConfigError
 from lowmem.evaluate import read_plan
@@ -40,8 +42,9 @@ def sample_run(
     seed: int = 0,
     text: TextSettings | None = None,
 ) -> Path:
-    """Samples of a run's last commit, `num` of them, in a file: images as a PNG, one class to a column; text as text. Returns its path.
+    """Samples of a run's last commit, `num` of them, in a file. Returns its path.
 
+    Images make a PNG, one class to a column; latents a .npy file; text a text file.
     Raises ResumeError if the folder holds no run, ConfigError if its model makes nothing, DataError if the prompt has unknown characters.
     """
     run = RunDir(run_dir)
@@ -50,7 +53,8 @@ def sample_run(
     with FrozenRun(run, plan, model_builder(plan.recipe, describe_data(plan.recipe)), together) as frozen, torch.no_grad():
         objective = frozen.model.objective
         if isinstance(objective, ImageDenoising):
-            return _image_grid(frozen, Path(out or run.path / "samples.png"), num, seed)
+            latents = isinstance(plan.recipe.data, LatentArraysData)
+            return _images(frozen, Path(out or run.path / ("samples.npy" if latents else "samples.png")), num, seed)
         if isinstance(objective, MaskedDenoising | TokenDenoising) and not isinstance(objective, RecurrentDenoising):
             return _text(frozen, Path(out or run.path / "samples.txt"), num or 4, seed, text or TextSettings())
     raise ConfigError(f"model.name: '{plan.recipe.model.name}' makes no samples; allowed: dit, masked_lm, causal_lm")
@@ -58,7 +62,7 @@ def sample_run(
 
 def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSettings) -> Path:
     recipe = frozen.plan.recipe
-    assert isinstance(recipe.data, StdlibTextData | TextData) and recipe.train.seq_len is not None
+    assert isinstance(recipe.data, TextConfig) and recipe.train.seq_len is not None
     tokenizer = load_tokenizer(recipe.data)
     if isinstance(frozen.model.objective, MaskedDenoising):
         num_steps = recipe.train.seq_len if recipe.eval.num_steps == "auto" else recipe.eval.num_steps
@@ -71,8 +75,14 @@ def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSett
     return path
 
 
-def _image_grid(frozen: FrozenRun, path: Path, num: int | None, seed: int) -> Path:
-    num_classes, config = int(frozen.model.num_classes), frozen.plan.recipe.eval  # type: ignore[arg-type]
+def _images(frozen: FrozenRun, path: Path, num: int | None, seed: int) -> Path:
+    """A PNG grid; of latents, which only their autoencoder makes pictures of, an array [N, C, H, W] in float32, as that one gave them."""
+    num_classes, recipe = int(frozen.model.num_classes), frozen.plan.recipe  # type: ignore[arg-type]
     labels = torch.arange(num or 8 * num_classes) % num_classes
-    images.write_grid(images.sample(frozen, labels, *images.sampling_settings(config), seed), path, num_classes)
+    made = images.sample(frozen, labels, *images.sampling_settings(recipe.eval), seed)
+    if isinstance(recipe.data, LatentArraysData):
+        with open(path, "wb") as file:
+            np.save(file, made.numpy() / np.float32(recipe.data.scale))
+    else:
+        images.write_grid(made, path, num_classes)
     return path
