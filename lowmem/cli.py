@@ -185,8 +185,8 @@ def sample(
     out: Annotated[Path | None, typer.Option("--out", help="default: a file in the run folder")] = None,
     num: Annotated[int | None, typer.Option("--num", min=1, help="how many; default: eight of each class, or four texts")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="another seed, other samples")] = 0,
-    prompt: Annotated[str, typer.Option("--prompt", help="causal text models: what to continue")] = "",
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="causal text models: how many to add")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="causal and recurrent text models: what to continue")] = "",
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="causal and recurrent text models: how many to add")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0)] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1)] = 0.95,
 ) -> None:

@@ -13,7 +13,7 @@ from lowmem.data import describe_data
 from lowmem.data_text import load_tokenizer
 from lowmem.errors import ConfigError
 from lowmem.evaluate import read_plan
-from lowmem.evaluation import images, masked, tokens
+from lowmem.evaluation import images, masked, recurrent, tokens
 from lowmem.models import model_builder
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.masked import MaskedDenoising
@@ -25,7 +25,7 @@ from lowmem.sampler import FrozenRun
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How text is drawn. `prompt` and `num_tokens` are of causal models; None: as many tokens as a sequence has."""
+    """How text is drawn. `prompt` and `num_tokens` are of models that predict the next token; None: as many tokens as a sequence has."""
 
     prompt: str = ""
     num_tokens: int | None = None
@@ -51,9 +51,9 @@ def sample_run(
         objective = frozen.model.objective
         if isinstance(objective, ImageDenoising):
             return _image_grid(frozen, Path(out or run.path / "samples.png"), num, seed)
-        if isinstance(objective, MaskedDenoising | TokenDenoising) and not isinstance(objective, RecurrentDenoising):
+        if isinstance(objective, MaskedDenoising | TokenDenoising):
             return _text(frozen, Path(out or run.path / "samples.txt"), num or 4, seed, text or TextSettings())
-    raise ConfigError(f"model.name: '{plan.recipe.model.name}' makes no samples; allowed: dit, masked_lm, causal_lm")
+    raise ConfigError(f"model.name: '{plan.recipe.model.name}' makes no samples; allowed: dit, masked_lm, causal_lm, recurrent_lm")
 
 
 def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSettings) -> Path:
@@ -65,7 +65,8 @@ def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSett
         drawn = masked.sample_tokens(frozen, num, num_steps, seed)
     else:
         prompt = torch.tensor([tokenizer.encode(settings.prompt)] * num, dtype=torch.long, device=frozen.device).view(num, -1)
-        drawn = tokens.generate(frozen, prompt, settings.num_tokens or recipe.train.seq_len, settings.temperature, settings.top_p, seed)
+        generate = recurrent.generate if isinstance(frozen.model.objective, RecurrentDenoising) else tokens.generate
+        drawn = generate(frozen, prompt, settings.num_tokens or recipe.train.seq_len, settings.temperature, settings.top_p, seed)
     texts = [f"--- sample {index}, seed {seed}\n{tokenizer.decode(row)}\n" for index, row in enumerate(drawn.tolist())]
     path.write_text("".join(texts), encoding="utf-8")
     return path
