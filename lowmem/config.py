@@ -64,6 +64,7 @@ class DitModel(TransformerModel):
 class MaskedLmModel(TransformerModel):
     name: Literal["masked_lm"]
     mask_schedule: Literal["linear", "cosine"] = "linear"  # alpha(t), the share of tokens not masked at time t
+    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
 
 
 class CausalLmModel(TransformerModel):

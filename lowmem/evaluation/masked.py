@@ -19,7 +19,7 @@ from lowmem.data import Dataset
 from lowmem.evaluation.common import test_batches
 from lowmem.models.base import Batch
 from lowmem.models.masked_lm import MaskedLm
-from lowmem.objectives.masked import MaskedDenoising, cross_entropy
+from lowmem.objectives.masked import MaskedDenoising
 from lowmem.sampler import FrozenRun
 from lowmem.schedule import mix_seed
 
@@ -74,7 +74,7 @@ def sample_tokens(frozen: FrozenRun, num: int, num_steps: int, seed: int) -> Ten
             if step * num_blocks // num_steps != block:  # alpha(t) = step / num_steps, and block b owns alpha from b / B on
                 continue
             t = torch.full((num,), objective.alpha_inverse(step / num_steps), device=frozen.device)
-            probs = objective.logits(model, layers, tokens, mask, t).softmax(-1)
+            probs = objective.logits(model, objective.features(model, layers, tokens, mask, t)).softmax(-1)
             drawn = torch.multinomial(probs.flatten(0, 1).cpu(), 1, generator=generator).view(tokens.shape).to(frozen.device)
             unmask_now = torch.rand(tokens.shape, generator=generator).to(frozen.device) < 1 / (
                 num_steps - step
@@ -111,8 +111,7 @@ def _cross_entropy(frozen: FrozenRun, layers: list[nn.Module], batches: list[Bat
         levels = torch.full((len(tokens),), t, device=tokens.device)
         mask = torch.rand(tokens.shape, device=tokens.device) < objective.masked_share(levels)[:, None]
         for place, context in enumerate((tokens, tokens.roll(1, 0))):
-            logits = objective.logits(model, layers, context, mask, levels)
-            sums[place] += float((cross_entropy(logits, tokens) * mask).sum())
+            sums[place] += float((objective.losses(model, layers, context, mask, levels, tokens) * mask).sum())
         count += float(mask.sum())
     return sums[0] / max(count, 1), sums[1] / max(count, 1)
 

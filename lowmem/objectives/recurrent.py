@@ -56,7 +56,7 @@ class RecurrentDenoising(TokenDenoising):
     def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
         iterations = self.drawn_iterations(random.Random(torch.initial_seed()))
         features = self.loop_features(model, layers, batch, iterations, recompute)
-        return self._chunked(model, features, batch["tokens"], None, None, recompute=True).mean(1)
+        return self._chunked(model, features, batch["tokens"], None, None).mean(1)
 
     def loop_features(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, iterations: int, recompute: bool = False) -> Tensor:
         """Features [B, L, D] after the loop; gradients flow through its last `backprop_iterations`."""

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lowmem.config import NoiseConfig
 from lowmem.noise import Interval, append_dims, block_interval, c_in, c_noise, loss_weight, sample_sigma
-from lowmem.objectives.base import mean_cosine, run_layers, weighted
+from lowmem.objectives.base import in_chunks, mean_cosine, run_layers, weighted
 
 if TYPE_CHECKING:
     from lowmem.models.base import Batch, BlockModel
@@ -60,14 +59,14 @@ class TokenDenoising:
     def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
         h, cond = model.input_part(batch, None, None)
         features = model.output_part(run_layers(layers, h, cond, recompute), cond)
-        return self._chunked(model, features, batch["tokens"], None, None, recompute=True).mean(1)
+        return self._chunked(model, features, batch["tokens"], None, None).mean(1)
 
     def losses(
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, z: Tensor, sigma: Tensor, noise: NoiseConfig, recompute: bool = False
     ) -> Tensor:
         """Cross-entropy of each token, [B, L], for z [B, L, D] at levels sigma [B, L]."""
         features = self.features(model, layers, batch, z, sigma, noise, recompute)
-        return self._chunked(model, features, batch["tokens"], z, sigma, recompute=True)
+        return self._chunked(model, features, batch["tokens"], z, sigma)
 
     def features(
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, z: Tensor, sigma: Tensor, noise: NoiseConfig, recompute: bool = False
@@ -93,19 +92,14 @@ class TokenDenoising:
             out = out + z @ lm.target_table().T / sigma[:, None] ** 2
         return out
 
-    def _chunked(self, model: BlockModel, features: Tensor, tokens: Tensor, z: Tensor | None, sigma: Tensor | None, recompute: bool) -> Tensor:
+    def _chunked(self, model: BlockModel, features: Tensor, tokens: Tensor, z: Tensor | None, sigma: Tensor | None) -> Tensor:
         """Cross-entropy of each token, [B, L]; logits of `head_chunk` tokens exist at once and are made again in backward."""
 
         def loss(part: Tensor, target: Tensor, z_part: Tensor | None, s_part: Tensor | None) -> Tensor:
             return F.cross_entropy(self.logits(model, part, z_part, s_part), target, reduction="none")
 
-        flat, targets = features.flatten(0, -2), tokens.flatten()
-        out = []
-        for start in range(0, len(targets), self.head_chunk):
-            rows = slice(start, start + self.head_chunk)
-            part = (flat[rows], targets[rows], None if z is None else z.flatten(0, -2)[rows], None if sigma is None else sigma.flatten()[rows])
-            out.append(checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) if recompute else loss(*part))
-        return torch.cat(out).view(tokens.shape)
+        noisy = (None, None) if z is None or sigma is None else (z.flatten(0, -2), sigma.flatten())
+        return in_chunks(loss, self.head_chunk, features.flatten(0, -2), tokens.flatten(), *noisy).view(tokens.shape)
 
     @torch.no_grad()
     def health(self, model: BlockModel) -> dict[str, float]:
