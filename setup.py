@@ -7,7 +7,7 @@ from setuptools import setup
 DATA = ["scikit-learn>=1.4", "Pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
 TEXT = ["tokenizers>=0.21"]
-HUGGINGFACE = ["transformers>=4.50", "datasets>=3", *TEXT]
+HUGGINGFACE = ["transformers>=4.50", "datasets>=4", *TEXT]
 DEV = ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"]
 
 setup(

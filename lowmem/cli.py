@@ -163,11 +163,15 @@ def report(run: RunArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command("eval")
-def eval_(run: RunArgument, as_json: JsonOption = False) -> None:
+def eval_(
+    run: RunArgument,
+    data: Annotated[list[str] | None, typer.Option("--data", help="evaluate on other data: a key of data, as in --data path=FILE")] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Evaluate a run's last commit on its test data."""
     from lowmem.evaluate import evaluate_run
 
-    metrics = evaluate_run(run)
+    metrics = evaluate_run(run, data)
     if as_json:
         print(json.dumps(metrics, indent=1))
         return

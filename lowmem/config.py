@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, model_validator
 
+from lowmem.data_config import DECLARED, DataConfig
 from lowmem.errors import ConfigError
 from lowmem.strict import Section, find_file, names_in, parse, read_yaml, yaml_value
 
@@ -97,40 +98,6 @@ class CustomModel(Section):
     name: Literal["custom"]
 
 
-class DigitsData(Section):
-    """1,797 real handwritten digits of 8 x 8 pixels (scikit-learn's copy), a fixed split of 1,437 to 360."""
-
-    name: Literal["digits"]
-
-
-class StdlibTextData(Section):
-    """The source text of Python's own standard library, as bytes: real text on every machine, nothing to download."""
-
-    name: Literal["stdlib_text"]
-
-
-class TextData(Section):
-    """A text file of the user's. The end of the file is the test part."""
-
-    name: Literal["text"]
-    path: str
-    tokenizer: str = "bytes"  # bytes | characters | a `tokenizers` JSON file | a folder with GPT-2's encoder.json and vocab.bpe
-    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-
-
-class IdxImagesData(Section):
-    """A folder of MNIST-format files (idx3 images, idx1 labels, train and t10k, gzipped or not)."""
-
-    name: Literal["idx_images"]
-    path: str
-
-
-class CustomData(Section):
-    """Batches given to `Trainer.fit` by the user."""
-
-    name: Literal["custom"]
-
-
 class BlocksConfig(Section):
     num_blocks: Auto | PositiveInt = "auto"
     visit_steps: PositiveInt = 50  # steps a block stays on the device
@@ -204,7 +171,7 @@ class Recipe(Section):
     model: Annotated[VitModel | DitModel | MaskedLmModel | CausalLmModel | RecurrentLmModel | CustomModel, Field(discriminator="name")]
     blocks: BlocksConfig = BlocksConfig()
     noise: NoiseConfig = NoiseConfig()
-    data: Annotated[DigitsData | StdlibTextData | TextData | IdxImagesData | CustomData, Field(discriminator="name")]
+    data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     offload: OffloadConfig = OffloadConfig()
@@ -237,12 +204,25 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     path = find_file(name, "recipes", "recipe", ConfigError)
     raw = read_yaml(path, ConfigError)
     for override in overrides:
-        _override(raw, override)
+        _override(raw, override, "--set", "blocks.num_blocks=6")
     return parse(Recipe, raw, f"recipe {path.stem}", ConfigError)
 
 
 def recipe_from_dict(raw: dict[str, Any], where: str) -> Recipe:
     return parse(Recipe, raw, where, ConfigError)
+
+
+def with_data(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` overrides of its data section; a new `name` starts a section of its own. Raises ConfigError as load_recipe.
+
+    What was declared of the old data (shapes, counts) is not said of the new ones.
+    """
+    raw = recipe.to_dict()
+    fresh = any(override.startswith("name=") for override in overrides)
+    raw["data"] = {} if fresh else {key: value for key, value in raw["data"].items() if key not in DECLARED}
+    for override in overrides:
+        _override(raw["data"], override, "--data", "path=FILE")
+    return parse(Recipe, raw, "--data", ConfigError)
 
 
 def list_recipes() -> list[str]:
@@ -253,17 +233,17 @@ def recipe_name(name: str | os.PathLike[str]) -> str:
     return Path(name).stem if Path(name).suffix in (".yaml", ".yml") else str(name)
 
 
-def _override(raw: dict[str, Any], override: str) -> None:
+def _override(raw: dict[str, Any], override: str, option: str, example: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set: found '{override}'; allowed: key=value, as in --set blocks.num_blocks=6")
+        raise ConfigError(f"{option}: found '{override}'; allowed: key=value, as in {option} {example}")
     try:
         value = yaml_value(text)
     except (yaml.YAMLError, ValueError) as problem:
-        raise ConfigError(f"--set {key}: '{text}' is not a YAML value: {' '.join(str(problem).split())}") from None
+        raise ConfigError(f"{option} {key}: '{text}' is not a YAML value: {' '.join(str(problem).split())}") from None
     *sections, last = key.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
-            raise ConfigError(f"--set {key}: '{section}' is a value, not a section with keys")
+            raise ConfigError(f"{option} {key}: '{section}' is a value, not a section with keys")
     raw[last] = value

@@ -1,33 +1,28 @@
 """Text as a row of tokens on disk, mapped into memory: a batch touches only the pages that it takes.
 
-Bytes are their own tokens, so the file itself is the map. Any other tokenizer reads the file once, piece by piece, into a cache
-file under $XDG_CACHE_HOME/lowmem (~/.cache/lowmem), whose name is a digest of the file's and the tokenizer's path, size and time.
+Bytes are their own tokens, so the file itself is the map. Any other tokenizer reads the file once, piece by piece, into a file of
+the cache, whose name is a digest of the text's and the tokenizer's paths, sizes and times.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import importlib
-import json
-import os
 import platform
-import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-from lowmem.config import StdlibTextData, TextData
+from lowmem.data_cache import cache_dir, cached, digest, file_facts
+from lowmem.data_config import StdlibTextData, TextConfig, TextData
+from lowmem.data_huggingface import text_files
+from lowmem.data_tokenizer import BYTES, Tokenizer, make_tokenizer, pieces
 from lowmem.errors import DataError
 
 Array = np.ndarray[Any, Any]
-PIECE_BYTES = 1 << 18  # of the text, tokenised at a time
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -56,83 +51,55 @@ class TextDataset:
             yield {"tokens": windows[start : start + batch_size].astype(np.int64)}
 
 
-def load_text(config: StdlibTextData | TextData, seq_len: int) -> TextDataset:
-    """Raises DataError: file missing, empty, too short, not UTF-8 (where the tokenizer needs it), or a tokenizer that cannot be read."""
-    if isinstance(config, StdlibTextData):
-        train, test = (_map(path, np.uint8) for path in _stdlib_files())
-        return TextDataset(train, test, seq_len, 256, "data.name: 'stdlib_text'")
-    path, tokenizer = _text_file(config), load_tokenizer(config)
-    if config.tokenizer == "bytes":
-        tokens = _map(path, np.uint8)
-    else:
-        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        cache = _cached(_cache_path(config, ".bin"), lambda: (np.array(tokenizer.encode(piece), dtype).tobytes() for piece in _pieces(path)))
-        tokens = _map(cache, dtype)
-    num_train = int(len(tokens) * (1 - config.test_fraction))
-    return TextDataset(tokens[:num_train], tokens[num_train:], seq_len, tokenizer.vocab_size, str(path))
+def load_text(config: TextConfig, seq_len: int, tokenizer: Tokenizer | None = None) -> TextDataset:
+    """`tokenizer`: another than the section's own, to evaluate a run on other text.
+
+    Raises DataError: file missing, empty, too short, not UTF-8 (where the tokenizer needs it), a tokenizer that cannot be read, or one of
+    another size than declared.
+    """
+    files = _files(config)
+    tokenizer = tokenizer or _tokenizer(config, files)
+    declared = None if isinstance(config, StdlibTextData) else config.vocab_size
+    if declared not in (None, tokenizer.vocab_size):
+        found = f"data.vocab_size: declared {declared}, found {tokenizer.vocab_size}"
+        raise DataError(f"{found}; declare what the tokenizer has, or leave it out")
+    parts = [_tokens(path, tokenizer) for path in files]
+    if isinstance(config, TextData):
+        num_train = int(len(parts[0]) * (1 - config.test_fraction))
+        parts = [parts[0][:num_train], parts[0][num_train:]]
+    return TextDataset(parts[0], parts[1], seq_len, tokenizer.vocab_size, _where(config))
 
 
-@dataclass(frozen=True)
-class Tokenizer:
-    """Tokens are integers below `vocab_size`. `encode` of characters raises DataError on one that the training text does not hold."""
-
-    vocab_size: int
-    encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]  # bytes that are no text become U+FFFD
-
-
-def load_tokenizer(config: StdlibTextData | TextData) -> Tokenizer:
+def load_tokenizer(config: TextConfig) -> Tokenizer:
     """Raises DataError when the tokenizer is unknown or cannot be read. For `characters` this reads the text, once."""
     if isinstance(config, StdlibTextData) or config.tokenizer == "bytes":
-        return Tokenizer(256, lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors="replace"))
-    return _characters(config) if config.tokenizer == "characters" else _subwords(config)
+        return BYTES
+    return _tokenizer(config, _files(config) if config.tokenizer == "characters" else [])
 
 
-def _characters(config: TextData) -> Tokenizer:
-    """The distinct characters of the text, in order of code point."""
-    path = _text_file(config)
-    cache = _cached(_cache_path(config, ".json"), lambda: [json.dumps(sorted({c for piece in _pieces(path) for c in set(piece)})).encode()])
-    characters: list[str] = json.loads(cache.read_bytes())
-    tokens_of = {character: token for token, character in enumerate(characters)}
-
-    def encode(text: str) -> list[int]:
-        try:
-            return [tokens_of[character] for character in text]
-        except KeyError as problem:
-            raise DataError(f"text: {problem.args[0]!r} is not among the {len(characters)} characters of {path}; leave it out") from None
-
-    return Tokenizer(len(characters), encode, lambda tokens: "".join(characters[token] for token in tokens))
+def _tokenizer(config: TextConfig, files: list[Path]) -> Tokenizer:
+    return make_tokenizer("bytes" if isinstance(config, StdlibTextData) else config.tokenizer, files)
 
 
-def _subwords(config: TextData) -> Tokenizer:
-    """A tokenizer of the package `tokenizers`; it adds no special tokens, cuts nothing off, pads nothing."""
-    files = [str(path) for path in _tokenizer_files(config)]
-    try:
-        package = importlib.import_module("tokenizers")
-    except ImportError:
-        cure = "install the extra: pip install 'lowmem[huggingface]', or take bytes or characters"
-        raise DataError(f"data.tokenizer: '{config.tokenizer}' needs the package tokenizers, which is not installed; {cure}") from None
-    try:
-        inner = package.ByteLevelBPETokenizer(*files) if len(files) == 2 else package.Tokenizer.from_file(*files)
-    except Exception as problem:  # the package raises bare Exceptions
-        raise DataError(f"data.tokenizer: {config.tokenizer}: not readable ({' '.join(str(problem).split())}); restore it from a copy") from None
-    inner.no_truncation()
-    inner.no_padding()
-    return Tokenizer(
-        max(inner.get_vocab().values()) + 1,
-        lambda text: list(inner.encode(text, add_special_tokens=False).ids),
-        lambda tokens: str(inner.decode(tokens, skip_special_tokens=False)),
-    )
+def _files(config: TextConfig) -> list[Path]:
+    """The train and the test part's file, or the one that holds both."""
+    if isinstance(config, StdlibTextData):
+        return _stdlib_files()
+    return [_text_file(config)] if isinstance(config, TextData) else text_files(config)
 
 
-def _tokenizer_files(config: TextData) -> list[Path]:
-    path = Path(config.tokenizer)
-    files = [path / "encoder.json", path / "vocab.bpe"] if path.is_dir() else [path]
-    for file in files:
-        if not file.is_file():
-            allowed = "bytes, characters, a `tokenizers` JSON file, or a folder with GPT-2's encoder.json and vocab.bpe"
-            raise DataError(f"data.tokenizer: no file '{file}'; allowed: {allowed}")
-    return files
+def _where(config: TextConfig) -> str:
+    if isinstance(config, TextData):
+        return config.path
+    return "data.name: 'stdlib_text'" if isinstance(config, StdlibTextData) else f"data.dataset: '{config.dataset}'"
+
+
+def _tokens(path: Path, tokenizer: Tokenizer) -> Array:
+    if tokenizer is BYTES:
+        return _map(path, np.uint8)
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    name = digest(tokenizer.facts, file_facts([path]))
+    return _map(cached(cache_dir() / f"{name}.bin", lambda: (np.array(tokenizer.encode(piece), dtype).tobytes() for piece in pieces(path))), dtype)
 
 
 def _text_file(config: TextData) -> Path:
@@ -143,28 +110,6 @@ def _text_file(config: TextData) -> Path:
     except OSError as problem:
         raise DataError(f"data.path: {config.path}: {problem.strerror}; give the path of a text file that can be read") from None
     raise DataError(f"data.path: {config.path} is empty; give a file with text in it")
-
-
-def _pieces(path: Path) -> Iterator[str]:
-    """The text in pieces, cut before a space after another character: no usual tokenizer joins the two. DataError where it is not UTF-8."""
-    decoder, start, rest = codecs.getincrementaldecoder("utf-8")(), 0, ""
-    with open(path, "rb") as file:
-        while True:
-            data = file.read(PIECE_BYTES)
-            pending = len(decoder.getstate()[0])  # bytes of a character that the last read cut in two
-            try:
-                rest += decoder.decode(data, final=not data)
-            except UnicodeDecodeError as problem:
-                position = start - pending + problem.start
-                raise DataError(f"{path}: byte {position} is not UTF-8; save the file as UTF-8, or use data.tokenizer: bytes") from None
-            start += len(data)
-            if not data:
-                break
-            match = re.match(r"(?s).*\S( )", rest)
-            cut = match.start(1) if match else len(rest)  # no such space: where the read ended
-            yield rest[:cut]
-            rest = rest[cut:]
-    yield rest
 
 
 def _stdlib_files() -> list[Path]:
@@ -179,40 +124,7 @@ def _stdlib_files() -> list[Path]:
             if (number % 10 == 0) == test:  # each tenth file, so that both parts are of the same kind
                 yield (folder / name).read_bytes() + b"\n"
 
-    return [_cached(_cache_dir() / f"{stem}-{part}.bin", partial(sources, part == "test")) for part in ("train", "test")]
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem"
-
-
-def _cache_path(config: TextData, suffix: str) -> Path:
-    files = [Path(config.path), *(() if config.tokenizer == "characters" else _tokenizer_files(config))]
-    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return _cache_dir() / (hashlib.sha256(json.dumps([config.tokenizer, facts]).encode()).hexdigest() + suffix)
-
-
-def _cached(path: Path, parts: Callable[[], Iterable[bytes]]) -> Path:
-    """`path`; if it is not there it is written from `parts`, whole or not at all, by one process while others wait."""
-    if path.exists():
-        return path
-    temporary = Path(f"{path}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if path.exists():
-                return path
-            try:
-                with open(temporary, "wb") as file:
-                    file.writelines(parts())
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except OSError as problem:
-        raise DataError(f"data cache {path.parent}: {problem}; mend this, or set XDG_CACHE_HOME to a folder with room") from None
-    return path
+    return [cached(cache_dir() / f"{stem}-{part}.bin", partial(sources, part == "test")) for part in ("train", "test")]
 
 
 def _map(path: Path, dtype: type[np.generic]) -> Array:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from lowmem.data import describe_data, load_data
+from lowmem.config import Recipe, with_data
+from lowmem.data import Dataset, DataSpec, describe_data, load_data
+from lowmem.data_config import TextConfig
+from lowmem.data_text import load_tokenizer
 from lowmem.errors import ConfigError, StoreError
 from lowmem.evaluation import images, labels, masked, recurrent, tokens
 from lowmem.models import model_builder
@@ -28,26 +32,46 @@ def read_plan(run: RunDir) -> Plan:
     return parse(Plan, raw, str(run.plan_path), StoreError)
 
 
-def evaluate_run(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def evaluate_run(run_dir: str | os.PathLike[str], data: Sequence[str] | None = None) -> dict[str, Any]:
     """Metrics of a run's last commit on its test data: `metric`, `value`, `per_block`, `levels`, and for discrete targets `sigma_max_ce`.
 
-    Raises ResumeError if the folder holds no run, StoreError if a file is torn, DataError if the data cannot be read.
+    `data`: `key=value` overrides of the recipe's data section, to evaluate on other data; text is read with the run's own tokenizer.
+
+    Raises ResumeError if the folder holds no run, StoreError if a file is torn, DataError if the data cannot be read, ConfigError
+    if the other data are not of the shape, classes or vocabulary that the run was trained on.
     """
     run = RunDir(run_dir)
     plan = read_plan(run)
     spec = describe_data(plan.recipe)
     with FrozenRun(run, plan, model_builder(plan.recipe, spec)) as frozen, torch.no_grad():
-        data = load_data(plan.recipe)
+        data_set = _other_data(plan.recipe, spec, data) if data else load_data(plan.recipe, augmented=False)
         objective = frozen.model.objective
         if isinstance(objective, LabelDenoising):
-            return labels.evaluate(frozen, data)
+            return labels.evaluate(frozen, data_set)
         if isinstance(objective, ImageDenoising):
-            return images.evaluate(frozen, data)
+            return images.evaluate(frozen, data_set)
         if isinstance(objective, MaskedDenoising):
-            return masked.evaluate(frozen, data)
+            return masked.evaluate(frozen, data_set)
         if isinstance(objective, RecurrentDenoising):
-            return recurrent.evaluate(frozen, data)
+            return recurrent.evaluate(frozen, data_set)
         if isinstance(objective, TokenDenoising):
-            return tokens.evaluate(frozen, data)
+            return tokens.evaluate(frozen, data_set)
         # further kinds of target join here
     raise ConfigError(f"model.name: '{plan.recipe.model.name}' has no evaluation")
+
+
+def _other_data(recipe: Recipe, spec: DataSpec, overrides: Sequence[str]) -> Dataset:
+    other = with_data(recipe, overrides)
+    tokenizer = None
+    if isinstance(recipe.data, TextConfig) and isinstance(other.data, TextConfig):
+        if any(override.startswith("tokenizer=") for override in overrides):
+            raise ConfigError("--data tokenizer: the run's own tokenizer reads any text here; leave it out")
+        tokenizer = load_tokenizer(recipe.data)
+    found = describe_data(other, tokenizer)
+    if found != spec:
+        raise ConfigError(f"--data: found {_words(found)}; allowed: {_words(spec)}, as the run was trained on; give data of that kind")
+    return load_data(other, tokenizer, augmented=False)
+
+
+def _words(spec: DataSpec) -> str:
+    return ", ".join(f"{name} {value}" for name, value in vars(spec).items() if value is not None)

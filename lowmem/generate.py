@@ -6,11 +6,13 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lowmem.config import CausalLmModel, StdlibTextData, TextData
+from lowmem.config import CausalLmModel
 from lowmem.data import describe_data
+from lowmem.data_config import LatentArraysData, TextConfig
 from lowmem.data_text import load_tokenizer
 from lowmem.errors import ConfigError
 from lowmem.evaluate import read_plan
@@ -44,14 +46,16 @@ def sample_run(
     seed: int = 0,
     text: TextSettings | None = None,
 ) -> Path:
-    """Samples of a run's last commit, `num` of them, in a file: images as a PNG, one class to a column; text as text. Returns its path.
+    """Samples of a run's last commit, `num` of them, in a file. Returns its path.
 
+    Images make a PNG, one class to a column; latents a .npy file; text a text file.
     Raises ResumeError if the folder holds no run, ConfigError if its model makes nothing, DataError if the prompt has unknown characters.
     """
     with open_run(run_dir) as frozen, torch.no_grad():
         model, folder = frozen.model, Path(run_dir)
         if isinstance(model.objective, ImageDenoising):
-            return _image_grid(frozen, Path(out or folder / "samples.png"), num, seed)
+            latents = isinstance(frozen.plan.recipe.data, LatentArraysData)
+            return _images(frozen, Path(out or folder / ("samples.npy" if latents else "samples.png")), num, seed)
         if isinstance(model.objective, MaskedDenoising | TokenDenoising):
             return _text(frozen, Path(out or folder / "samples.txt"), num or 4, seed, text or TextSettings())
         name = frozen.plan.recipe.model.name
@@ -82,7 +86,7 @@ def draw_tokens(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature:
 
 def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSettings) -> Path:
     recipe = frozen.plan.recipe
-    assert isinstance(recipe.data, StdlibTextData | TextData) and recipe.train.seq_len is not None
+    assert isinstance(recipe.data, TextConfig) and recipe.train.seq_len is not None
     tokenizer = load_tokenizer(recipe.data)
     prompt = torch.tensor([tokenizer.encode(settings.prompt)] * num, dtype=torch.long, device=frozen.device).view(num, -1)
     drawn = draw_tokens(frozen, prompt, settings.num_tokens or recipe.train.seq_len, settings.temperature, settings.top_p, seed)
@@ -91,9 +95,15 @@ def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSett
     return path
 
 
-def _image_grid(frozen: FrozenRun, path: Path, num: int | None, seed: int) -> Path:
-    num_classes, config = int(frozen.model.num_classes), frozen.plan.recipe.eval  # type: ignore[arg-type]
+def _images(frozen: FrozenRun, path: Path, num: int | None, seed: int) -> Path:
+    """A PNG grid; of latents, which only their autoencoder makes pictures of, an array [N, C, H, W] in float32, as that one gave them."""
+    num_classes, recipe = int(frozen.model.num_classes), frozen.plan.recipe  # type: ignore[arg-type]
     labels = torch.arange(num or 8 * num_classes) % num_classes
-    num_steps = images.NUM_STEPS if config.num_steps == "auto" else config.num_steps
-    images.write_grid(images.sample(frozen, labels, num_steps, config.guidance, seed), path, num_classes)
+    num_steps = images.NUM_STEPS if recipe.eval.num_steps == "auto" else recipe.eval.num_steps
+    made = images.sample(frozen, labels, num_steps, recipe.eval.guidance, seed)
+    if isinstance(recipe.data, LatentArraysData):
+        with open(path, "wb") as file:
+            np.save(file, made.numpy() / np.float32(recipe.data.scale))
+    else:
+        images.write_grid(made, path, num_classes)
     return path

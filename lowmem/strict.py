@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lowmem.errors import LowmemError, nearest
+
+TAGS = ("name", "kind")  # keys that choose one section of a union
 
 
 class Section(BaseModel):
@@ -98,11 +101,12 @@ def _one_line(cls: type[Section], raw: dict[str, Any], problem: ValidationError)
         return f"unknown key '{key}'; {nearest(path[-1], _known_keys(cls, raw, path[:-1]))}"
     if first["type"] == "missing":
         return f"key '{key}' is missing; add it"
-    if first["type"] == "union_tag_not_found":
-        return f"key '{key}.name' is missing; add it"
-    if first["type"] == "union_tag_invalid":
+    if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
+        tag_key = f"{key}.{first['ctx']['discriminator'].strip(chr(39))}"
+        if first["type"] == "union_tag_not_found":
+            return f"key '{tag_key}' is missing; add it"
         expected = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
-        return f"{key}.name: unknown name '{first['ctx']['tag']}'; {nearest(first['ctx']['tag'], expected)}"
+        return f"{tag_key}: unknown name '{first['ctx']['tag']}'; {nearest(first['ctx']['tag'], expected)}"
     if first["type"] == "value_error":
         return (f"{key}: " if path else "") + str(first["ctx"]["error"])
     same = [p for p in problems if _walk(raw, p["loc"])[0] == path]
@@ -128,13 +132,24 @@ def _walk(raw: Any, loc: tuple[int | str, ...]) -> tuple[list[Any], Any]:
 
 
 def _known_keys(cls: type[BaseModel], raw: Any, path: list[Any]) -> list[str]:
-    """Keys allowed at `path`: follows fields, and the `name` of a union of sections."""
+    """Keys allowed at `path`: follows fields, and the tags of a union of sections."""
     for step in path:
         raw = raw[step]
         field = next(f for n, f in cls.model_fields.items() if (f.alias or n) == step)
-        sections = [t for t in (field.annotation, *typing.get_args(field.annotation)) if isinstance(t, type) and issubclass(t, BaseModel)]
-        cls = next((s for s in sections if len(sections) == 1 or raw.get("name") in typing.get_args(s.model_fields["name"].annotation)), sections[0])
+        sections = list(_sections(field.annotation))
+        cls = next((s for s in sections if len(sections) == 1 or _has_tags_of(s, raw)), sections[0])
     return [field.alias or name for name, field in cls.model_fields.items()]
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _sections(part)
+
+
+def _has_tags_of(section: type[BaseModel], raw: dict[str, Any]) -> bool:
+    return all(raw.get(tag) in typing.get_args(section.model_fields[tag].annotation) for tag in TAGS if tag in section.model_fields)
 
 
 def _is_number(text: str) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lowmem.config import Recipe, recipe_from_dict
+from lowmem.errors import DataError
 
 TINY = {
     "schema": 1,
@@ -40,6 +44,26 @@ def as_overrides(**overrides: Any) -> list[str]:
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     flat.update({name.replace("__", "."): value for name, value in overrides.items()})
     return [f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in flat.items()]
+
+
+def data_refusal(recipe: Recipe) -> str:
+    """The one line with which a recipe's data are refused."""
+    from lowmem.data import describe_data, load_data
+
+    with pytest.raises(DataError) as caught:
+        describe_data(recipe)
+        load_data(recipe)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def batches_digest(batches: Iterable[dict[str, np.ndarray[Any, Any]]]) -> str:
+    whole = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            whole.update(name.encode() + batch[name].tobytes() + str(batch[name].dtype).encode())
+    return whole.hexdigest()
 
 
 def with_weights(model: Any, std: float) -> Any:

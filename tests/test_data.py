@@ -1,23 +1,18 @@
-"""Data: batches are functions of (seed, step), text stays on disk, and bad files are named in one line."""
+"""Data: batches are functions of (seed, step), text stays on disk, and bad texts are named in one line. Images: test_data_images.py."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 import os
-import struct
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
-from conftest import recipe_with
+from conftest import batches_digest, data_refusal, recipe_with
 
-from lowmem import data_text
+from lowmem import data_text, data_tokenizer
 from lowmem.config import Recipe
 from lowmem.data import DataSpec, describe_data, load_data
 from lowmem.data_text import TextDataset, load_text, load_tokenizer
@@ -42,20 +37,6 @@ def text_data(path: Path, tokenizer: str = "bytes") -> TextDataset:
     return load_text(text_recipe(path, tokenizer).data, SEQ_LEN)  # type: ignore[arg-type]
 
 
-def idx_recipe(folder: Path) -> Recipe:
-    return recipe_with(data={"name": "idx_images", "path": str(folder)})
-
-
-def message(recipe: Recipe) -> str:
-    """The one line with which the data are refused."""
-    with pytest.raises(DataError) as caught:
-        describe_data(recipe)
-        load_data(recipe)
-    assert caught.value.exit_code == 2
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.fixture
 def text_path(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
@@ -63,75 +44,25 @@ def text_path(tmp_path: Path) -> Path:
     return path
 
 
-def idx(array: np.ndarray[Any, Any]) -> bytes:
-    return struct.pack(f">{1 + array.ndim}I", 0x800 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-
-
-@pytest.fixture
-def idx_folder(tmp_path: Path) -> Path:
-    """50 + 20 images of 4 x 6 pixels in 5 classes; the training images are compressed. Image n is full of the value n."""
-    for name, count in {"train": 50, "t10k": 20}.items():
-        images = np.arange(count)[:, None, None].repeat(4, 1).repeat(6, 2)
-        (tmp_path / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
-        (tmp_path / f"{name}-labels-idx1-ubyte").write_bytes(idx(np.arange(count) % 5))
-    plain = tmp_path / "train-images-idx3-ubyte"
-    plain.with_name(plain.name + ".gz").write_bytes(gzip.compress(plain.read_bytes()))
-    plain.unlink()
-    return tmp_path
-
-
-def digest(batches: Iterable[dict[str, np.ndarray[Any, Any]]]) -> str:
-    whole = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            whole.update(name.encode() + batch[name].tobytes() + str(batch[name].dtype).encode())
-    return whole.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # batches
 
 
-@pytest.mark.parametrize("name", ["digits", "idx_images", "text"])
-def test_a_batch_is_a_function_of_seed_and_step(name: str, idx_folder: Path, text_path: Path) -> None:
-    recipe = {"digits": recipe_with(), "idx_images": idx_recipe(idx_folder), "text": text_recipe(text_path)}[name]
+@pytest.mark.parametrize("name", ["digits", "text"])
+def test_a_batch_is_a_function_of_seed_and_step(name: str, text_path: Path) -> None:
+    recipe = recipe_with() if name == "digits" else text_recipe(text_path)
     data, other = load_data(recipe), load_data(recipe)
     for step in (0, 7, 100):
         other.batch(3, step + 1, 5)  # what was drawn before does not matter
-        assert digest([data.batch(3, step, 8)]) == digest([other.batch(3, step, 8)])
-    assert len({digest([data.batch(seed, step, 8)]) for seed in (0, 1) for step in (0, 1)}) == 4
+        assert batches_digest([data.batch(3, step, 8)]) == batches_digest([other.batch(3, step, 8)])
+    assert len({batches_digest([data.batch(seed, step, 8)]) for seed in (0, 1) for step in (0, 1)}) == 4
 
 
 def test_the_digits_are_what_they_were() -> None:
     data = load_data(recipe_with())
     batches = (data.batch(seed, step, 64) for seed in (0, 1) for step in (0, 22, 500))
-    assert digest(batches) == "aa82984d8007754b2cfe807affc142e2aab5a5edd3f227ee007330155c53ffd6"
-    assert digest(data.test_batches(100)) == "1631bf92d02fa4b7f559a26e66b79347ae3175d5213c9deae8a30b6f7b2c8255"
-
-
-def test_idx_images_are_read_and_each_appears_once_an_epoch(idx_folder: Path) -> None:
-    recipe = idx_recipe(idx_folder)
-    assert describe_data(recipe) == DataSpec(image_shape=(1, 4, 6), num_classes=5)
-    data = load_data(recipe)
-    assert (data.num_train, data.num_test) == (50, 20)
-    for epoch in (0, 1):
-        batches = [data.batch(0, 5 * epoch + step, 10) for step in range(5)]
-        images, labels = (np.concatenate([batch[name] for batch in batches]) for name in ("image", "label"))
-        values = np.rint((images[:, 0, 0, 0] + 1) * 127.5).astype(int)
-        assert sorted(values) == list(range(50)) and (labels == values % 5).all()
-    test = list(data.test_batches(8))
-    assert [len(batch["label"]) for batch in test] == [8, 8, 4]
-    assert test[0]["image"].shape == (8, 1, 4, 6) and test[0]["image"].dtype == np.float32 and test[0]["label"].dtype == np.int64
-
-
-def test_images_are_scaled_to_minus_one_to_one(idx_folder: Path) -> None:
-    images = np.tile(np.array([0, 255, 51], np.uint8), 40).reshape(20, 3, 2)
-    for name, count in {"train": 50, "t10k": 20}.items():
-        for old in idx_folder.glob(f"{name}-images*"):
-            old.unlink()
-        (idx_folder / f"{name}-images-idx3-ubyte").write_bytes(idx(np.resize(images, (count, 3, 2))))
-    image = next(load_data(idx_recipe(idx_folder)).test_batches(20))["image"]
-    assert np.allclose(np.unique(image), [-1, -0.6, 1]) and image.min() == -1 and image.max() == 1
+    assert batches_digest(batches) == "aa82984d8007754b2cfe807affc142e2aab5a5edd3f227ee007330155c53ffd6"
+    assert batches_digest(data.test_batches(100)) == "1631bf92d02fa4b7f559a26e66b79347ae3175d5213c9deae8a30b6f7b2c8255"
 
 
 def test_windows_come_from_the_train_part_and_test_windows_cover_the_rest_in_order(tmp_path: Path) -> None:
@@ -156,10 +87,10 @@ def test_the_standard_library_is_the_same_text_twice(cache: Path) -> None:
     again = load_data(recipe)
     assert len(files) == 2 and all(path.stat().st_mtime_ns == time for path, time in files.items())
     assert sum(path.stat().st_size for path in files) > 5e6 and 0.02 < first.num_test / first.num_train < 0.5
-    assert digest([first.batch(0, 0, 4)]) == digest([again.batch(0, 0, 4)])
+    assert batches_digest([first.batch(0, 0, 4)]) == batches_digest([again.batch(0, 0, 4)])
     for path in files:
         path.unlink()
-    assert digest(load_data(recipe).test_batches(999)) == digest(first.test_batches(999))
+    assert batches_digest(load_data(recipe).test_batches(999)) == batches_digest(first.test_batches(999))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +100,7 @@ def test_the_standard_library_is_the_same_text_twice(cache: Path) -> None:
 @pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
 @pytest.mark.parametrize("piece_bytes", [7, 1 << 18])
 def test_text_round_trips(text_path: Path, tokenizer: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_text, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(data_tokenizer, "PIECE_BYTES", piece_bytes)
     recipe, data = text_recipe(text_path, tokenizer), text_data(text_path, tokenizer)
     codec = load_tokenizer(recipe.data)  # type: ignore[arg-type]
     assert codec.vocab_size == data.vocab_size == (256 if tokenizer == "bytes" else len(set(TEXT)))
@@ -199,7 +130,7 @@ def subwords(folder: Path, kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["json", "folder"])
 def test_text_tokenised_in_pieces_is_the_text_tokenised_whole(text_path: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_text, "PIECE_BYTES", 61)
+    monkeypatch.setattr(data_tokenizer, "PIECE_BYTES", 61)
     tokenizer = subwords(tmp_path, kind)
     data = text_data(text_path, tokenizer)
     codec = load_tokenizer(text_recipe(text_path, tokenizer).data)  # type: ignore[arg-type]
@@ -212,7 +143,8 @@ def test_the_cache_is_reused_until_the_file_changes(text_path: Path, cache: Path
     text_data(text_path, "characters")
     before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr(data_text, "_pieces", None)  # reading the text again would fail
+        for module in (data_text, data_tokenizer):
+            patch.setattr(module, "pieces", None)  # reading the text again would fail
         text_data(text_path, "characters")
     assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == before
     text_path.write_bytes((TEXT + "Ω").encode())
@@ -227,7 +159,7 @@ def test_a_half_written_cache_is_never_used(text_path: Path, cache: Path, monkey
     file.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert "No space left on device" in message(text_recipe(text_path, "characters"))
+        assert "No space left on device" in data_refusal(text_recipe(text_path, "characters"))
     assert not file.exists() and not list(cache.glob("*.tmp"))
     assert text_data(text_path, "characters").train.tolist() == whole
 
@@ -274,11 +206,11 @@ def test_a_large_text_is_mapped_and_not_held_in_memory(tmp_path: Path) -> None:
 def test_a_bad_text_is_refused(
     tmp_path: Path, cache: Path, content: bytes | None, tokenizer: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data_text, "PIECE_BYTES", 100)
+    monkeypatch.setattr(data_tokenizer, "PIECE_BYTES", 100)
     path = tmp_path / "bad.txt"
     if content is not None:
         path.write_bytes(content)
-    assert words in message(text_recipe(path, tokenizer))
+    assert words in data_refusal(text_recipe(path, tokenizer))
     assert not list(cache.glob("*.tmp"))
 
 
@@ -290,42 +222,11 @@ def test_a_text_is_refused_before_a_run_is_planned(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_cannot_be_read_is_refused(text_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "encoder.json'; allowed:" in message(text_recipe(text_path, str(tmp_path)))
+    assert "encoder.json'; allowed:" in data_refusal(text_recipe(text_path, str(tmp_path)))
     broken = tmp_path / "tokenizer.json"
     broken.write_text(json.dumps({"model": 1}))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tokenizers", None)
-        assert "pip install 'lowmem[huggingface]'" in message(text_recipe(text_path, str(broken)))
+        assert "pip install 'lowmem[huggingface]'" in data_refusal(text_recipe(text_path, str(broken)))
     pytest.importorskip("tokenizers")
-    assert "tokenizer.json: not readable" in message(text_recipe(text_path, str(broken)))
-
-
-PIXELS = np.zeros((20, 4, 6), np.uint8)
-LABELS = np.arange(20) % 5
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("t10k-images-idx3-ubyte", None, "no file t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz in the folder"),
-        ("t10k-labels-idx1-ubyte", None, "no file t10k-labels-idx1-ubyte"),
-        ("t10k-images-idx3-ubyte", b"", "found 0 bytes; allowed: at least the header's 16"),
-        ("t10k-images-idx3-ubyte", idx(LABELS), "magic number 2049; expected 2051"),
-        ("t10k-labels-idx1-ubyte", idx(PIXELS), "magic number 2051; expected 2049"),
-        ("t10k-images-idx3-ubyte", idx(PIXELS)[:-1], "479 bytes after the header; expected 480 = 20 x 4 x 6"),
-        ("t10k-images-idx3-ubyte", idx(PIXELS) + b"0", "481 bytes after the header; expected 480"),
-        ("t10k-images-idx3-ubyte", idx(np.zeros((20, 6, 4))), "images of 6 x 4 pixels; allowed: 4 x 6"),
-        ("t10k-images-idx3-ubyte", idx(np.zeros((0, 4, 6))), "header says 0 x 4 x 6"),
-        ("t10k-images-idx3-ubyte", idx(PIXELS[1:]), "20 labels for 19 images"),
-        ("t10k-labels-idx1-ubyte", idx(LABELS + 1), "found label 5; allowed: 0 to 4"),
-        ("train-labels-idx1-ubyte", idx(np.arange(50) % 5 * 2), "labels up to 8, but none is 1"),
-        ("train-images-idx3-ubyte.gz", b"no gzip at all, but text", "not readable to its end"),
-        ("train-images-idx3-ubyte.gz", gzip.compress(idx(np.random.default_rng(0).integers(0, 256, (50, 4, 6))))[:-40], "not readable to its end"),
-    ],
-)
-def test_a_bad_idx_file_is_refused(idx_folder: Path, name: str, content: bytes | None, words: str) -> None:
-    (idx_folder / name).unlink()
-    if content is not None:
-        (idx_folder / name).write_bytes(content)
-    text = message(idx_recipe(idx_folder))
-    assert words in text and str(idx_folder) in text
+    assert "tokenizer.json: not readable" in data_refusal(text_recipe(text_path, str(broken)))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem.data import Dataset
+from lowmem.data_config import LatentArraysData
 from lowmem.errors import DataError
 from lowmem.evaluation.common import test_batches
 from lowmem.noise import block_interval, block_of, boundaries, euler_step, sample_sigma, sigma_at
@@ -62,7 +63,7 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
 
 @torch.no_grad()
 def sample(frozen: FrozenRun, labels: Tensor, num_steps: int, guidance: float, seed: int) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1] of the given classes [N], on the CPU: the blocks in order, each for its share of the steps.
+    """Images [N, C, H, W] in [-1, 1], or latents, of the given classes [N], on the CPU: the blocks in order, each for its share of the steps.
 
     Euler steps down from sigma_max, the last call returns D itself (paper, section 3.3). Guidance: D_none + guidance (D_class - D_none).
     """
@@ -84,7 +85,8 @@ def sample(frozen: FrozenRun, labels: Tensor, num_steps: int, guidance: float, s
                     unguided = objective.denoised(model, layers, {"label": without}, z, level, noise)
                     denoised = unguided + guidance * (denoised - unguided)
                 parts[i] = denoised if following is None else euler_step(z, denoised, sigma, following)
-    return objective.image(torch.cat(parts), noise).cpu()
+    made = objective.image(torch.cat(parts), noise).cpu()
+    return made if isinstance(frozen.plan.recipe.data, LatentArraysData) else made.clamp(-1, 1)
 
 
 def _walk(frozen: FrozenRun, blocks: Sequence[int]) -> Iterator[tuple[int, list[nn.Module]]]:

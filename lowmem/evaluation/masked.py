@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.config import Recipe, StdlibTextData, TextData
+from lowmem.config import Recipe
 from lowmem.data import Dataset
+from lowmem.data_config import StdlibTextData, TokenisedText
 from lowmem.evaluation.common import test_batches
 from lowmem.evaluation.tokens import _draw
 from lowmem.models.base import Batch
@@ -121,7 +122,7 @@ def _cross_entropy(frozen: FrozenRun, layers: list[nn.Module], batches: list[Bat
 def _metric(recipe: Recipe) -> str:
     """A token is a character (or a byte of it) only where the tokenizer says so."""
     data = recipe.data
-    single = isinstance(data, StdlibTextData) or (isinstance(data, TextData) and data.tokenizer in ("bytes", "characters"))
+    single = isinstance(data, StdlibTextData) or (isinstance(data, TokenisedText) and data.tokenizer in ("bytes", "characters"))
     return "bits_per_char" if single else "bits_per_token"
 
 

@@ -67,8 +67,8 @@ class ImageDenoising:
 
     @staticmethod
     def image(y: Tensor, noise: NoiseConfig) -> Tensor:
-        """The image in [-1, 1] of a y."""
-        return (y / noise.sigma_data).clamp(-1, 1)
+        """The image of a y."""
+        return y / noise.sigma_data
 
     @staticmethod
     def noised(y: Tensor, sigma: Tensor) -> Tensor:
