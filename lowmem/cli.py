@@ -110,9 +110,10 @@ def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe's
     if name is not None:
         print(find_file(name, "recipes", "recipe", ConfigError).read_text(encoding="utf-8"), end="")
         return
+    width = max(map(len, list_recipes())) + 2
     for known in list_recipes():
         comment = find_file(known, "recipes", "recipe", ConfigError).read_text(encoding="utf-8").splitlines()[0]
-        print(f"{known:<28} {comment.lstrip('# ')}")
+        print(f"{known:<{width}}{comment.lstrip('# ')}")
 
 
 @app.command()

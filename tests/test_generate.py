@@ -1,4 +1,4 @@
-"""Text recipes from end to end: train, evaluate, write samples; and every packaged recipe plans."""
+"""Text recipes from end to end: train, evaluate, write samples."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.config import list_recipes, load_recipe
 from lowmem.errors import ConfigError, DataError
 from lowmem.generate import TextSettings, sample_run
-from lowmem.job import plan_recipe, train
+from lowmem.job import train
 from lowmem.report import read_report
 
 QUICK = ["train.num_steps=6", "train.warmup_steps=2", "blocks.visit_steps=3", "train.seq_len=32", "train.batch_size=8", "eval.num_batches=1"]
@@ -61,13 +60,3 @@ def test_a_prompt_with_an_unknown_character_is_refused(tmp_path: Path, book: lis
     folder = train("stdlib-causal", "cpu-4gib", tmp_path / "run", [*QUICK, *book])
     with pytest.raises(DataError):
         sample_run(folder, text=TextSettings(prompt="Ünknown"))
-
-
-@pytest.mark.parametrize("name", list_recipes())
-def test_every_packaged_recipe_plans_or_says_which_file_it_needs(name: str) -> None:
-    recipe = load_recipe(name)
-    if recipe.data.name == "idx_images":
-        with pytest.raises(DataError, match="data/fashion_mnist"):
-            plan_recipe(name, "cpu-16gib")
-    else:
-        assert plan_recipe(name, "cpu-16gib").fits
