@@ -6,7 +6,8 @@ from setuptools import setup
 
 DATA = ["scikit-learn>=1.4", "Pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
-HUGGINGFACE = ["transformers>=4.50", "tokenizers>=0.21", "datasets>=4"]
+TEXT = ["tokenizers>=0.21"]
+HUGGINGFACE = ["transformers>=4.50", "datasets>=4", *TEXT]
 DEV = ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"]
 
 setup(
@@ -37,6 +38,7 @@ setup(
     extras_require={
         "data": DATA,
         "plots": PLOTS,
+        "text": TEXT,
         "huggingface": HUGGINGFACE,
         "dev": DEV,
         "all": DATA + PLOTS + HUGGINGFACE + DEV,

@@ -110,9 +110,10 @@ def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe's
     if name is not None:
         print(find_file(name, "recipes", "recipe", ConfigError).read_text(encoding="utf-8"), end="")
         return
+    width = max(map(len, list_recipes())) + 2
     for known in list_recipes():
         comment = find_file(known, "recipes", "recipe", ConfigError).read_text(encoding="utf-8").splitlines()[0]
-        print(f"{known:<28} {comment.lstrip('# ')}")
+        print(f"{known:<{width}}{comment.lstrip('# ')}")
 
 
 @app.command()
@@ -189,8 +190,8 @@ def sample(
     out: Annotated[Path | None, typer.Option("--out", help="default: a file in the run folder")] = None,
     num: Annotated[int | None, typer.Option("--num", min=1, help="how many; default: eight of each class, or four texts")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="another seed, other samples")] = 0,
-    prompt: Annotated[str, typer.Option("--prompt", help="causal text models: what to continue")] = "",
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="causal text models: how many to add")] = None,
+    prompt: Annotated[str, typer.Option("--prompt", help="causal and recurrent text models: what to continue")] = "",
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="causal and recurrent text models: how many to add")] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0)] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1)] = 0.95,
 ) -> None:

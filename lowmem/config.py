@@ -27,7 +27,7 @@ Tier = Literal["device", "host", "disk"]
 Precision = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw8bit", "adamw"]
 Method = Literal["diffusion_blocks", "end_to_end"]
-# what the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing, so that only the read-out knows z
+# what the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing: only the read-out knows z and sigma
 NoisyInput = Literal["scaled", "posterior", "none"]
 Readout = Literal["plain", "bayes"]  # the network's logits (paper), or with the analytic term E z / sigma^2 added
 # how ln sigma is drawn: around p_mean (paper); around the level that hides half of what z tells of a discrete target; so with that spread too
@@ -71,6 +71,7 @@ class DitModel(TransformerModel):
 class MaskedLmModel(TransformerModel):
     name: Literal["masked_lm"]
     mask_schedule: Literal["linear", "cosine"] = "linear"  # alpha(t), the share of tokens not masked at time t
+    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
 
 
 class CausalLmModel(TransformerModel):

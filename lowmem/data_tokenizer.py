@@ -88,7 +88,7 @@ def _subwords(path: Path) -> Tokenizer:
     try:
         package = importlib.import_module("tokenizers")
     except ImportError:
-        cure = "install the extra: pip install 'lowmem[huggingface]', or take bytes or characters"
+        cure = "install the extra: pip install 'lowmem[text]', or take bytes or characters"
         raise DataError(f"data.tokenizer: '{path}' needs the package tokenizers, which is not installed; {cure}") from None
     try:
         names = [str(file) for file in files]

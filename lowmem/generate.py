@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lowmem.config import CausalLmModel
 from lowmem.data import describe_data
@@ -15,7 +16,7 @@ from lowmem.data_config import LatentArraysData, TextConfig
 from lowmem.data_text import load_tokenizer
 from lowmem.errors import ConfigError
 from lowmem.evaluate import read_plan
-from lowmem.evaluation import images, masked, tokens
+from lowmem.evaluation import images, masked, recurrent, tokens
 from lowmem.models import model_builder
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.masked import MaskedDenoising
@@ -27,7 +28,10 @@ from lowmem.sampler import FrozenRun
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How text is drawn. `prompt` and `num_tokens` are of causal models; None: as many tokens as a sequence has."""
+    """How text is drawn. `prompt` and `num_tokens` are of models that predict the next token; None: as many tokens as a sequence has.
+
+    A masked model fills one sequence.
+    """
 
     prompt: str = ""
     num_tokens: int | None = None
@@ -47,29 +51,45 @@ def sample_run(
     Images make a PNG, one class to a column; latents a .npy file; text a text file.
     Raises ResumeError if the folder holds no run, ConfigError if its model makes nothing, DataError if the prompt has unknown characters.
     """
+    with open_run(run_dir) as frozen, torch.no_grad():
+        model, folder = frozen.model, Path(run_dir)
+        if isinstance(model.objective, ImageDenoising):
+            latents = isinstance(frozen.plan.recipe.data, LatentArraysData)
+            return _images(frozen, Path(out or folder / ("samples.npy" if latents else "samples.png")), num, seed)
+        if isinstance(model.objective, MaskedDenoising | TokenDenoising):
+            return _text(frozen, Path(out or folder / "samples.txt"), num or 4, seed, text or TextSettings())
+        name = frozen.plan.recipe.model.name
+    raise ConfigError(f"model.name: '{name}' makes no samples; allowed: dit, masked_lm, causal_lm, recurrent_lm")
+
+
+def open_run(run_dir: str | os.PathLike[str]) -> FrozenRun:
+    """A run's last commit, for drawing from it: a causal model needs every block for every token, so they all stay on the device.
+
+    Raises ResumeError if the folder holds no run.
+    """
     run = RunDir(run_dir)
     plan = read_plan(run)
-    together = isinstance(plan.recipe.model, CausalLmModel)  # every block is needed for every token
-    with FrozenRun(run, plan, model_builder(plan.recipe, describe_data(plan.recipe)), together) as frozen, torch.no_grad():
-        objective = frozen.model.objective
-        if isinstance(objective, ImageDenoising):
-            latents = isinstance(plan.recipe.data, LatentArraysData)
-            return _images(frozen, Path(out or run.path / ("samples.npy" if latents else "samples.png")), num, seed)
-        if isinstance(objective, MaskedDenoising | TokenDenoising) and not isinstance(objective, RecurrentDenoising):
-            return _text(frozen, Path(out or run.path / "samples.txt"), num or 4, seed, text or TextSettings())
-    raise ConfigError(f"model.name: '{plan.recipe.model.name}' makes no samples; allowed: dit, masked_lm, causal_lm")
+    together = isinstance(plan.recipe.model, CausalLmModel)
+    return FrozenRun(run, plan, model_builder(plan.recipe, describe_data(plan.recipe)), together)
+
+
+def draw_tokens(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: float, top_p: float, seed: int) -> Tensor:
+    """[B, L + num_tokens] of a text model that goes on from `prompt` [B, L]; of a masked one, which takes no prompt, B whole sequences."""
+    recipe = frozen.plan.recipe
+    if isinstance(frozen.model.objective, MaskedDenoising):
+        assert recipe.train.seq_len is not None
+        num_steps = recipe.train.seq_len if recipe.eval.num_steps == "auto" else recipe.eval.num_steps
+        return masked.sample_tokens(frozen, len(prompt), num_steps, seed, temperature, top_p)
+    generate = recurrent.generate if isinstance(frozen.model.objective, RecurrentDenoising) else tokens.generate
+    return generate(frozen, prompt, num_tokens, temperature, top_p, seed)
 
 
 def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSettings) -> Path:
     recipe = frozen.plan.recipe
     assert isinstance(recipe.data, TextConfig) and recipe.train.seq_len is not None
     tokenizer = load_tokenizer(recipe.data)
-    if isinstance(frozen.model.objective, MaskedDenoising):
-        num_steps = recipe.train.seq_len if recipe.eval.num_steps == "auto" else recipe.eval.num_steps
-        drawn = masked.sample_tokens(frozen, num, num_steps, seed)
-    else:
-        prompt = torch.tensor([tokenizer.encode(settings.prompt)] * num, dtype=torch.long, device=frozen.device).view(num, -1)
-        drawn = tokens.generate(frozen, prompt, settings.num_tokens or recipe.train.seq_len, settings.temperature, settings.top_p, seed)
+    prompt = torch.tensor([tokenizer.encode(settings.prompt)] * num, dtype=torch.long, device=frozen.device).view(num, -1)
+    drawn = draw_tokens(frozen, prompt, settings.num_tokens or recipe.train.seq_len, settings.temperature, settings.top_p, seed)
     texts = [f"--- sample {index}, seed {seed}\n{tokenizer.decode(row)}\n" for index, row in enumerate(drawn.tolist())]
     path.write_text("".join(texts), encoding="utf-8")
     return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,20 +106,23 @@ def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder:
         host_bytes=profile.host_budget_bytes,
         disk_bytes=None if folder is None else max(_free_bytes(folder) - from_gib(profile.disk.reserve_gib), 0),
     )
-    smallest: Plan | None = None
-    for settings in _candidates(recipe, profile, len(model.layers)):
+
+    def planned(settings: Settings) -> Plan:
         settings = settings.model_copy(update={"write_back": _write_back(recipe, *layouts_of(model, settings))})
-        predicted = predict(model, recipe, profile, settings, counter)
-        plan = Plan(
+        return Plan(
             recipe=recipe,
             profile=profile,
             noise=noise,
             settings=settings,
             budget=budget,
-            predicted=predicted,
+            predicted=predict(model, recipe, profile, settings, counter),
             num_parameters=sum(p.numel() for p in model.parameters()),
             choices=_choices(recipe, profile, settings, noise),
         )
+
+    smallest: Plan | None = None
+    for candidates in _candidates(recipe, profile, len(model.layers)):
+        plan = _largest_that_fits(candidates, planned)
         if plan.fits:
             return plan
         if smallest is None or _excess(plan) < _excess(smallest):
@@ -132,8 +135,32 @@ def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder:
 # Choosing
 
 
-def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[Settings]:
-    """All that the recipe allows, best first."""
+def _largest_that_fits(candidates: list[Settings], planned: Callable[[Settings], Plan]) -> Plan:
+    """Of candidates that differ in the micro-batch alone, largest first; where none fits, the smallest.
+
+    To plan one takes up to a second or two. Activations grow about in proportion to the micro-batch, so the search begins where that
+    leads, and few are looked at.
+    """
+    plan = planned(candidates[0])
+    if plan.fits or len(candidates) == 1:
+        return plan
+    activations = plan.predicted.by_category["activations"]
+    room = plan.budget.device_bytes - (plan.predicted.device_peak_bytes - activations)
+    wanted = plan.settings.micro_batch_size * room / activations
+    last = len(candidates) - 1
+    index = next((i for i in range(1, last) if candidates[i].micro_batch_size <= wanted), last)
+    plan = planned(candidates[index])
+    while not plan.fits and index < last:
+        index += 1
+        plan = planned(candidates[index])
+    while plan.fits and index > 1 and (larger := planned(candidates[index - 1])).fits:
+        index -= 1
+        plan = larger
+    return plan
+
+
+def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[list[Settings]]:
+    """All that the recipe allows, best first, in lists that differ in the micro-batch alone, largest first."""
     whole, blocks, train = recipe.method == "end_to_end", recipe.blocks, recipe.train
     num_blocks = [blocks.num_blocks] if blocks.num_blocks != "auto" else ([1] if whole else list(range(1, num_layers + 1)))
     if num_blocks[0] > num_layers:
@@ -149,22 +176,20 @@ def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[S
     elif profile.unified and recipe.offload.tier == "auto":
         tiers.remove("host")  # the same memory
     micro = [train.batch_size // n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
-    for count, tier, recompute, size in itertools.product(
-        num_blocks,
-        tiers,
-        [False, True] if train.recompute == "auto" else [train.recompute],
-        micro if train.micro_batch_size == "auto" else [train.micro_batch_size],
-    ):
-        yield Settings(
-            num_blocks=count,
-            micro_batch_size=size,
-            precision=_precision(recipe, profile),
-            recompute=recompute,
-            optimizer=_optimizer(recipe, profile),
-            ema=recipe.optimizer.ema is not None,
-            tier=tier,
-            write_back="wait",
-        )
+    for count, tier, recompute in itertools.product(num_blocks, tiers, [False, True] if train.recompute == "auto" else [train.recompute]):
+        yield [
+            Settings(
+                num_blocks=count,
+                micro_batch_size=size,
+                precision=_precision(recipe, profile),
+                recompute=recompute,
+                optimizer=_optimizer(recipe, profile),
+                ema=recipe.optimizer.ema is not None,
+                tier=tier,
+                write_back="wait",
+            )
+            for size in (micro if train.micro_batch_size == "auto" else [train.micro_batch_size])
+        ]
 
 
 def _precision(recipe: Recipe, profile: Profile) -> Precision:

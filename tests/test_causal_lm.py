@@ -213,3 +213,15 @@ def test_an_evaluation_shows_the_chain_beside_the_oracle_and_the_joint_predictio
     assert first["ce_shuffled"] > first["ce"] + 0.1
     blocks = [block["sigma_max_ce"] for block in metrics["per_block"]]
     assert metrics["value"] == metrics["sigma_max_ce"] <= max(blocks)
+
+
+def test_the_mean_of_the_blocks_features_gives_the_mean_of_their_log_probabilities() -> None:
+    """The head is linear, so the joint prediction needs one feature vector for each token, whatever the number of blocks and tokens' kinds."""
+    model = built(noisy_input="none")
+    objective, batch = objective_of(model), {"tokens": torch.randint(VOCAB, (3, LENGTH))}
+    z, sigma = torch.randn(3, LENGTH, 16), torch.full((3, LENGTH), 2.0)
+    with torch.no_grad():
+        parts = [objective.features(model, model.layers[i : i + 2], batch, z, sigma, NOISE) for i in (0, 2)]
+        flat = [objective.logits(model, part.flatten(0, 1), z.flatten(0, 1), sigma.flatten()).log_softmax(-1) for part in parts]
+        expected = F.cross_entropy(torch.stack(flat).mean(0), batch["tokens"].flatten(), reduction="none").view(3, LENGTH)
+        assert torch.allclose(objective.predictions(model, torch.stack(parts).mean(0), batch["tokens"], z, sigma)[0], expected, atol=1e-5)

@@ -227,6 +227,6 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(text_path: Path, tmp_path: P
     broken.write_text(json.dumps({"model": 1}))
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tokenizers", None)
-        assert "pip install 'lowmem[huggingface]'" in data_refusal(text_recipe(text_path, str(broken)))
+        assert "pip install 'lowmem[text]'" in data_refusal(text_recipe(text_path, str(broken)))
     pytest.importorskip("tokenizers")
     assert "tokenizer.json: not readable" in data_refusal(text_recipe(text_path, str(broken)))

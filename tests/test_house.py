@@ -22,7 +22,8 @@ FLOORS = """
     models.layers models.vit models.dit models.masked_lm models.text models.causal_lm models.recurrent_lm models
     run_dir telemetry store stream
     footprint plan weights trainer sampler
-    evaluation evaluation.common evaluation.labels evaluation.images evaluation.masked evaluation.tokens evaluation.recurrent evaluate generate job
+    evaluation evaluation.common evaluation.labels evaluation.images evaluation.tokens evaluation.masked evaluation.recurrent
+    evaluate generate evaluation.text_quality job
     report dashboard cli __init__ __main__
 """
 ORDER = FLOORS.split()

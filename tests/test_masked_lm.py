@@ -1,11 +1,10 @@
-"""Masked diffusion: the partition of t, a bound that is one, blocks that add up to it, and text without holes."""
+"""The masked language model: its loss, in chunks too; runs whose bound is the sum of their blocks; text without holes."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from lowmem.config import MaskedLmModel, NoiseConfig, Recipe, recipe_from_dict
 from lowmem.data import Dataset
 from lowmem.evaluation.masked import evaluate, sample_tokens
 from lowmem.hardware import load_profile
-from lowmem.models.base import Batch, BlockModel
 from lowmem.models.masked_lm import MaskedLm
 from lowmem.noise import Interval
 from lowmem.objectives.masked import T_MIN, MaskedDenoising
@@ -25,154 +23,22 @@ from lowmem.report import digest
 from lowmem.run_dir import RunDir, RunState
 from lowmem.sampler import FrozenRun
 from lowmem.trainer import Trainer
+from lowmem.units import MIB
 
 NOISE = NoiseConfig()
-SCHEDULES: list[Literal["linear", "cosine"]] = ["linear", "cosine"]
 VOCAB, LENGTH = 8, 16
+HEAD_CHUNK = 4096
 CONFIG = MaskedLmModel(name="masked_lm", num_layers=3, dim=32, num_heads=2, mask_schedule="cosine")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The schedule and its partition
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_alpha_falls_from_one_to_zero_and_its_inverse_undoes_it(schedule: Any) -> None:
-    objective = MaskedDenoising(schedule, 2)
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    alpha = objective.alpha(t)
-    assert (alpha[0], alpha[-1]) == (1, 0) and (alpha.diff() < 0).all()
-    assert [objective.alpha_inverse(1.0), objective.alpha_inverse(0.0)] == [0.0, 1.0]
-    torch.testing.assert_close(torch.tensor([objective.alpha_inverse(float(a)) for a in alpha], dtype=torch.float64), t)
-    if schedule == "cosine":  # as MD4 writes it
-        torch.testing.assert_close(alpha, 1 - (math.pi / 2 * (1 - t)).cos())
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_weight_is_the_slope_of_alpha_over_the_masked_share(schedule: Any) -> None:
-    objective = MaskedDenoising(schedule, 2)
-    t = torch.linspace(0.001, 1, 50, dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(objective.alpha(t).sum(), t)
-    torch.testing.assert_close(objective.weight(t), -slope / (1 - objective.alpha(t)))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 6])
-def test_blocks_own_equal_shares_of_alpha_the_first_next_to_all_masked(schedule: Any, num_blocks: int) -> None:
-    objective = MaskedDenoising(schedule, 2)
-    intervals = [objective.interval(block, num_blocks, NOISE, 0.0) for block in range(num_blocks)]
-    assert intervals[0].high == 1 and intervals[-1].low == 0
-    assert [upper.low for upper in intervals[:-1]] == [lower.high for lower in intervals[1:]]
-    borders = torch.tensor([intervals[-1].low, *(interval.high for interval in reversed(intervals))], dtype=torch.float64)
-    decrements = -objective.alpha(borders).diff()
-    torch.testing.assert_close(decrements, torch.full_like(decrements, 1 / num_blocks))
-    if schedule == "linear":
-        torch.testing.assert_close(borders, torch.arange(num_blocks + 1) / num_blocks, check_dtype=False)
-
-
-def test_overlap_widens_by_a_share_of_the_interval_within_the_range() -> None:
-    objective = MaskedDenoising("linear", 2)
-    found = [objective.interval(block, 3, NOISE, 0.1) for block in range(3)]
-    torch.testing.assert_close(torch.tensor(found), torch.tensor([[19 / 30, 1], [9 / 30, 21 / 30], [0, 11 / 30]]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The bound, on a distribution small enough to enumerate
-
-
-class Exact(BlockModel):
-    """The posterior of each token given the unmasked ones under `probs` [V, ..., V], to a power: 1 is the exact denoiser."""
-
-    def __init__(self, probs: Tensor, power: float = 1.0, schedule: Literal["linear", "cosine"] = "linear") -> None:
-        super().__init__()
-        vocab, length = probs.shape[0], probs.ndim
-        self.power = power
-        self.sequences = torch.tensor(list(itertools.product(range(vocab), repeat=length)))
-        self.probs, self.one_hot = probs.flatten(), nn.functional.one_hot(self.sequences, vocab).to(probs.dtype)
-        self.layers = nn.ModuleList()
-        self.objective = MaskedDenoising(schedule, mask_token=vocab)
-
-    def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert noisy is not None
-        agrees = ((noisy[:, None] == self.sequences) | (noisy[:, None] == self.objective.mask_token)).all(-1)  # [B, number of sequences]
-        posterior = torch.einsum("bs,slv->blv", agrees * self.probs, self.one_hot)
-        return (posterior / posterior.sum(-1, keepdim=True)).clamp(min=1e-30).log() * self.power, noisy
-
-    def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
-        return h
-
-
-def toy(vocab: int, length: int) -> Tensor:
-    """A random distribution over sequences, far from independent."""
-    return (3 * torch.randn([vocab] * length, generator=torch.Generator().manual_seed(vocab + length))).flatten().softmax(0).view([vocab] * length)
-
-
-def nelbo(model: Exact, interval: Interval, num_points: int = 400) -> Tensor:
-    """Nats per token of each sequence, [S]: every mask pattern by its probability, t by the midpoint rule."""
-    objective, tokens = model.objective, model.sequences
-    edges = torch.linspace(interval.low, interval.high, num_points + 1, dtype=torch.float64)
-    t = (edges[1:] + edges[:-1]) / 2
-    total = torch.zeros(len(tokens), dtype=torch.float64)
-    for pattern in itertools.product([False, True], repeat=tokens.shape[1]):
-        mask = torch.tensor(pattern).expand_as(tokens)
-        share = objective.masked_share(t)
-        probability = share ** sum(pattern) * (1 - share) ** (len(pattern) - sum(pattern))
-        at_one = objective.density(model, [], tokens, mask, torch.ones(len(tokens)))  # the exact denoiser does not look at t
-        unweighted = at_one / objective.weight(torch.ones(1))
-        total += unweighted * (probability * objective.weight(t)).mean() * (interval.high - interval.low)
-    return total
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("vocab", "length"), [(2, 4), (3, 3)])
-def test_with_the_exact_denoiser_the_bound_is_the_negative_log_likelihood_of_each_sequence(schedule: Any, vocab: int, length: int) -> None:
-    probs = toy(vocab, length)
-    model = Exact(probs, schedule=schedule)
-    nll = -probs.flatten().log().double() / length
-    torch.testing.assert_close(nelbo(model, Interval(0.0, 1.0)), nll, atol=1e-3, rtol=0)
-    blocks = sum(nelbo(model, model.objective.interval(block, 3, NOISE, 0.0)) for block in range(3))
-    torch.testing.assert_close(blocks, nll, atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("power", [0.5, 2.0])
-def test_with_a_wrong_denoiser_the_bound_is_above_the_entropy(power: float) -> None:
-    probs = toy(2, 4)
-    entropy = -(probs * probs.log()).sum() / 4
-    bound = (probs.flatten() * nelbo(Exact(probs, power), Interval(0.0, 1.0))).sum()
-    assert bound > entropy + 0.01
-
-
-def mean_and_error(losses: Tensor) -> tuple[float, float]:
-    return float(losses.mean()), float(losses.std() / math.sqrt(len(losses)))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_blocks_drawn_losses_add_up_to_the_whole_ranges_and_to_the_entropy(schedule: Any) -> None:
-    probs = toy(3, 3)
-    entropy = float(-(probs * probs.log()).sum() / 3)
-    torch.manual_seed(0)
-    model = Exact(probs, schedule=schedule)
-    batch = {"tokens": model.sequences[torch.multinomial(probs.flatten(), 40_000, replacement=True)]}
-    objective = model.objective
-    whole, whole_error = mean_and_error(objective.end_to_end_loss(model, [], batch, NOISE, recompute=False))
-    parts = [
-        mean_and_error(objective.block_loss(model, [], batch, objective.interval(block, 3, NOISE, 0.0), NOISE, recompute=False)) for block in range(3)
-    ]
-    blocks, blocks_error = sum(mean for mean, _ in parts), math.hypot(*(error for _, error in parts))
-    assert max(whole_error, blocks_error) < 0.02
-    assert blocks == pytest.approx(whole, abs=4 * math.hypot(whole_error, blocks_error))
-    assert blocks == pytest.approx(entropy, abs=4 * blocks_error)
-    assert all(mean > 4 * error for mean, error in parts), "each block has a part"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
 
-def random_model() -> MaskedLm:
+def random_model(head_chunk: int = HEAD_CHUNK) -> MaskedLm:
     """With gates and head away from zero."""
     torch.manual_seed(0)
-    model = MaskedLm(CONFIG, VOCAB, LENGTH)
+    model = MaskedLm(CONFIG.model_copy(update={"head_chunk": head_chunk}), VOCAB, LENGTH)
     for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -181,14 +47,20 @@ def random_model() -> MaskedLm:
     return model
 
 
+def logits_of(model: MaskedLm, tokens: Tensor, mask: Tensor, t: Tensor) -> Tensor:
+    objective = model.objective
+    assert isinstance(objective, MaskedDenoising)
+    return objective.logits(model, objective.features(model, model.layers, tokens, mask, t))
+
+
 def test_the_loss_ignores_unmasked_positions_and_the_network_masked_tokens() -> None:
-    model, objective = random_model(), MaskedDenoising("linear", VOCAB)
+    model, objective = random_model(), MaskedDenoising("linear", VOCAB, HEAD_CHUNK)
     tokens = torch.randint(VOCAB, (5, LENGTH))
     mask = torch.rand(tokens.shape) < 0.5
     t = torch.full((5,), 0.5)
-    logits = objective.logits(model, model.layers, tokens, mask, t)
+    logits = logits_of(model, tokens, mask, t)
     hidden = torch.where(mask, (tokens + 1) % VOCAB, tokens)
-    torch.testing.assert_close(objective.logits(model, model.layers, hidden, mask, t), logits, rtol=0, atol=0)
+    torch.testing.assert_close(logits_of(model, hidden, mask, t), logits, rtol=0, atol=0)
     ce = nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
     by_hand = torch.stack([2.0 * ce[row][mask[row]].sum() / LENGTH for row in range(5)])
     torch.testing.assert_close(objective.density(model, model.layers, tokens, mask, t), by_hand)
@@ -197,24 +69,48 @@ def test_the_loss_ignores_unmasked_positions_and_the_network_masked_tokens() -> 
 
 
 def test_every_masked_position_looks_both_ways_and_the_level_matters() -> None:
-    model, objective = random_model(), MaskedDenoising("linear", VOCAB)
+    model = random_model()
     tokens = torch.randint(VOCAB, (1, LENGTH))
     mask = torch.zeros_like(tokens, dtype=torch.bool)
     mask[0, LENGTH // 2] = True
     t = torch.full((1,), 0.5)
-    middle = objective.logits(model, model.layers, tokens, mask, t)[0, LENGTH // 2]
+    middle = logits_of(model, tokens, mask, t)[0, LENGTH // 2]
     for position in (0, LENGTH - 1):
         changed = tokens.clone()
         changed[0, position] = (changed[0, position] + 1) % VOCAB
-        assert (objective.logits(model, model.layers, changed, mask, t)[0, LENGTH // 2] - middle).abs().max() > 1e-4
-    assert (objective.logits(model, model.layers, tokens, mask, t / 2)[0, LENGTH // 2] - middle).abs().max() > 1e-4
+        assert (logits_of(model, changed, mask, t)[0, LENGTH // 2] - middle).abs().max() > 1e-4
+    assert (logits_of(model, tokens, mask, t / 2)[0, LENGTH // 2] - middle).abs().max() > 1e-4
 
 
 def test_the_loss_stays_finite_down_to_level_zero() -> None:
-    model, objective = random_model(), MaskedDenoising("cosine", VOCAB)
+    model, objective = random_model(), MaskedDenoising("cosine", VOCAB, HEAD_CHUNK)
     batch = {"tokens": torch.randint(VOCAB, (64, LENGTH))}
     losses = objective.block_loss(model, model.layers, batch, Interval(0.0, T_MIN / 10), NOISE, recompute=False)
     assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_loss_in_chunks_equals_the_loss_at_once_and_so_do_its_gradients(recompute: bool) -> None:
+    results = []
+    for chunk in (7, 10_000):
+        model = random_model(chunk)
+        torch.manual_seed(1)
+        loss = model.objective.end_to_end_loss(model, model.layers, {"tokens": torch.randint(VOCAB, (3, LENGTH))}, NOISE, recompute)
+        loss.mean().backward()
+        results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
+
+
+def test_with_a_large_vocabulary_planned_activations_follow_the_chunk_not_the_sequence() -> None:
+    """16 sequences of 16 tokens: 256 rows of logits and their gradients in fp32 are 62.5 MiB at once, and 7.8 MiB in chunks of 32."""
+    planned = {}
+    for chunk in (32, 256, 4096):
+        config = CONFIG.model_copy(update={"head_chunk": chunk})
+        recipe = recipe_with(model__head_chunk=chunk, train__micro_batch_size=16)
+        plan = make_plan(lambda config=config: MaskedLm(config, 32_000, LENGTH), recipe, load_profile("h200-141gb"))
+        planned[chunk] = plan.predicted.by_category["activations"]
+    assert planned[256] == planned[4096] > planned[32] + 50 * MIB
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,3 +193,14 @@ def test_samples_have_no_mask_left_and_follow_the_seed(frozen: FrozenRun, num_st
     if num_steps == 16:
         right = ((tokens.diff(dim=1) % VOCAB) == 1).float().mean()
         assert right > 0.3, "chance: 1 in 8"
+
+
+def test_a_low_temperature_and_a_small_top_p_both_draw_the_likeliest_token(frozen: FrozenRun) -> None:
+    """A token at a time, each is certain once one is known: the sequences count upwards more often than at temperature 1."""
+
+    def right(temperature: float, top_p: float) -> float:
+        tokens = sample_tokens(frozen, 100, LENGTH, 0, temperature, top_p)
+        return float(((tokens.diff(dim=1) % VOCAB) == 1).float().mean())
+
+    plain = right(1.0, 1.0)
+    assert right(0.0, 1.0) > plain + 0.02 and right(1.0, 0.01) > plain + 0.02

@@ -1,4 +1,4 @@
-"""The recurrent-depth model: one pass against the loop, gradients through the last iterations only, causality."""
+"""The recurrent-depth model: one pass against the loop, gradients through the last iterations only, causality, text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from conftest import recipe_with, with_weights
 
 from lowmem.config import NoiseConfig, RecurrentLmModel
 from lowmem.errors import ConfigError
+from lowmem.evaluation.recurrent import generate
 from lowmem.hardware import load_profile
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.noise import Interval
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.plan import make_plan
 from lowmem.report import digest
+from lowmem.run_dir import RunDir
+from lowmem.sampler import FrozenRun
 from lowmem.trainer import Trainer
 
 NOISE = NoiseConfig()
@@ -115,6 +118,28 @@ def test_it_trains_by_either_method_from_every_tier(tmp_path: Path, method: str)
         digests.add(digest(state))
         assert state.blocks[0].loss is not None
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("method", ["diffusion_blocks", "end_to_end"])
+def test_greedy_text_goes_on_as_the_training_text_did_and_past_the_length_trained_on(tmp_path: Path, method: str) -> None:
+    """Each token is the last one plus 1. At a high temperature the text no longer follows that rule, and follows the seed."""
+    model = {**CONFIG.model_dump(), "dim": 32, "iterations": 2}
+    train = {"num_steps": 40, "batch_size": 8, "lr": 1e-2, "seq_len": LENGTH}
+    recipe = recipe_with(model=model, data={"name": "custom"}, train=train, method=method, blocks__num_blocks=1, blocks__visit_steps=40)
+
+    def build() -> RecurrentLm:
+        return RecurrentLm(RecurrentLmModel(**model), VOCAB, LENGTH)
+
+    plan = make_plan(build, recipe, load_profile("cpu-4gib"))
+    Trainer(build, plan, tmp_path).fit(lambda step: {"tokens": (torch.arange(LENGTH) + torch.arange(8)[:, None] + step) % VOCAB})
+    with FrozenRun(RunDir(tmp_path), plan, build) as frozen:
+        prompt = torch.tensor([[3, 4, 5], [9, 10, 0]])
+        made = generate(frozen, prompt, 2 * LENGTH, 0.0, 1.0, seed=0)
+        assert torch.equal(made, (prompt[:, :1] + torch.arange(3 + 2 * LENGTH)) % VOCAB)
+        hot = [generate(frozen, prompt, 8, 100.0, 1.0, seed) for seed in (0, 0, 1)]
+        assert torch.equal(hot[0], hot[1]) and not torch.equal(hot[0], hot[2]) and torch.equal(hot[0][:, :3], prompt)
+        nothing = generate(frozen, prompt[:, :0], 4, 1.0, 0.9, seed=0)
+        assert nothing.shape == (2, 4) and torch.equal(nothing, (nothing[:, :1] + torch.arange(4)) % VOCAB)
 
 
 def test_more_than_one_block_is_refused() -> None:

@@ -18,9 +18,10 @@ from lowmem.config import Recipe
 from lowmem.data import Dataset
 from lowmem.data_config import StdlibTextData, TokenisedText
 from lowmem.evaluation.common import test_batches
+from lowmem.evaluation.tokens import draw
 from lowmem.models.base import Batch
 from lowmem.models.masked_lm import MaskedLm
-from lowmem.objectives.masked import MaskedDenoising, cross_entropy
+from lowmem.objectives.masked import MaskedDenoising
 from lowmem.sampler import FrozenRun
 from lowmem.schedule import mix_seed
 
@@ -59,11 +60,11 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def sample_tokens(frozen: FrozenRun, num: int, num_steps: int, seed: int) -> Tensor:
+def sample_tokens(frozen: FrozenRun, num: int, num_steps: int, seed: int, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
     """[num, L], int64, without masks: ancestral sampling (MD4, section 3) from all masked to none, in steps of equal alpha.
 
     In a step from t to s each masked token is given its draw from the block that owns the step with probability
-    (alpha(s) - alpha(t)) / (1 - alpha(t)); as many steps as blocks are one call of each.
+    (alpha(s) - alpha(t)) / (1 - alpha(t)); as many steps as blocks are one call of each. Only tokens given their draw cost logits.
     """
     model, objective = _parts(frozen)
     num_blocks = frozen.plan.settings.num_blocks
@@ -75,12 +76,13 @@ def sample_tokens(frozen: FrozenRun, num: int, num_steps: int, seed: int) -> Ten
             if step * num_blocks // num_steps != block:  # alpha(t) = step / num_steps, and block b owns alpha from b / B on
                 continue
             t = torch.full((num,), objective.alpha_inverse(step / num_steps), device=frozen.device)
-            probs = objective.logits(model, layers, tokens, mask, t).softmax(-1)
-            drawn = torch.multinomial(probs.flatten(0, 1).cpu(), 1, generator=generator).view(tokens.shape).to(frozen.device)
-            unmask_now = torch.rand(tokens.shape, generator=generator).to(frozen.device) < 1 / (
-                num_steps - step
-            )  # all that are left, in the last step
-            tokens = torch.where(mask & unmask_now, drawn, tokens)
+            odds = 1 / (num_steps - step)  # all that are left, in the last step
+            unmask_now = mask & (torch.rand(tokens.shape, generator=generator).to(frozen.device) < odds)
+            if not unmask_now.any():
+                continue
+            features = objective.features(model, layers, tokens, mask, t)[unmask_now]
+            logits = (objective.logits(model, part) / max(temperature, 1e-6) for part in torch.split(features, objective.head_chunk))
+            tokens[unmask_now] = torch.cat([draw(part, top_p, generator)[:, 0] for part in logits])
             mask = mask & ~unmask_now
     return tokens
 
@@ -112,8 +114,7 @@ def _cross_entropy(frozen: FrozenRun, layers: list[nn.Module], batches: list[Bat
         levels = torch.full((len(tokens),), t, device=tokens.device)
         mask = torch.rand(tokens.shape, device=tokens.device) < objective.masked_share(levels)[:, None]
         for place, context in enumerate((tokens, tokens.roll(1, 0))):
-            logits = objective.logits(model, layers, context, mask, levels)
-            sums[place] += float((cross_entropy(logits, tokens) * mask).sum())
+            sums[place] += float((objective.losses(model, layers, context, mask, levels, tokens) * mask).sum())
         count += float(mask.sum())
     return sums[0] / max(count, 1), sums[1] / max(count, 1)
 

@@ -1,4 +1,4 @@
-"""Recurrent-depth language models: cross-entropy by number of iterations, and at sigma_max as a plain prediction."""
+"""Recurrent-depth language models: cross-entropy by number of iterations, at sigma_max as a plain prediction, and generated text."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem.data import Dataset
 from lowmem.evaluation.common import test_batches
-from lowmem.evaluation.tokens import headline, nll
+from lowmem.evaluation.tokens import draw, headline, nll
 from lowmem.models.base import Batch
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.noise import euler_step, sampler_grid
 from lowmem.objectives.base import mean_cosine
 from lowmem.objectives.recurrent import RecurrentDenoising
-from lowmem.sampler import FrozenRun
+from lowmem.sampler import FrozenRun, initial_noise
 from lowmem.schedule import mix_seed
 
 ITERATIONS = (1, 2, 4, 8, 16, 32)
@@ -44,6 +45,38 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     per_block = [{"block": 0, "sigma_max_ce": figures["value"]}]
     cosine = mean_cosine(model.target_table())
     return {**figures, "sigma_max_ce": figures["value"], "per_block": per_block, "iterations": by_iterations, "table_cosine": cosine}
+
+
+@torch.no_grad()
+def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: float, top_p: float, seed: int) -> Tensor:
+    """Continues `prompt` [B, L] (L may be 0) by `num_tokens` tokens: [B, L + num_tokens], each drawn from a prediction of its own.
+
+    A prediction is one pass at sigma_max, or the whole loop with the mean number of iterations, over the last tokens: no more than
+    the model was trained on. There is no cache, for the state of each position is made anew.
+    """
+    model = frozen.model
+    assert isinstance(model, RecurrentLm)
+    torch.manual_seed(mix_seed(seed, "states"))
+    generator = torch.Generator().manual_seed(mix_seed(seed, "generate"))
+    tokens = prompt
+    with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
+        for _ in range(num_tokens):
+            window = tokens[:, max(tokens.shape[1] + 1 - model.seq_len, 0) :]
+            logits = _next_logits(frozen, layers, window)
+            tokens = torch.cat([tokens, draw(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
+    return tokens
+
+
+def _next_logits(frozen: FrozenRun, layers: list[nn.Module], tokens: Tensor) -> Tensor:
+    """[B, V], of the token after `tokens` [B, L]."""
+    model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.recipe.noise
+    assert isinstance(model, RecurrentLm) and isinstance(objective, RecurrentDenoising)
+    batch = {"tokens": F.pad(tokens, (0, 1))}  # position i is predicted from tokens < i: what stands at the last one does not count
+    if frozen.plan.recipe.method == "end_to_end":
+        return objective.logits(model, objective.loop_features(model, layers, batch, objective.config.iterations)[:, -1], None, None)
+    levels = torch.full(batch["tokens"].shape, noise.sigma_max, device=tokens.device)
+    z = initial_noise((*levels.shape, model.head.in_features), noise.sigma_max).to(tokens.device)
+    return objective.logits(model, objective.features(model, layers, batch, z, levels, noise)[:, -1], z[:, -1], levels[:, -1])
 
 
 def _loop(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, iterations: int) -> Tensor:

@@ -42,13 +42,12 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     table = model.target_table()
     torch.manual_seed(mix_seed(plan.recipe.train.seed, "evaluate"))
     top_noise = [initial_noise((*batch["tokens"].shape, table.shape[1]), noise.sigma_max).to(frozen.device) for batch in batches]
-    own_z, top_features = top_noise, []
+    own_z, mean_features = top_noise, [torch.zeros_like(z) for z in top_noise]
     per_block, levels, chain = [], [], []
     for block, layers in frozen.walk(range(num_blocks)):
         # a plain predictor from pure noise
-        top_features.append(
-            [objective.features(model, layers, b, z, _full(b, noise.sigma_max), noise) for b, z in zip(batches, top_noise, strict=True)]
-        )
+        for total, batch, z in zip(mean_features, batches, top_noise, strict=True):
+            total += objective.features(model, layers, batch, z, _full(batch, noise.sigma_max), noise) / num_blocks
         per_block.append({"block": block, "sigma_max_ce": _call(frozen, layers, batches, top_noise, noise.sigma_max).ce})
         # the paper's sampler, given the true clean context: this block's share of the way down, beside the oracle's z at the same level
         for sigma, following in schedule.get(block, []):
@@ -65,9 +64,11 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
             if following is not None:
                 own_z = [euler_step(z, denoised, sigma, following) for z, denoised in zip(own_z, own.denoised, strict=True)]
         levels += [{"sigma": sigma, "block": block, **_oracle(frozen, layers, batches, sigma)} for sigma in _levels(block, num_blocks, noise)]
+    # the head is linear: the mean of the blocks' features gives the mean of their logits, which is that of their log-probabilities once renormalised
+    top_levels = [_full(batch, noise.sigma_max) for batch in batches]
     joint = [
-        objective.joint_losses(model, parts, batch["tokens"], z, _full(batch, noise.sigma_max)).mean(1)
-        for *parts, batch, z in zip(*top_features, batches, top_noise, strict=True)
+        objective.predictions(model, features.to(model.head.weight.dtype), batch["tokens"], z, level)[0].mean(1)
+        for features, batch, z, level in zip(mean_features, batches, top_noise, top_levels, strict=True)
     ]
     figures = headline(torch.cat(joint))
     return {
@@ -147,7 +148,7 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
                 out = _advance(model, objective, group, cache, tokens, fed, z, noise)
                 logits += out.log_softmax(-1) / len(groups)
             fed = tokens.shape[1]
-            tokens = torch.cat([tokens, _draw(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
+            tokens = torch.cat([tokens, draw(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
     return tokens[:, 1:] if model.one_stream else tokens
 
 
@@ -177,7 +178,7 @@ def _through(layers: list[nn.Module], caches: list[KeyValueCache], h: Tensor, co
     return h
 
 
-def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
+def draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
     """One token of each row, [B, 1], from the smallest set of tokens with probability `top_p`."""
     probs, order = logits.softmax(-1).sort(descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)

@@ -25,7 +25,7 @@ class MaskedLm(BlockModel):
         )
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, vocab_size, zero=True)
-        self.objective = MaskedDenoising(config.mask_schedule, mask_token=vocab_size)
+        self.objective = MaskedDenoising(config.mask_schedule, mask_token=vocab_size, head_chunk=config.head_chunk)
 
     def example_batch(self, batch_size: int) -> Batch:
         return {"tokens": torch.zeros(batch_size, self.seq_len, dtype=torch.long)}
@@ -36,6 +36,6 @@ class MaskedLm(BlockModel):
         return F.embedding(noisy, self.tokens.weight), self.time(c_noise)
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
-        """Logits [B, L, V]."""
+        """Features [B, L, D] before the head, which is applied in chunks."""
         shift, scale = self.final_modulation(F.silu(cond)).chunk(2, dim=-1)
-        return torch.as_tensor(self.head(modulate(h, shift, scale, rms=True)))
+        return modulate(h, shift, scale, rms=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,6 +48,19 @@ def run_layers(layers: Iterable[nn.Module], h: Tensor, cond: Tensor, recompute: 
     for layer in layers:
         h = checkpoint(layer, h, cond, use_reentrant=False) if recompute else layer(h, cond)
     return h
+
+
+def in_chunks(loss: Callable[..., Tensor], size: int, first: Tensor, *others: Tensor | None) -> Tensor:
+    """`loss(first, *others)` of N rows, [N], for `size` rows at a time: what it makes on the way (logits) is not kept, but made again in backward.
+
+    Every argument has N rows; None is handed on as it is. `loss` must draw nothing at random.
+    """
+    out = []
+    for start in range(0, len(first), size):
+        rows = slice(start, start + size)
+        part = (first[rows], *(None if other is None else other[rows] for other in others))
+        out.append(checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(out)
 
 
 def weighted(loss: Tensor, weight: Tensor) -> Tensor:

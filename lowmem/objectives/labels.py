@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class LabelDenoising:
     """Classification as denoising: y = the label's row of a table at length 1, z = y + sigma eps; cross-entropy on logits.
 
-    `noisy_input`: what the network sees of z: `scaled` is c_in z (paper), `posterior` the context-free mean E[y | z], `none` nothing.
+    `noisy_input`: what the network sees of z: `scaled` is c_in z (paper), `posterior` the context-free mean E[y | z], `none` neither z nor sigma.
     `readout`: `plain` takes the network's logits, `bayes` adds the analytic term E z / sigma^2.
     `image_drop`: the share of training samples that see a blank image, so that the chain can be guided.
     The model must have `target_table() -> [K, D]`, rows of length 1: the same table in training and in the sampler.
@@ -69,7 +69,7 @@ class LabelDenoising:
             evidence = z @ table.T / level**2
             if self.noisy_input == "posterior":
                 noisy = evidence.softmax(-1) @ table
-        h, cond = model.input_part(batch, noisy, c_noise(sigma))
+        h, cond = model.input_part(batch, noisy, None if noisy is None else c_noise(sigma))
         out = model.output_part(run_layers(layers, h, cond, recompute), cond).float()
         return out + evidence if self.readout == "bayes" and evidence is not None else out
 

@@ -4,7 +4,8 @@
     w(t)      -alpha'(t) / (1 - alpha(t))             NELBO     sum over masked tokens of w(t) CE, integrated over t from 0 to 1
 
 The integral splits over the blocks' intervals of t, so their losses on intervals that do not overlap add up to one bound on
-the negative log-likelihood. Losses are in nats per token.
+the negative log-likelihood. Losses are in nats per token. Logits exist for `head_chunk` tokens at a time: forward and again in
+backward.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from lowmem.config import NoiseConfig
 from lowmem.noise import Interval, c_noise
-from lowmem.objectives.base import run_layers, weighted
+from lowmem.objectives.base import in_chunks, run_layers, weighted
 
 if TYPE_CHECKING:
     from lowmem.models.base import Batch, BlockModel
+    from lowmem.models.masked_lm import MaskedLm
 
 # Levels below this are taken as this one, for w(t) grows as 1 / t. The integrand, w(t) E[CE of masked tokens], stays finite at 0: the bound moves
 # by T_MIN times the integrand's change over that stretch, in which 1 token in 10,000 is masked, and up, since CE grows with t.
@@ -32,8 +34,8 @@ T_MIN = 1e-4
 class MaskedDenoising:
     """`mask_token`: what stands for a masked token in the model's input, one past the vocabulary."""
 
-    def __init__(self, schedule: Literal["linear", "cosine"], mask_token: int) -> None:
-        self.schedule, self.mask_token = schedule, mask_token
+    def __init__(self, schedule: Literal["linear", "cosine"], mask_token: int, head_chunk: int) -> None:
+        self.schedule, self.mask_token, self.head_chunk = schedule, mask_token, head_chunk
 
     # -----------------------------------------------------------------------------------------------------------------
     # The schedule (MD4, table 1)
@@ -91,18 +93,29 @@ class MaskedDenoising:
 
         For tokens [B, L], mask [B, L] (true: masked) and t [B].
         """
-        loss = cross_entropy(self.logits(model, layers, tokens, mask, t, recompute), tokens)
+        loss = self.losses(model, layers, tokens, mask, t, tokens, recompute)
         return weighted((loss * mask).mean(1), self.weight(t))  # a product, not a selection: the planner needs shapes that no data decide
 
-    def logits(self, model: BlockModel, layers: Iterable[nn.Module], tokens: Tensor, mask: Tensor, t: Tensor, recompute: bool = False) -> Tensor:
-        """[B, L, V] in fp32, at all positions. The model sees t as EDM's c_noise = ln(t) / 4: small t differ by their ratio."""
+    def losses(
+        self, model: BlockModel, layers: Iterable[nn.Module], context: Tensor, mask: Tensor, t: Tensor, tokens: Tensor, recompute: bool = False
+    ) -> Tensor:
+        """Cross-entropy of each of `tokens` [B, L], masked or not, from the unmasked ones of `context` [B, L]; logits in chunks."""
+
+        def loss(part: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(model, part), target, reduction="none")
+
+        features = self.features(model, layers, context, mask, t, recompute)
+        return in_chunks(loss, self.head_chunk, features.flatten(0, -2), tokens.flatten()).view(tokens.shape)
+
+    def features(self, model: BlockModel, layers: Iterable[nn.Module], tokens: Tensor, mask: Tensor, t: Tensor, recompute: bool = False) -> Tensor:
+        """[B, L, D] before the head, at all positions. The model sees t as EDM's c_noise = ln(t) / 4: small t differ by their ratio."""
         h, cond = model.input_part({"tokens": tokens}, tokens.masked_fill(mask, self.mask_token), c_noise(t))
-        return model.output_part(run_layers(layers, h, cond, recompute), cond).float()
+        return model.output_part(run_layers(layers, h, cond, recompute), cond)
+
+    def logits(self, model: BlockModel, features: Tensor) -> Tensor:
+        """[N, V] in fp32, for features [N, D]."""
+        lm: MaskedLm = model  # type: ignore[assignment]
+        return torch.as_tensor(lm.head(features).float())
 
     def health(self, model: BlockModel) -> dict[str, float]:
         return {}
-
-
-def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """[B, L, V] and [B, L] -> [B, L]."""
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)

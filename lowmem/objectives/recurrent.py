@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.config import NoiseConfig, RecurrentLmModel
 from lowmem.noise import Interval, append_dims, c_noise, drawn_levels, loss_weight
@@ -54,9 +55,12 @@ class RecurrentDenoising(TokenDenoising):
         return lm.features(run_layers([*core, *coda], lm.inject(state, embedded), cond, recompute), cond)
 
     def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
-        iterations = self.drawn_iterations(random.Random(torch.initial_seed()))
+        if isinstance(batch["tokens"], FakeTensor):  # the planner's: more iterations than are back-propagated take no more memory
+            iterations = self.config.backprop_iterations + 1
+        else:
+            iterations = self.drawn_iterations(random.Random(torch.initial_seed()))
         features = self.loop_features(model, layers, batch, iterations, recompute)
-        return self._chunked(model, features, batch["tokens"], None, None, recompute=True).mean(1)
+        return self._chunked(model, features, batch["tokens"], None, None).mean(1)
 
     def loop_features(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, iterations: int, recompute: bool = False) -> Tensor:
         """Features [B, L, D] after the loop; gradients flow through its last `backprop_iterations`."""

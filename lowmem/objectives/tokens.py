@@ -9,17 +9,16 @@ Logits exist for `head_chunk` tokens at a time: forward and again in backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lowmem.config import NoiseConfig, NoisyInput, Readout
 from lowmem.noise import Interval, append_dims, block_interval, c_in, c_noise, drawn_levels, loss_weight
-from lowmem.objectives.base import mean_cosine, run_layers, weighted
+from lowmem.objectives.base import in_chunks, mean_cosine, run_layers, weighted
 
 if TYPE_CHECKING:
     from lowmem.models.base import Batch, BlockModel
@@ -53,14 +52,14 @@ class TokenDenoising:
     def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
         h, cond = model.input_part(batch, None, None)
         features = model.output_part(run_layers(layers, h, cond, recompute), cond)
-        return self._chunked(model, features, batch["tokens"], None, None, recompute=True).mean(1)
+        return self._chunked(model, features, batch["tokens"], None, None).mean(1)
 
     def losses(
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, z: Tensor, sigma: Tensor, noise: NoiseConfig, recompute: bool = False
     ) -> Tensor:
         """Cross-entropy of each token, [B, L], for z [B, L, D] at levels sigma [B, L]."""
         features = self.features(model, layers, batch, z, sigma, noise, recompute)
-        return self._chunked(model, features, batch["tokens"], z, sigma, recompute=True)
+        return self._chunked(model, features, batch["tokens"], z, sigma)
 
     def features(
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, z: Tensor, sigma: Tensor, noise: NoiseConfig, recompute: bool = False
@@ -95,38 +94,22 @@ class TokenDenoising:
         """
         table: Tensor = model.target_table()  # type: ignore[operator]
         losses, denoised = [], []
-        for rows in _chunks(tokens.numel(), self.head_chunk):
+        for start in range(0, tokens.numel(), self.head_chunk):
+            rows = slice(start, start + self.head_chunk)
             logits = self.logits(model, features.flatten(0, 1)[rows], z.flatten(0, 1)[rows], sigma.flatten()[rows])
             losses.append(F.cross_entropy(logits, tokens.flatten()[rows], reduction="none"))
             denoised.append(logits.softmax(-1) @ table)
         return torch.cat(losses).view(tokens.shape), torch.cat(denoised).view_as(z)
 
-    @torch.no_grad()
-    def joint_losses(self, model: BlockModel, features: Sequence[Tensor], tokens: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
-        """Cross-entropy of each token [B, L] under the renormalised mean of the blocks' log-probabilities, from each block's features."""
-        losses = []
-        for rows in _chunks(tokens.numel(), self.head_chunk):
-            parts = [self.logits(model, part.flatten(0, 1)[rows], z.flatten(0, 1)[rows], sigma.flatten()[rows]).log_softmax(-1) for part in features]
-            losses.append(F.cross_entropy(torch.stack(parts).mean(0), tokens.flatten()[rows], reduction="none"))
-        return torch.cat(losses).view(tokens.shape)
-
-    def _chunked(self, model: BlockModel, features: Tensor, tokens: Tensor, z: Tensor | None, sigma: Tensor | None, recompute: bool) -> Tensor:
+    def _chunked(self, model: BlockModel, features: Tensor, tokens: Tensor, z: Tensor | None, sigma: Tensor | None) -> Tensor:
         """Cross-entropy of each token, [B, L]; logits of `head_chunk` tokens exist at once and are made again in backward."""
 
         def loss(part: Tensor, target: Tensor, z_part: Tensor | None, s_part: Tensor | None) -> Tensor:
             return F.cross_entropy(self.logits(model, part, z_part, s_part), target, reduction="none")
 
-        flat, targets = features.flatten(0, -2), tokens.flatten()
-        out = []
-        for rows in _chunks(len(targets), self.head_chunk):
-            part = (flat[rows], targets[rows], None if z is None else z.flatten(0, -2)[rows], None if sigma is None else sigma.flatten()[rows])
-            out.append(checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False) if recompute else loss(*part))
-        return torch.cat(out).view(tokens.shape)
+        noisy = (None, None) if z is None or sigma is None else (z.flatten(0, -2), sigma.flatten())
+        return in_chunks(loss, self.head_chunk, features.flatten(0, -2), tokens.flatten(), *noisy).view(tokens.shape)
 
     @torch.no_grad()
     def health(self, model: BlockModel) -> dict[str, float]:
         return {"table_cosine": mean_cosine(model.target_table()[:HEALTH_ROWS])}  # type: ignore[operator]
-
-
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, total, size))
