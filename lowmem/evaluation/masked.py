@@ -18,7 +18,7 @@ from lowmem.config import Recipe
 from lowmem.data import Dataset
 from lowmem.data_config import StdlibTextData, TokenisedText
 from lowmem.evaluation.common import test_batches
-from lowmem.evaluation.tokens import draw
+from lowmem.evaluation.tokens import draw_token
 from lowmem.models.base import Batch
 from lowmem.models.masked_lm import MaskedLm
 from lowmem.objectives.masked import MaskedDenoising
@@ -82,7 +82,7 @@ def sample_tokens(frozen: FrozenRun, num: int, num_steps: int, seed: int, temper
                 continue
             features = objective.features(model, layers, tokens, mask, t)[unmask_now]
             logits = (objective.logits(model, part) / max(temperature, 1e-6) for part in torch.split(features, objective.head_chunk))
-            tokens[unmask_now] = torch.cat([draw(part, top_p, generator)[:, 0] for part in logits])
+            tokens[unmask_now] = torch.cat([draw_token(part, top_p, generator)[:, 0] for part in logits])
             mask = mask & ~unmask_now
     return tokens
 

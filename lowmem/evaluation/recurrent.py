@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowmem.data import Dataset
 from lowmem.evaluation.common import test_batches
-from lowmem.evaluation.tokens import draw, headline, nll
+from lowmem.evaluation.tokens import draw_token, headline, nll
 from lowmem.models.base import Batch
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.noise import euler_step, sampler_grid
@@ -63,7 +63,7 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
         for _ in range(num_tokens):
             window = tokens[:, max(tokens.shape[1] + 1 - model.seq_len, 0) :]
             logits = _next_logits(frozen, layers, window)
-            tokens = torch.cat([tokens, draw(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
+            tokens = torch.cat([tokens, draw_token(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
     return tokens
 
 

@@ -148,7 +148,7 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
                 out = _advance(model, objective, group, cache, tokens, fed, z, noise)
                 logits += out.log_softmax(-1) / len(groups)
             fed = tokens.shape[1]
-            tokens = torch.cat([tokens, draw(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
+            tokens = torch.cat([tokens, draw_token(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
     return tokens[:, 1:] if model.one_stream else tokens
 
 
@@ -178,7 +178,7 @@ def _through(layers: list[nn.Module], caches: list[KeyValueCache], h: Tensor, co
     return h
 
 
-def draw(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
+def draw_token(logits: Tensor, top_p: float, generator: torch.Generator) -> Tensor:
     """One token of each row, [B, 1], from the smallest set of tokens with probability `top_p`."""
     probs, order = logits.softmax(-1).sort(descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
