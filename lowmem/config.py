@@ -167,6 +167,7 @@ class OffloadConfig(Section):
 
 class EvalConfig(Section):
     num_steps: Auto | PositiveInt = "auto"  # denoising steps of the chain; auto: one for each block, 18 for images
+    prediction: Literal["chain", "joint"] = "chain"  # of classifiers: whose accuracy is the headline; the report has both
     batch_size: PositiveInt = 256
     num_batches: PositiveInt | None = None  # of the test part; None = all of it
     num_samples: PositiveInt = 1000  # images generated

@@ -12,7 +12,7 @@ from lowmem.config import Recipe, with_data
 from lowmem.data import Dataset, DataSpec, describe_data, load_data
 from lowmem.data_config import TextConfig
 from lowmem.data_text import load_tokenizer
-from lowmem.errors import ConfigError, StoreError
+from lowmem.errors import ConfigError
 from lowmem.evaluation import images, labels, masked, recurrent, tokens
 from lowmem.models import model_builder
 from lowmem.objectives.images import ImageDenoising
@@ -20,16 +20,9 @@ from lowmem.objectives.labels import LabelDenoising
 from lowmem.objectives.masked import MaskedDenoising
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.objectives.tokens import TokenDenoising
-from lowmem.plan import Plan
+from lowmem.plan import read_plan
 from lowmem.run_dir import RunDir
 from lowmem.sampler import FrozenRun
-from lowmem.strict import parse
-
-
-def read_plan(run: RunDir) -> Plan:
-    """The frozen plan of a run folder."""
-    raw = {key: value for key, value in run.read_plan().items() if key != "fits"}
-    return parse(Plan, raw, str(run.plan_path), StoreError)
 
 
 def evaluate_run(run_dir: str | os.PathLike[str], data: Sequence[str] | None = None) -> dict[str, Any]:

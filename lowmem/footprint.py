@@ -21,6 +21,7 @@ from lowmem.config import OptimizerName, Precision, Recipe, Tier
 from lowmem.errors import ConfigError, ProfileError
 from lowmem.hardware import Profile
 from lowmem.models.base import BlockModel, block_slices, named_layer_parameters, named_shared_parameters
+from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.optim import SLICE_NUMEL, SLICE_WORKSPACE_BYTES
 from lowmem.stream import device_slots, host_slots
 from lowmem.strict import Section
@@ -155,6 +156,8 @@ class ActivationCounter:
             with LiveBytes(flat, grads) as bytes_:
                 batch = model.example_batch(settings.micro_batch_size)
                 if recipe.method == "end_to_end":
+                    if isinstance(model.objective, RecurrentDenoising):  # more iterations than are back-propagated take no more memory
+                        model.objective.fixed_iterations = model.objective.config.backprop_iterations + 1
                     loss = model.objective.end_to_end_loss(model, block, batch, recipe.noise, settings.recompute)
                 else:
                     interval = model.objective.interval(0, 1, recipe.noise, 0.0)

@@ -15,13 +15,13 @@ from lowmem.data import describe_data
 from lowmem.data_config import LatentArraysData, TextConfig
 from lowmem.data_text import load_tokenizer
 from lowmem.errors import ConfigError
-from lowmem.evaluate import read_plan
 from lowmem.evaluation import images, masked, recurrent, tokens
 from lowmem.models import model_builder
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.masked import MaskedDenoising
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.objectives.tokens import TokenDenoising
+from lowmem.plan import read_plan
 from lowmem.run_dir import RunDir
 from lowmem.sampler import FrozenRun
 

@@ -10,10 +10,10 @@ from typing import Any
 from lowmem.config import load_recipe, recipe_name
 from lowmem.data import describe_data, load_data
 from lowmem.errors import ResumeError
-from lowmem.evaluate import evaluate_run, read_plan
+from lowmem.evaluate import evaluate_run
 from lowmem.hardware import Profile, detect_profile, load_profile
 from lowmem.models import model_builder
-from lowmem.plan import Plan, make_plan
+from lowmem.plan import Plan, make_plan, read_plan
 from lowmem.run_dir import RunDir, first_difference
 from lowmem.trainer import Trainer
 

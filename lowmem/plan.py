@@ -14,12 +14,13 @@ from pydantic import Field
 from lowmem.arena import ArenaLayout
 from lowmem.block_queue import BlockQueue
 from lowmem.config import NoiseConfig, OptimizerName, Precision, Recipe, Tier
-from lowmem.errors import BudgetError, ConfigError
+from lowmem.errors import BudgetError, ConfigError, StoreError
 from lowmem.footprint import CATEGORIES, ActivationCounter, Predicted, Settings, check_model, layouts_of, predict
 from lowmem.hardware import DeviceSpec, HostSpec, Profile
 from lowmem.models.base import BuildModel
 from lowmem.noise import settled_noise
-from lowmem.strict import Section
+from lowmem.run_dir import RunDir
+from lowmem.strict import Section, parse
 from lowmem.tables import text_table
 from lowmem.units import MIB, format_bytes, from_gib
 
@@ -129,6 +130,12 @@ def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder:
             smallest = plan
     assert smallest is not None
     return smallest
+
+
+def read_plan(run: RunDir) -> Plan:
+    """The frozen plan of a run folder. A key that it was made without has its default. Raises ResumeError, StoreError."""
+    raw = {key: value for key, value in run.read_plan().items() if key != "fits"}
+    return parse(Plan, raw, str(run.plan_path), StoreError)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

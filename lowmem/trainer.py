@@ -22,7 +22,7 @@ from lowmem.block_queue import Visit
 from lowmem.errors import ResumeError, StoreError, TrainingError
 from lowmem.footprint import COMPUTE_DTYPE, check_model, layouts_of, training_device
 from lowmem.models.base import Batch, BuildModel, block_slices
-from lowmem.plan import Plan
+from lowmem.plan import Plan, read_plan
 from lowmem.run_dir import BlockRecord, FileRecord, RunDir, RunState, first_difference
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.stream import BlockStream
@@ -259,7 +259,7 @@ class Trainer:
     def _open(self) -> RunState:
         frozen = {key: value for key, value in self.plan.to_dict().items() if key in ("schema", "recipe", "profile", "settings")}
         if self.run.exists():
-            old = self.run.read_plan()
+            old = read_plan(self.run).to_dict()
             difference = first_difference({key: old.get(key) for key in frozen}, frozen)
             if difference:
                 key, was, now = difference

@@ -16,9 +16,8 @@ def train_short(folder: str, overrides: dict[str, Any], die_at_fsync: int | None
 
     from lowmem.data import describe_data, load_data
     from lowmem.hardware import load_profile
-    from lowmem.job import read_plan
     from lowmem.models import model_builder
-    from lowmem.plan import make_plan
+    from lowmem.plan import make_plan, read_plan
     from lowmem.run_dir import RunDir
     from lowmem.trainer import Trainer
 

@@ -18,7 +18,7 @@ from lowmem import noise
 from lowmem.arena import parameter_views
 from lowmem.config import NoiseConfig
 from lowmem.data import describe_data, load_data
-from lowmem.evaluate import evaluate_run, read_plan
+from lowmem.evaluate import evaluate_run
 from lowmem.evaluation.labels import classify_blocks
 from lowmem.models import model_builder
 from lowmem.models.base import BlockModel, block_slices
@@ -28,6 +28,7 @@ from lowmem.objectives import base as objectives
 from lowmem.objectives import labels
 from lowmem.objectives.base import mean_cosine
 from lowmem.objectives.labels import LabelDenoising
+from lowmem.plan import read_plan
 from lowmem.report import read_report
 from lowmem.run_dir import RunDir
 from lowmem.sampler import FrozenRun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,17 @@ def test_another_recipe_in_the_same_folder_is_refused_by_its_first_differing_key
     with pytest.raises(ResumeError, match=r"train\.lr = 0\.002, now 0\.001"):
         run_short(tmp_path / "run", train__lr=1e-3)
     assert (tmp_path / "run" / "state.json").read_bytes() == before
+
+
+def test_a_run_made_before_a_key_existed_goes_on_with_that_keys_default(tmp_path: Path) -> None:
+    unbroken = run_short(tmp_path / "run")
+    path = tmp_path / "run" / "plan.json"
+    old = json.loads(path.read_text())
+    del old["recipe"]["eval"]["prediction"], old["recipe"]["noise"]["sigma_max_share"]
+    path.write_text(json.dumps(old))
+    assert run_short(tmp_path / "run").files == unbroken.files
+    with pytest.raises(ResumeError, match=r"noise\.sigma_max_share = 0\.0, now 0\.5"):
+        run_short(tmp_path / "run", noise__sigma_max_share=0.5)
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

@@ -82,11 +82,14 @@ def classify_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[st
         per_block.append({"block": block, "sigma_max_accuracy": _accuracy(alone, labels), "sigma_max_ce": _cross_entropy(alone, labels)})
         # its own levels, on the true z: with the true image and with another one
         levels += [{"sigma": sigma, "block": block, **_oracle(frozen, layers, batches, table, sigma)} for sigma in levels_of[block]]
+    last, joint = _accuracy(torch.cat(chain_logits), labels), _accuracy(log_probs, labels)
     return {
         "metric": "accuracy",
-        "value": _accuracy(torch.cat(chain_logits), labels),
+        "value": joint if plan.recipe.eval.prediction == "joint" else last,
+        "prediction": plan.recipe.eval.prediction,
         "num_steps": num_steps,
-        "joint_accuracy": _accuracy(log_probs, labels),
+        "chain_accuracy": last,
+        "joint_accuracy": joint,
         "sigma_max_ce": _cross_entropy(log_probs, labels),
         "per_block": per_block,
         "levels": levels,

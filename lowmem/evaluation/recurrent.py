@@ -69,7 +69,7 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
 
 def _next_logits(frozen: FrozenRun, layers: list[nn.Module], tokens: Tensor) -> Tensor:
     """[B, V], of the token after `tokens` [B, L]."""
-    model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.recipe.noise
+    model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.noise
     assert isinstance(model, RecurrentLm) and isinstance(objective, RecurrentDenoising)
     batch = {"tokens": F.pad(tokens, (0, 1))}  # position i is predicted from tokens < i: what stands at the last one does not count
     if frozen.plan.recipe.method == "end_to_end":

@@ -20,11 +20,10 @@ from torch import Tensor
 from lowmem.data import load_data
 from lowmem.data_text import load_tokenizer
 from lowmem.errors import ConfigError, DataError
-from lowmem.evaluate import read_plan
 from lowmem.evaluation.tokens import headline
 from lowmem.generate import draw_tokens, open_run
 from lowmem.models.causal_lm import CausalLm
-from lowmem.plan import Plan
+from lowmem.plan import Plan, read_plan
 from lowmem.run_dir import RunDir
 from lowmem.sampler import FrozenRun
 

@@ -42,13 +42,17 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     table = model.target_table()
     torch.manual_seed(mix_seed(plan.recipe.train.seed, "evaluate"))
     top_noise = [initial_noise((*batch["tokens"].shape, table.shape[1]), noise.sigma_max).to(frozen.device) for batch in batches]
+    top_levels = [_full(batch, noise.sigma_max) for batch in batches]
     own_z, mean_features = top_noise, [torch.zeros_like(z) for z in top_noise]
     per_block, levels, chain = [], [], []
     for block, layers in frozen.walk(range(num_blocks)):
         # a plain predictor from pure noise
-        for total, batch, z in zip(mean_features, batches, top_noise, strict=True):
-            total += objective.features(model, layers, batch, z, _full(batch, noise.sigma_max), noise) / num_blocks
-        per_block.append({"block": block, "sigma_max_ce": _call(frozen, layers, batches, top_noise, noise.sigma_max).ce})
+        alone = []
+        for total, batch, z, level in zip(mean_features, batches, top_noise, top_levels, strict=True):
+            features = objective.features(model, layers, batch, z, level, noise)
+            alone.append(objective.predictions(model, features, batch["tokens"], z, level)[0].mean(1))
+            total += features / num_blocks
+        per_block.append({"block": block, "sigma_max_ce": float(torch.cat(alone).mean())})
         # the paper's sampler, given the true clean context: this block's share of the way down, beside the oracle's z at the same level
         for sigma, following in schedule.get(block, []):
             own, own_shuffled = (_call(frozen, layers, batches, own_z, sigma, shuffle) for shuffle in (False, True))
@@ -65,7 +69,6 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
                 own_z = [euler_step(z, denoised, sigma, following) for z, denoised in zip(own_z, own.denoised, strict=True)]
         levels += [{"sigma": sigma, "block": block, **_oracle(frozen, layers, batches, sigma)} for sigma in _levels(block, num_blocks, noise)]
     # the head is linear: the mean of the blocks' features gives the mean of their logits, which is that of their log-probabilities once renormalised
-    top_levels = [_full(batch, noise.sigma_max) for batch in batches]
     joint = [
         objective.predictions(model, features.to(model.head.weight.dtype), batch["tokens"], z, level)[0].mean(1)
         for features, batch, z, level in zip(mean_features, batches, top_noise, top_levels, strict=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem.config import NoiseConfig, RecurrentLmModel
 from lowmem.noise import Interval, append_dims, c_noise, drawn_levels, loss_weight
@@ -31,6 +30,7 @@ class RecurrentDenoising(TokenDenoising):
     def __init__(self, config: RecurrentLmModel) -> None:
         super().__init__(config.noisy_input, config.readout, config.head_chunk)
         self.config = config
+        self.fixed_iterations: int | None = None  # set where a pass is counted, not trained
 
     def block_loss(
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, interval: Interval, noise: NoiseConfig, recompute: bool
@@ -55,10 +55,7 @@ class RecurrentDenoising(TokenDenoising):
         return lm.features(run_layers([*core, *coda], lm.inject(state, embedded), cond, recompute), cond)
 
     def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
-        if isinstance(batch["tokens"], FakeTensor):  # the planner's: more iterations than are back-propagated take no more memory
-            iterations = self.config.backprop_iterations + 1
-        else:
-            iterations = self.drawn_iterations(random.Random(torch.initial_seed()))
+        iterations = self.fixed_iterations or self.drawn_iterations(random.Random(torch.initial_seed()))
         features = self.loop_features(model, layers, batch, iterations, recompute)
         return self._chunked(model, features, batch["tokens"], None, None).mean(1)
 
