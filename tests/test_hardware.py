@@ -19,6 +19,7 @@ from lowmem.units import GIB
 EXPECTED = [
     "apple-m2-16gb",
     "cpu-16gib",
+    "cpu-3gib",
     "cpu-4gib",
     "cpu-8gib",
     "gtx-1650-4gb",

@@ -91,7 +91,13 @@ def test_a_recipe_plans_or_says_which_file_it_needs(name: str) -> None:
         with pytest.raises(DataError, match="data/fashion_mnist"):
             plan_recipe(name, "cpu-16gib")
     else:
-        assert plan_recipe(name, "cpu-16gib").fits
+        assert plan_recipe(name, "cpu-16gib").fits == (name != "too-big-cpu" + TWIN)
+
+
+def test_a_billion_parameters_fit_3_gib_in_blocks_alone() -> None:
+    plans = [plan_recipe(name, "cpu-3gib") for name in ("too-big-cpu", "too-big-cpu" + TWIN)]
+    assert [plan.fits for plan in plans] == [True, False] and plans[0].num_parameters > 10**9
+    assert plans[0].settings.tier == "disk"
 
 
 def test_every_experiment_of_the_paper_has_its_recipe() -> None:
