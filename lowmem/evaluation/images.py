@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowmem.config import EvalConfig
 from lowmem.data import Dataset
 from lowmem.data_config import LatentArraysData
-from lowmem.errors import DataError
+from lowmem.data_images import pillow
 from lowmem.evaluation.common import test_batches
 from lowmem.noise import block_interval, block_of, boundaries, euler_step, sample_sigma, sigma_at
 from lowmem.objectives.images import ImageDenoising
@@ -225,10 +225,7 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
 
 def write_grid(images: Tensor, path: Path, columns: int) -> None:
     """A PNG of images [N, C, H, W] in [-1, 1], C = 1 or 3, row by row; small ones are magnified by a whole number."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError("samples: a PNG needs Pillow, which is not installed; install the extra: pip install 'lowmem[data]'") from None
+    image_module = pillow("samples: a PNG")
     count, channels, height, width = images.shape
     zoom = max(1, round(GRID_SIDE / max(height, width)))
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy().repeat(zoom, axis=1).repeat(zoom, axis=2)
@@ -237,4 +234,4 @@ def write_grid(images: Tensor, path: Path, columns: int) -> None:
     for i, image in enumerate(pixels):
         top, left = i // columns * step_y, i % columns * step_x
         canvas[top : top + zoom * height, left : left + zoom * width] = image
-    Image.fromarray(canvas[..., 0] if channels == 1 else canvas).save(path, format="PNG")
+    image_module.fromarray(canvas[..., 0] if channels == 1 else canvas).save(path, format="PNG")

@@ -56,13 +56,13 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
         # the paper's sampler, given the true clean context: this block's share of the way down, beside the oracle's z at the same level
         for sigma, following in schedule.get(block, []):
             own, own_shuffled = (_call(frozen, layers, batches, own_z, sigma, shuffle) for shuffle in (False, True))
-            oracle = _oracle(frozen, layers, batches, sigma)
+            oracle = _call(frozen, layers, batches, _true_z(frozen, batches, sigma), sigma)
             figures = {
                 "ce": own.ce,
                 "ce_shuffled": own_shuffled.ce,
                 "cosine": own.cosine,
-                "oracle_ce": oracle["ce"],
-                "oracle_cosine": oracle["cosine"],
+                "oracle_ce": oracle.ce,
+                "oracle_cosine": oracle.cosine,
             }
             chain.append({"sigma": sigma, "block": block, **figures})
             if following is not None:
@@ -116,11 +116,15 @@ def _call(frozen: FrozenRun, layers: list[nn.Module], batches: list[Batch], nois
 
 def _oracle(frozen: FrozenRun, layers: list[nn.Module], batches: list[Batch], sigma: float) -> dict[str, float]:
     """On z made from the true tokens: with the true clean context, and with another sequence's."""
-    model, _ = _parts(frozen)
-    y = [F.embedding(batch["tokens"], model.target_table()) for batch in batches]
-    z = [clean + sigma * torch.randn_like(clean) for clean in y]
+    z = _true_z(frozen, batches, sigma)
     true, shuffled = (_call(frozen, layers, batches, z, sigma, shuffle) for shuffle in (False, True))
     return {"ce": true.ce, "ce_shuffled": shuffled.ce, "cosine": true.cosine}
+
+
+def _true_z(frozen: FrozenRun, batches: list[Batch], sigma: float) -> list[Tensor]:
+    model, _ = _parts(frozen)
+    y = [F.embedding(batch["tokens"], model.target_table()) for batch in batches]
+    return [clean + sigma * torch.randn_like(clean) for clean in y]
 
 
 def _full(batch: Batch, sigma: float) -> Tensor:
