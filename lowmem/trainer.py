@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lowmem import optim
-from lowmem.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
+from lowmem.arena import aligned_buffer, unbind
 from lowmem.block_queue import Visit
 from lowmem.errors import ResumeError, StoreError, TrainingError
 from lowmem.footprint import COMPUTE_DTYPE, check_model, layouts_of, training_device
@@ -27,32 +26,11 @@ from lowmem.run_dir import BlockRecord, FileRecord, RunDir, RunState, first_diff
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.stream import BlockStream
 from lowmem.telemetry import Monitor, Recorder, sample_fields
+from lowmem.trainable import SHARED, Scratch
 from lowmem.weights import create_weights, open_stream
 
 COLLAPSE_COSINE = 0.5  # mean pairwise cosine of the target table above which the targets no longer tell classes apart
 Batches = Callable[[int], Mapping[str, Any]]  # step -> arrays or tensors by name, first dimension = train.batch_size
-
-
-@dataclass
-class Trainable:
-    """An arena while it is trained: its weights in the compute dtype, and their gradients, both flat."""
-
-    arena: Arena
-    compute: Tensor  # the weights themselves in fp32, a copy of them in bf16
-    grads: Tensor
-
-    def bind(self, model: nn.Module) -> None:
-        if self.compute.dtype != torch.float32:
-            self.compute.copy_(self.arena.weights)
-        self.grads.zero_()
-        layout = self.arena.layout
-        bind(model, parameter_views(layout, self.compute), parameter_views(layout, self.grads))
-
-    def update(self, step: int, lr: float, config: Any) -> None:
-        optim.update(self.arena.layout, self.arena.weights, self.grads, self.arena.state, step, lr, config)
-        if self.compute.dtype != torch.float32:
-            self.compute.copy_(self.arena.weights)
-        self.grads.zero_()
 
 
 @dataclass
@@ -139,7 +117,7 @@ class Trainer:
         self.clock.exposed_transfer_s += stream.exposed_s - exposed_before
         if upcoming is not None and not set(upcoming.blocks) & set(visit.blocks):
             stream.prefetch(upcoming.blocks[0])
-        trainables = [self._trainable(place, self.layouts[block], buffers[block]) for place, block in enumerate(visit.blocks)]
+        trainables = [self.scratch.trainable(place, self.layouts[block], buffers[block]) for place, block in enumerate(visit.blocks)]
         for trainable in trainables:
             trainable.bind(self.model)
         self.recorder.write("visit", visit=visit.index, blocks=list(visit.blocks), first_step=visit.first_step, num_steps=visit.num_steps)
@@ -283,18 +261,6 @@ class Trainer:
     def _hold_shared(self, stream: BlockStream) -> None:
         buffer = aligned_buffer(self.shared_layout.total_bytes)
         stream.block_store.read("shared", buffer)
-        self._scratch: dict[tuple[str, int], Tensor] = {}
-        self.shared = self._trainable(-1, self.shared_layout, buffer.to(self.device))
+        self.scratch = Scratch(self.layouts, self.shared_layout, COMPUTE_DTYPE[self.plan.settings.precision], self.device)
+        self.shared = self.scratch.trainable(SHARED, self.shared_layout, buffer.to(self.device))
         self.shared.bind(self.model)
-
-    def _trainable(self, place: int, layout: ArenaLayout, buffer: Tensor) -> Trainable:
-        arena, dtype = Arena(layout, buffer), COMPUTE_DTYPE[self.plan.settings.precision]
-        compute = arena.weights if dtype == torch.float32 else self._flat("compute", place, dtype)[: layout.numel]
-        return Trainable(arena, compute, self._flat("grads", place, dtype)[: layout.numel])
-
-    def _flat(self, use: str, place: int, dtype: torch.dtype) -> Tensor:
-        """A flat vector kept for the whole run: of the shared part (place -1), or long enough for any block."""
-        numel = self.shared_layout.numel if place < 0 else max(layout.numel for layout in self.layouts)
-        if (use, place) not in self._scratch:
-            self._scratch[use, place] = torch.zeros(numel, dtype=dtype, device=self.device)
-        return self._scratch[use, place]

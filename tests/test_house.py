@@ -21,7 +21,7 @@ FLOORS = """
     optim arena models.base objectives objectives.base objectives.labels objectives.images objectives.masked objectives.tokens objectives.recurrent
     models.layers models.vit models.dit models.masked_lm models.text models.causal_lm models.recurrent_lm models
     run_dir telemetry store stream
-    footprint plan weights trainer sampler
+    footprint plan weights trainable trainer sampler
     evaluation evaluation.common evaluation.labels evaluation.images evaluation.tokens evaluation.masked evaluation.recurrent
     evaluate generate evaluation.text_quality job
     report dashboard cli __init__ __main__
