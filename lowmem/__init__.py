@@ -36,6 +36,7 @@ _HOME = {
     "recipe_from_dict": "lowmem.config",
     "sample_run": "lowmem.generate",
     "train": "lowmem.job",
+    "write_page": "lowmem.page",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"

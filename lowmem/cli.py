@@ -155,12 +155,25 @@ def status(
 
 
 @app.command()
-def report(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Predicted against measured, per category and per block; time, traffic, result."""
-    from lowmem.report import read_report
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="a run folder; several are compared")],
+    as_json: JsonOption = False,
+    html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page to this file")] = None,
+) -> None:
+    """Predicted against measured, per category and per block; time, traffic, result. Several runs beside each other."""
+    from lowmem.report import comparison_table, read_report
 
-    result = read_report(run)
-    print(json.dumps(result.content, indent=1) if as_json else result.table())
+    if html is not None:
+        from lowmem.page import write_page
+
+        print(f"wrote {write_page(runs, html)}")
+        return
+    reports = [read_report(run) for run in runs]
+    contents = [result.content for result in reports]
+    if as_json:
+        print(json.dumps(contents[0] if len(runs) == 1 else {"runs": contents}, indent=1))
+    else:
+        print(reports[0].table() if len(runs) == 1 else comparison_table([str(run) for run in runs], reports))
 
 
 @app.command("eval")

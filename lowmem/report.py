@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from lowmem.units import format_bytes, format_seconds
 EXTRA_METRICS = ("value_std_error", "joint_accuracy", "sigma_max_ce", "cross_entropy", "perplexity", "class_accuracy", "frechet_train_test")
 
 
+MEMORY_COLUMNS = ("memory", "budget", "predicted", "measured", "difference")
+BLOCK_COLUMNS = ("block", "visits", "steps", "loss", "predicted peak", "measured peak")
+
+
 @dataclass(frozen=True)
 class Report:
     """`content` is the JSON object of `lowmem report --json`."""
@@ -23,7 +28,76 @@ class Report:
     content: dict[str, Any]
 
     def table(self) -> str:
-        return _table(self.content)
+        categories = [(name.replace("_", " "), format_bytes(num_bytes)) for name, num_bytes in self.content["predicted"]["by_category"].items()]
+        parts = [
+            text_table(f"report: {self.summary()}", MEMORY_COLUMNS, self.memory_rows()),
+            text_table("predicted on the device, by category", ("category", "bytes"), categories),
+            text_table("blocks", BLOCK_COLUMNS, self.block_rows()),
+            "\n".join(f"{name:<10}{text}" for name, text in self.closing_rows()),
+        ]
+        return "\n\n".join(parts)
+
+    def summary(self) -> str:
+        content = self.content
+        settings = content["settings"]
+        return (
+            f"{content['method']}, {content['recipe']['model']['name']}, {content['num_parameters'] / 1e6:.2f} million parameters, "
+            f"profile {content['profile']['name']}, {settings['optimizer']}, {settings['precision']}, tier {settings['tier']}, "
+            f"micro-batch {settings['micro_batch_size']}, recompute {'on' if settings['recompute'] else 'off'}"
+        )
+
+    def memory_rows(self) -> list[tuple[str, ...]]:
+        content = self.content
+        budget, predicted, measured = content["budget"], content["predicted"], content["measured"]
+        return [
+            (
+                name,
+                format_bytes(budget[f"{pool}_bytes"]) if budget[f"{pool}_bytes"] is not None else "unknown",
+                format_bytes(predicted[key]),
+                format_bytes(measured[key]) if measured[key] else "-",
+                f"{measured[key] / predicted[key] - 1:+.1%}" if measured[key] else "-",
+            )
+            for name, pool, key in (
+                ("device peak", "device", "device_peak_bytes"),
+                ("host peak", "host", "host_peak_bytes"),
+                ("disk", "disk", "disk_bytes"),
+            )
+        ]
+
+    def block_rows(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                str(block["block"]),
+                str(block["visits"]),
+                str(block["steps"]),
+                "-" if block["loss"] is None else f"{block['loss']:.4f}",
+                format_bytes(block["predicted_peak_bytes"]),
+                format_bytes(block["measured_peak_bytes"]) if block["measured_peak_bytes"] else "-",
+            )
+            for block in self.content["blocks"]
+        ]
+
+    def closing_rows(self) -> list[tuple[str, str]]:
+        content = self.content
+        progress, time, traffic = content["progress"], content["time"], content["traffic"]
+        rows = [
+            ("progress", f"{progress['visits_done']} of {progress['visits_total']} visits, {progress['steps_done']} steps"),
+            (
+                "time",
+                f"{format_seconds(time['total_s'])} training: compute {format_seconds(time['compute_s'])}, "
+                f"exposed transfer {format_seconds(time['exposed_transfer_s'])}, commits {format_seconds(time['commit_s'])}",
+            ),
+            (
+                "traffic",
+                f"link in {format_bytes(traffic['host_to_device_bytes'])}, out {format_bytes(traffic['device_to_host_bytes'])}; "
+                f"disk read {format_bytes(traffic['disk_read_bytes'])}, written {format_bytes(traffic['disk_written_bytes'])}",
+            ),
+        ]
+        metrics = content["metrics"]
+        if metrics:
+            extra = [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in EXTRA_METRICS if metrics.get(name) is not None]
+            rows.append(("result", f"{metrics['metric']} {metrics['value']:.4f}" + (f" ({', '.join(extra)})" if extra else "")))
+        return [*rows, ("digest", content["digest"] or "-")]
 
 
 def read_report(run_dir: str | os.PathLike[str]) -> Report:
@@ -104,53 +178,30 @@ def queue_totals(plan: dict[str, Any]) -> tuple[int, int]:
     return queue.num_visits, queue.total_steps
 
 
-def _table(content: dict[str, Any]) -> str:
-    progress, measured, predicted, budget = (content[name] for name in ("progress", "measured", "predicted", "budget"))
-    settings, time, traffic = content["settings"], content["time"], content["traffic"]
-    head = (
-        f"report: {content['method']}, {content['recipe']['model']['name']}, {content['num_parameters'] / 1e6:.2f} million parameters, "
-        f"profile {content['profile']['name']}, {settings['optimizer']}, {settings['precision']}, tier {settings['tier']}, "
-        f"micro-batch {settings['micro_batch_size']}, recompute {'on' if settings['recompute'] else 'off'}"
-    )
-    memory = [
-        (
-            name,
-            format_bytes(budget[f"{pool}_bytes"]) if budget[f"{pool}_bytes"] is not None else "unknown",
-            format_bytes(predicted[key]),
-            format_bytes(measured[key]) if measured[key] else "-",
-            f"{measured[key] / predicted[key] - 1:+.1%}" if measured[key] else "-",
+def comparison_rows(names: Sequence[str], reports: Sequence[Report]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """(columns, one row a run): what people compare runs by."""
+    rows: list[tuple[str, ...]] = []
+    for name, report in zip(names, reports, strict=True):
+        content = report.content
+        metrics, measured, traffic = content["metrics"], content["measured"], content["traffic"]
+        rows.append(
+            (
+                name,
+                content["method"],
+                f"{metrics['metric']} {metrics['value']:.4f}" if metrics else "-",
+                f"{content['progress']['steps_done']:,}",
+                format_bytes(content["predicted"]["device_peak_bytes"]),
+                format_bytes(measured["device_peak_bytes"]) if measured["device_peak_bytes"] else "-",
+                format_seconds(content["time"]["total_s"]),
+                format_seconds(content["time"]["exposed_transfer_s"]),
+                format_bytes(traffic["disk_written_bytes"]),
+            )
         )
-        for name, pool, key in (
-            ("device peak", "device", "device_peak_bytes"),
-            ("host peak", "host", "host_peak_bytes"),
-            ("disk", "disk", "disk_bytes"),
-        )
-    ]
-    parts = [text_table(head, ("memory", "budget", "predicted", "measured", "difference"), memory)]
-    categories = [(name.replace("_", " "), format_bytes(num_bytes)) for name, num_bytes in predicted["by_category"].items()]
-    parts.append(text_table("predicted on the device, by category", ("category", "bytes"), categories))
-    blocks = [
-        (
-            str(block["block"]),
-            str(block["visits"]),
-            str(block["steps"]),
-            "-" if block["loss"] is None else f"{block['loss']:.4f}",
-            format_bytes(block["predicted_peak_bytes"]),
-            format_bytes(block["measured_peak_bytes"]) if block["measured_peak_bytes"] else "-",
-        )
-        for block in content["blocks"]
-    ]
-    parts.append(text_table("blocks", ("block", "visits", "steps", "loss", "predicted peak", "measured peak"), blocks))
-    lines = [
-        f"progress  {progress['visits_done']} of {progress['visits_total']} visits, {progress['steps_done']} steps",
-        f"time      {format_seconds(time['total_s'])} training: compute {format_seconds(time['compute_s'])}, "
-        f"exposed transfer {format_seconds(time['exposed_transfer_s'])}, commits {format_seconds(time['commit_s'])}",
-        f"traffic   link in {format_bytes(traffic['host_to_device_bytes'])}, out {format_bytes(traffic['device_to_host_bytes'])}; "
-        f"disk read {format_bytes(traffic['disk_read_bytes'])}, written {format_bytes(traffic['disk_written_bytes'])}",
-    ]
-    metrics = content["metrics"]
-    if metrics:
-        extra = [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in EXTRA_METRICS if metrics.get(name) is not None]
-        lines.append(f"result    {metrics['metric']} {metrics['value']:.4f}" + (f" ({', '.join(extra)})" if extra else ""))
-    lines.append(f"digest    {content['digest'] or '-'}")
-    return "\n\n".join(parts) + "\n\n" + "\n".join(lines)
+    return ("run", "method", "result", "steps", "predicted peak", "measured peak", "time", "exposed", "written"), rows
+
+
+def comparison_table(names: Sequence[str], reports: Sequence[Report]) -> str:
+    """The same as text: a column a run."""
+    columns, rows = comparison_rows(names, reports)
+    turned = [(column, *cells) for column, *cells in zip(columns, *rows, strict=True)]
+    return text_table(f"{len(rows)} runs", turned[0], turned[1:])

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowmem.arena import aligned_buffer, unbind
 from lowmem.block_queue import Visit
+from lowmem.environment import read_environment
 from lowmem.errors import ResumeError, StoreError, TrainingError
 from lowmem.footprint import COMPUTE_DTYPE, check_model, layouts_of, training_device
 from lowmem.models.base import Batch, BuildModel, block_slices
@@ -86,7 +87,9 @@ class Trainer:
                 self.recorder, self.clock = recorder, Clock(**state.time)
                 if state.visits_done == self.queue.num_visits:
                     return state
-                recorder.write("open", visits_done=state.visits_done, visits_total=self.queue.num_visits, pid=os.getpid())
+                recorder.write(
+                    "open", visits_done=state.visits_done, visits_total=self.queue.num_visits, pid=os.getpid(), environment=read_environment()
+                )
 
                 # the shared part stays on the device; blocks come and go
                 self.stream = stream = open_stream(self.run, self.plan, self.model, state.files)

@@ -24,7 +24,7 @@ FLOORS = """
     footprint plan weights trainable trainer sampler
     evaluation evaluation.common evaluation.labels evaluation.images evaluation.tokens evaluation.masked evaluation.recurrent
     evaluate generate evaluation.text_quality job
-    report dashboard cli __init__ __main__
+    report page dashboard cli __init__ __main__
 """
 ORDER = FLOORS.split()
 LIGHT = ["lowmem", "lowmem.cli", "lowmem.report", "lowmem.dashboard", "lowmem.config", "lowmem.hardware"]
