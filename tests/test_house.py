@@ -15,7 +15,7 @@ import lowmem
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
-    errors units tables strict
+    errors units tables strict heap
     data_config config noise schedule hardware environment
     data_cache data_images data_augment data_idx data_npz data_folder data_latents data_huggingface data_tokenizer data_text data block_queue
     optim arena models.base objectives objectives.base objectives.labels objectives.images objectives.masked objectives.tokens objectives.recurrent
