@@ -105,6 +105,18 @@ class Profile(Section):
     def pinned_max_bytes(self) -> int:
         return from_gib(self.host.pinned_max_gib)
 
+    @property
+    def link_rates(self) -> tuple[float | None, float | None]:
+        """Bytes per second to the device and from it; None: unknown, or nothing to cross."""
+        link = self.link
+        return (None, None) if link is None else (link.host_to_device_gib_per_s * GIB, link.device_to_host_gib_per_s * GIB)
+
+    @property
+    def disk_rates(self) -> tuple[float | None, float | None]:
+        """Bytes per second read and written."""
+        read, write = ((rate and rate * GIB) for rate in (self.disk.read_gib_per_s, self.disk.write_gib_per_s))
+        return read, write
+
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     """The profile of that name or path. Raises ProfileError: unknown profile or key, wrong type, or values that contradict each other."""
