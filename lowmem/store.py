@@ -99,7 +99,7 @@ class DiskStore:
                 return _digest(chunk)
 
         began = time.perf_counter()
-        with _one_line(path):
+        with _one_line(path), _whole_or_gone(path):
             _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC).close()
             head = aligned_buffer(len(header))
             head.numpy()[:] = memoryview(header)
@@ -234,6 +234,16 @@ def _open(path: Path, flags: int) -> io.FileIO:
         return os.open(name, flags | getattr(os, "O_BINARY", 0), 0o644)
 
     return io.FileIO(str(path), "wb" if flags & os.O_WRONLY else "rb", opener=opener)
+
+
+@contextlib.contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """A file that cannot be written to its end is removed: the disk may be full."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

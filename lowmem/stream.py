@@ -181,7 +181,7 @@ class BlockStream:
         """Seconds that this traffic took, beside compute or not."""
         store, ring = self.block_store, self.block_store.ring
         copied = [0.0, 0.0] if ring is None else ring.copy_s
-        return {"host_to_device_s": copied[IN], "device_to_host_s": copied[OUT], "disk_read_s": store.read_s, "disk_write_s": store.write_s}
+        return {"host_to_device_s": copied[IN], "device_to_host_s": copied[OUT], "disk_read_s": store.read_s, "disk_written_s": store.write_s}
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ Anonymous resident memory (rss less shared and file pages) is what a limit kills
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -139,20 +140,21 @@ class Monitor:
 
 
 class Recorder:
-    """Appends one JSON object a line. Lines are flushed, not fsynced: telemetry may lose its last line, never the run."""
+    """Appends one JSON object a line. Lines are not fsynced, and one that finds no space is dropped: telemetry may lose lines, never the run."""
 
     def __init__(self, path: Path) -> None:
-        torn = _last_byte(path) not in (b"", b"\n")
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
-        if torn:
-            self._file.write("\n")
+        self._torn = _last_byte(path) not in (b"", b"\n")
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._lock = threading.Lock()  # the trainer and the writer's thread both record
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def write(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time": round(time.time(), 4), **fields}
+        line = (json.dumps(record) + "\n").encode()
         with self._lock:
-            self._file.write(json.dumps(record) + "\n")
+            whole = b"\n" + line if self._torn else line
+            with contextlib.suppress(OSError):
+                self._torn = self._file.write(whole) != len(whole)
             for listener in self.listeners:
                 listener(record)
 

@@ -21,7 +21,7 @@ from lowmem import store as store_module
 from lowmem.arena import ArenaLayout, aligned_buffer
 from lowmem.errors import StoreError
 from lowmem.run_dir import FileRecord, RunDir
-from lowmem.staging import RING_CHUNKS, Ring, SlotPool
+from lowmem.staging import RING_CHUNKS, Ring
 from lowmem.store import DiskStore, HostStore
 from lowmem.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
 
@@ -162,22 +162,6 @@ def test_a_resident_block_is_there_once_and_no_slot_is_made(
             store_block(stream, visit % NUM_BLOCKS, stream.load(visit % NUM_BLOCKS), visit + 1)
     assert made == [layout.total_bytes for layout in BLOCKS]
     assert staging_bytes(SLOT_BYTES, True, True, copied)[0] == 0
-
-
-def test_a_slot_pool_makes_a_buffer_only_when_none_is_free_and_waits_at_its_size() -> None:
-    made: list[Tensor] = []
-    pool = SlotPool(2, lambda: made.append(torch.zeros(1)) or made[-1])
-    first = pool.take()
-    assert len(made) == 1
-    second = pool.take()
-    waiting = threading.Thread(target=pool.take)
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive()
-    pool.give(first)
-    waiting.join(5)
-    assert not waiting.is_alive()
-    assert len(made) == 2 and second is made[1]
 
 
 def test_a_prefetched_block_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
