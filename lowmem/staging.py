@@ -60,13 +60,13 @@ class Pace:
     def __init__(self, bytes_per_s: float | None = None) -> None:
         self._rate, self._free_at, self._lock = bytes_per_s, 0.0, threading.Lock()
 
+    def least_s(self, num_bytes: int) -> float:
+        return 0.0 if self._rate is None else num_bytes / self._rate
+
     @contextlib.contextmanager
     def __call__(self, num_bytes: int) -> Iterator[None]:
-        if self._rate is None:
-            yield
-            return
         with self._lock:
-            due = self._free_at = max(self._free_at, time.perf_counter()) + num_bytes / self._rate
+            due = self._free_at = max(self._free_at, time.perf_counter()) + self.least_s(num_bytes)
         yield
         time.sleep(max(0.0, due - time.perf_counter()))
 
@@ -137,7 +137,7 @@ class Ring:
                 copy_s = start.elapsed_time(end) / 1000
         with self._counting:
             self.passed_bytes[way] += source.numel()
-            self.copy_s[way] += copy_s
+            self.copy_s[way] += max(copy_s, self._paces[way].least_s(source.numel()))
 
 
 def ring_bytes(max_chunk_bytes: int) -> int:
