@@ -72,31 +72,43 @@ class Pace:
 
 
 class Ring:
-    """Chunks between host and device, with what passed them. `lock(buffer)` page-locks a chunk or says that it may not."""
+    """Chunks between host and device, with what passed them. `lock(buffer)` page-locks a chunk or says that it may not; `close` ends that."""
 
     def __init__(
-        self, device: torch.device, max_chunk_bytes: int, lockable_bytes: int, lock: Callable[[Tensor], bool], paces: tuple[Pace, Pace] | None = None
+        self,
+        device: torch.device,
+        max_chunk_bytes: int,
+        lockable_bytes: int = 0,
+        lock: Callable[[Tensor], bool] | None = None,
+        unlock: Callable[[Tensor], None] | None = None,
+        paces: tuple[Pace, Pace] | None = None,
     ) -> None:
         self.device, self.chunk_bytes = device, min(CHUNK_BYTES, max_chunk_bytes)
         self.passed_bytes, self.copy_s = [0, 0], [0.0, 0.0]  # IN, OUT
         self._paces, self._counting = paces or (Pace(), Pace()), threading.Lock()
         on_cuda = device.type == "cuda"
         self._streams: Any = [torch.cuda.Stream(device) for _ in (IN, OUT)] if on_cuda else None  # type: ignore[no-untyped-call]
-        locked: list[Tensor] = []
+        self._locked, self._unlock = list[Tensor](), unlock
         for _ in range(min(RING_CHUNKS, lockable_bytes // self.chunk_bytes)):
             chunk = aligned_buffer(self.chunk_bytes)
-            if not lock(chunk):
+            if lock is None or not lock(chunk):
                 break
-            locked.append(chunk)
-        self.num_locked = len(locked)
-        pageable = 0 if len(locked) >= SMALLEST_RING else RING_CHUNKS - len(locked)
-        chunks = locked + [aligned_buffer(self.chunk_bytes) for _ in range(pageable)]
+            self._locked.append(chunk)
+        pageable = 0 if len(self._locked) >= SMALLEST_RING else RING_CHUNKS - len(self._locked)
+        chunks = self._locked + [aligned_buffer(self.chunk_bytes) for _ in range(pageable)]
         self.num_chunks = len(chunks)
         self._chunks = SlotPool(len(chunks), iter(chunks).__next__)
 
     def facts(self) -> dict[str, Any]:
         """For a record of the run."""
-        return {"chunk_bytes": self.chunk_bytes, "chunks": self.num_chunks, "locked_bytes": self.num_locked * self.chunk_bytes}
+        return {"chunk_bytes": self.chunk_bytes, "chunks": self.num_chunks, "locked_bytes": len(self._locked) * self.chunk_bytes}
+
+    def close(self) -> None:
+        """Before the memory is given back: what is freed while it is locked cannot be locked again. Copies must have finished."""
+        while self._locked:
+            chunk = self._locked.pop()
+            if self._unlock is not None:
+                self._unlock(chunk)
 
     @contextlib.contextmanager
     def to_device(self, part: Tensor) -> Iterator[Tensor]:
@@ -150,12 +162,16 @@ def ring_bytes(max_chunk_bytes: int) -> int:
 
 
 def lock_pages(buffer: Tensor) -> bool:
-    """Page-locks host memory in place, for good. False where CUDA refuses; then the refusal is cleared, so that no later call meets it."""
+    """Page-locks host memory in place, until `unlock_pages`. False where CUDA refuses; the refusal is cleared, so that no later call meets it."""
     if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)) == 0:  # type: ignore[no-untyped-call]
         return True
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
     return False
+
+
+def unlock_pages(buffer: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())  # type: ignore[no-untyped-call]
 
 
 _PROBE = """

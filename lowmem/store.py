@@ -140,6 +140,8 @@ class DiskStore:
     def close(self) -> None:
         self._readers.shutdown(wait=True)
         self._writers.shutdown(wait=True)
+        if self.ring is not None:
+            self.ring.close()
 
     def _unchanged(self, key: str, buffer: Tensor) -> bool:
         """Whether the newest file holds these bytes. Looks at the first chunk alone where that has changed, as after any training."""

@@ -12,7 +12,7 @@ from lowmem.models.base import BlockModel, block_slices
 from lowmem.plan import Plan
 from lowmem.run_dir import FileRecord, RunDir
 from lowmem.schedule import mix_seed
-from lowmem.staging import RING_CHUNKS, Pace, Ring, lock_pages, probe_lockable_bytes, ring_bytes
+from lowmem.staging import RING_CHUNKS, Pace, Ring, lock_pages, probe_lockable_bytes, ring_bytes, unlock_pages
 from lowmem.store import DiskStore, HostStore
 from lowmem.stream import BlockStream, block_key
 from lowmem.telemetry import NvmlReader, Sample
@@ -71,7 +71,7 @@ def _open_ring(plan: Plan, device: torch.device, layouts: list[ArenaLayout]) -> 
     chunk_bytes = wanted_bytes // RING_CHUNKS
     allowed_bytes = min(wanted_bytes, plan.profile.pinned_max_bytes // chunk_bytes * chunk_bytes)
     lockable_bytes = probe_lockable_bytes(allowed_bytes, chunk_bytes) if allowed_bytes else 0
-    return Ring(device, chunk_bytes, lockable_bytes, lock_pages, _paces(plan, plan.profile.link_rates))
+    return Ring(device, chunk_bytes, lockable_bytes, lock_pages, unlock_pages, _paces(plan, plan.profile.link_rates))
 
 
 def _paces(plan: Plan, rates: tuple[float | None, float | None]) -> tuple[Pace, Pace]:

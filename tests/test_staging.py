@@ -15,15 +15,16 @@ from lowmem.units import MIB
 CPU, CHUNK = torch.device("cpu"), 4096
 
 
-def locked_ring(allowed_chunks: float, accepted: int) -> tuple[Ring, list[Tensor]]:
+def locked_ring(allowed_chunks: float, accepted: int, unlocked: list[int] | None = None) -> tuple[Ring, list[Tensor]]:
     """A ring that may lock so many chunks, on a machine that accepts so many; and what it tried to lock."""
     tried: list[Tensor] = []
+    unlocked = [] if unlocked is None else unlocked
 
     def lock(chunk: Tensor) -> bool:
         tried.append(chunk)
         return len(tried) <= accepted
 
-    return Ring(CPU, CHUNK, int(allowed_chunks * CHUNK), lock), tried
+    return Ring(CPU, CHUNK, int(allowed_chunks * CHUNK), lock, lambda chunk: unlocked.append(chunk.data_ptr())), tried
 
 
 def round_trip(ring: Ring) -> bool:
@@ -51,13 +52,17 @@ def round_trip(ring: Ring) -> bool:
     ],
 )
 def test_a_ring_locks_what_it_may_and_is_pageable_where_it_may_not(allowed: float, accepted: int, locked: int, chunks: int) -> None:
-    ring, tried = locked_ring(allowed, accepted)
+    unlocked: list[int] = []
+    ring, tried = locked_ring(allowed, accepted, unlocked)
     assert ring.facts() == {"chunk_bytes": CHUNK, "chunks": chunks, "locked_bytes": locked * CHUNK}
     assert [chunk.numel() for chunk in tried] == [CHUNK] * len(tried), "of exact size"
     assert all(chunk.data_ptr() % 4096 == 0 for chunk in tried)
     assert round_trip(ring)
     assert len(tried) == min(int(allowed), RING_CHUNKS, accepted + 1), "locked once"
     assert ring.num_chunks * ring.chunk_bytes <= ring_bytes(CHUNK), "the plan's bytes"
+    for _ in range(2):
+        ring.close()
+        assert sorted(unlocked) == sorted(chunk.data_ptr() for chunk in tried[:locked]), "each once"
 
 
 def test_a_ring_is_small_whatever_a_block_weighs() -> None:
@@ -127,7 +132,7 @@ def test_a_pace_is_one_for_all_threads() -> None:
 
 
 def test_a_paced_ring_takes_at_least_the_links_time() -> None:
-    ring = Ring(CPU, CHUNK, 0, lambda chunk: True, (Pace(10.0 * CHUNK), Pace(20.0 * CHUNK)))
+    ring = Ring(CPU, CHUNK, paces=(Pace(10.0 * CHUNK), Pace(20.0 * CHUNK)))
     there, started = torch.zeros(CHUNK, dtype=torch.uint8), time.perf_counter()
     with ring.to_device(there):
         pass

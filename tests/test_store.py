@@ -257,7 +257,7 @@ def test_a_paced_disk_takes_at_least_its_time(kind: Kind, tmp_path: Path) -> Non
 
 def test_bytes_pass_a_ring_of_a_few_chunks_both_ways(kind: Kind, tmp_path: Path) -> None:
     size = LAYOUTS["block-0"].total_bytes
-    ring = Ring(torch.device("cpu"), size, 0, lambda chunk: True)
+    ring = Ring(torch.device("cpu"), size)
     store = kind(RunDir(tmp_path), LAYOUTS, {}, ring)
     store.write("block-0", random_buffer("block-0"), 1)
     passes = 2 if kind is HostStore else 1  # its copy in RAM is memory of the ring's device here, and passes as well

@@ -56,7 +56,7 @@ def open_stream(
     for block in range(NUM_BLOCKS):
         first.write(block_key(block), aligned_buffer(BLOCKS[block].total_bytes).copy_(fill(block)), 0)
     first.close()
-    ring = Ring(torch.device("cpu"), SLOT_BYTES, 0, lambda chunk: True) if copied else None
+    ring = Ring(torch.device("cpu"), SLOT_BYTES) if copied else None
     store = kind(RunDir(folder), LAYOUTS, first.files, ring)
     stream = BlockStream(store, BLOCKS, SHARED, torch.device("cpu"), resident, prefetch)
     try:
