@@ -173,7 +173,7 @@ def _host_memory_bytes() -> int:
     return min(limits)
 
 
-def _open_nvml() -> Callable[[str], Any] | None:
+def open_nvml() -> Callable[[str], Any] | None:
     """`ask(call)` of the first visible NVIDIA device, None where that call is not answered; None without driver or device."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
@@ -192,7 +192,7 @@ def _open_nvml() -> Callable[[str], Any] | None:
 
 def _detect_cuda(host: dict[str, float]) -> dict[str, Any] | None:
     """`device`, `link` and `source` as the driver tells them, or None without an NVIDIA device. Raises ProfileError: memory unknown."""
-    ask = _open_nvml()
+    ask = open_nvml()
     if ask is None:
         return None
     name = ask("nvmlDeviceGetName") or "NVIDIA device"
@@ -243,8 +243,8 @@ def _measure_disk(folder: Path) -> dict[str, float]:
 
 _RUNTIME_CHILD = """
 import bitsandbytes, psutil, sys, torch
-from lowmem.hardware import _open_nvml
-nvml = _open_nvml() if sys.argv[1] == "cuda" else None
+from lowmem.hardware import open_nvml
+nvml = open_nvml() if sys.argv[1] == "cuda" else None
 before = nvml("nvmlDeviceGetMemoryInfo").used if nvml else 0
 (torch.ones(256, 256, device=sys.argv[1]) @ torch.ones(256, 256, device=sys.argv[1])).sum().item()
 mine = psutil.Process().memory_info()

@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from lowmem.hardware import open_nvml
+
 SAMPLE_PERIOD_S = 0.02
 SYSTEM_SAMPLES = 25  # the machine's own figures change slowly: read them once in so many samples
 
@@ -52,31 +54,17 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 class NvmlReader:
-    """The card's memory through NVML, or nothing at all: no driver, no card and unsupported calls are all ordinary."""
+    """The memory of the first visible card through NVML, or nothing at all: no driver, no card and unsupported calls are all ordinary."""
 
-    def __init__(self, device_index: int = 0) -> None:
-        self._nvml: Any = None
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(device_index)
-            self._nvml = pynvml
-        except Exception:  # NVMLError has a class per code, and a broken driver install raises others
-            self._nvml = None
-
-    def _read(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except self._nvml.NVMLError:
-            return None
+    def __init__(self) -> None:
+        self._ask = open_nvml()
 
     def fill(self, sample: Sample) -> None:
-        if self._nvml is None:
+        if self._ask is None:
             return
-        memory = self._read(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._handle))
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
         sample.nvml_used_bytes = memory and int(memory.used)
-        processes = self._read(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)) or []
+        processes = self._ask("nvmlDeviceGetComputeRunningProcesses") or []
         own = [process.usedGpuMemory for process in processes if process.pid == os.getpid() and process.usedGpuMemory]
         sample.nvml_process_bytes = int(own[0]) if own else None
 

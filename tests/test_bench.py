@@ -28,7 +28,7 @@ def test_the_quick_bench_writes_every_figure_and_says_which_formula_it_is_held_a
     assert traffic["zero3"]["disk_bytes"] == (12 + 2 * 4 + 12) * run["num_parameters"]  # in fp32
     assert traffic["disk_ratio"] == pytest.approx(traffic["zero3"]["disk_bytes"] / traffic["ours_disk_bytes_per_step"])
     assert [depth["num_blocks"] for depth in found["depths"]] == [2, 4]
-    assert found["depths"][1]["num_parameters"] > 1.8 * found["depths"][0]["num_parameters"]
+    assert found["depths"][1]["num_parameters"] > 1.7 * found["depths"][0]["num_parameters"]
     assert found["depth_spread"] == pytest.approx(abs(found["depths"][0]["device_peak_bytes"] / found["depths"][1]["device_peak_bytes"] - 1), rel=0.1)
     assert set(found["disk_ratio"]) == {"write", "first_read", "read"}
     assert traffic["zero3"]["formula"] in done.stdout and "| disk | 2 |" in done.stdout
