@@ -163,6 +163,7 @@ class OffloadConfig(Section):
     tier: Auto | Tier = "auto"  # where blocks rest that are not visited
     prefetch: bool = True  # read the next block beside compute
     write_back: Literal["auto", "beside", "wait"] = "auto"  # wait: a block is on disk before the next step starts
+    pace: bool = False  # move bytes no faster than the profile's link and disk: what a run would take on a slower machine than this one
 
 
 class EvalConfig(Section):

@@ -23,7 +23,7 @@ from lowmem.hardware import Profile
 from lowmem.models.base import BlockModel, block_slices, named_layer_parameters, named_shared_parameters
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.optim import SLICE_NUMEL, SLICE_WORKSPACE_BYTES
-from lowmem.stream import device_slots, host_slots
+from lowmem.stream import staging_bytes
 from lowmem.strict import Section
 from lowmem.units import MIB, from_gib
 
@@ -183,10 +183,9 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
     activations = [max(peak, *workspace) for peak in passes]
     if profile.device.type == "cpu":
         activations = [peak + min(peak, CPU_HEAP_SLACK_BYTES) for peak in activations]
-    host_staging = shared.total_bytes + (0 if resident and profile.unified else host_slots(resident, recipe.offload.prefetch) * slot_bytes)
-    if profile.unified and not resident:
-        host_staging -= slot_bytes  # compute uses one of the slots: counted as weights and state
-    device_staging = host_staging if profile.unified else (0 if resident else (device_slots(recipe.offload.prefetch) - 1) * slot_bytes)
+    slots, ring = staging_bytes(slot_bytes, resident, recipe.offload.prefetch, copied=profile.device.type == "cuda")
+    host_staging = shared.total_bytes + ring + (slots if profile.unified else 0)
+    device_staging = host_staging if profile.unified else slots
 
     category = {
         "weights": sum(layout.weights_bytes for layout in on_device) + copies * sum(layout.numel for layout in visited),

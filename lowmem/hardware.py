@@ -105,6 +105,18 @@ class Profile(Section):
     def pinned_max_bytes(self) -> int:
         return from_gib(self.host.pinned_max_gib)
 
+    @property
+    def link_rates(self) -> tuple[float | None, float | None]:
+        """Bytes per second to the device and from it; None: unknown, or nothing to cross."""
+        link = self.link
+        return (None, None) if link is None else (link.host_to_device_gib_per_s * GIB, link.device_to_host_gib_per_s * GIB)
+
+    @property
+    def disk_rates(self) -> tuple[float | None, float | None]:
+        """Bytes per second read and written."""
+        read, write = ((rate and rate * GIB) for rate in (self.disk.read_gib_per_s, self.disk.write_gib_per_s))
+        return read, write
+
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
     """The profile of that name or path. Raises ProfileError: unknown profile or key, wrong type, or values that contradict each other."""
@@ -161,7 +173,7 @@ def _host_memory_bytes() -> int:
     return min(limits)
 
 
-def _open_nvml() -> Callable[[str], Any] | None:
+def open_nvml() -> Callable[[str], Any] | None:
     """`ask(call)` of the first visible NVIDIA device, None where that call is not answered; None without driver or device."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
@@ -180,7 +192,7 @@ def _open_nvml() -> Callable[[str], Any] | None:
 
 def _detect_cuda(host: dict[str, float]) -> dict[str, Any] | None:
     """`device`, `link` and `source` as the driver tells them, or None without an NVIDIA device. Raises ProfileError: memory unknown."""
-    ask = _open_nvml()
+    ask = open_nvml()
     if ask is None:
         return None
     name = ask("nvmlDeviceGetName") or "NVIDIA device"
@@ -231,8 +243,8 @@ def _measure_disk(folder: Path) -> dict[str, float]:
 
 _RUNTIME_CHILD = """
 import bitsandbytes, psutil, sys, torch
-from lowmem.hardware import _open_nvml
-nvml = _open_nvml() if sys.argv[1] == "cuda" else None
+from lowmem.hardware import open_nvml
+nvml = open_nvml() if sys.argv[1] == "cuda" else None
 before = nvml("nvmlDeviceGetMemoryInfo").used if nvml else 0
 (torch.ones(256, 256, device=sys.argv[1]) @ torch.ones(256, 256, device=sys.argv[1])).sum().item()
 mine = psutil.Process().memory_info()

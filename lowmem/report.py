@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ from lowmem.telemetry import read_records
 from lowmem.units import format_bytes, format_seconds
 
 EXTRA_METRICS = ("value_std_error", "joint_accuracy", "sigma_max_ce", "cross_entropy", "perplexity", "class_accuracy", "frechet_train_test")
-
-
+HIDDEN_SHARE = 0.01  # of compute: less waiting than this is not worth a change
+WAYS = ("host_to_device", "device_to_host", "disk_read", "disk_written")
 MEMORY_COLUMNS = ("memory", "budget", "predicted", "measured", "difference")
 BLOCK_COLUMNS = ("block", "visits", "steps", "loss", "predicted peak", "measured peak")
 
@@ -93,6 +94,7 @@ class Report:
                 f"disk read {format_bytes(traffic['disk_read_bytes'])}, written {format_bytes(traffic['disk_written_bytes'])}",
             ),
         ]
+        rows += _stream_rows(content["stream"])
         metrics = content["metrics"]
         if metrics:
             extra = [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in EXTRA_METRICS if metrics.get(name) is not None]
@@ -118,9 +120,8 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
         "measured": {name: state.measured.get(name, 0) for name in ("device_peak_bytes", "host_peak_bytes", "disk_bytes")},
         "blocks": [{**record.model_dump(), "predicted_peak_bytes": predicted["block_peak_bytes"][record.block]} for record in state.blocks],
         "time": {name: state.time.get(name, 0.0) for name in ("total_s", "compute_s", "exposed_transfer_s", "commit_s")},
-        "traffic": {
-            name: state.traffic.get(name, 0) for name in ("host_to_device_bytes", "device_to_host_bytes", "disk_read_bytes", "disk_written_bytes")
-        },
+        "traffic": {f"{way}_bytes": state.traffic.get(f"{way}_bytes", 0) for way in WAYS},
+        "stream": _stream(plan, state),
         "metrics": state.metrics,
         "progress": {
             "visits_done": state.visits_done,
@@ -176,6 +177,55 @@ def queue_totals(plan: dict[str, Any]) -> tuple[int, int]:
         recipe["train"]["seed"],
     )
     return queue.num_visits, queue.total_steps
+
+
+def _stream(plan: dict[str, Any], state: RunState) -> dict[str, Any]:
+    """How well moving blocks hid behind compute: waiting against compute, what the link and the disk gave, and what to change."""
+    steps = sum(block.steps for block in state.blocks)
+    moved = {way: (state.traffic.get(f"{way}_bytes", 0), state.transfer_s.get(f"{way}_s", 0.0)) for way in WAYS}
+    compute_s = state.time.get("compute_s", 0.0)
+    exposed_s = state.time.get("exposed_transfer_s", 0.0) + state.time.get("commit_s", 0.0)
+    share = exposed_s / compute_s if compute_s else None
+    return {
+        "compute_s": compute_s,
+        "exposed_s": exposed_s,  # waiting for blocks to arrive, and for the last ones to be written
+        "exposed_share": share,
+        **{f"{way}_bytes_per_s": num_bytes / seconds if seconds else None for way, (num_bytes, seconds) in moved.items()},
+        "link_bytes_per_step": (moved["host_to_device"][0] + moved["device_to_host"][0]) / steps if steps else None,
+        "disk_read_bytes_per_step": moved["disk_read"][0] / steps if steps else None,
+        "disk_written_bytes_per_step": moved["disk_written"][0] / steps if steps else None,  # wears the drive
+        "advice": None if share is None else _advice(plan, state, share, sum(seconds for _, seconds in moved.values()) / compute_s),
+    }
+
+
+def _advice(plan: dict[str, Any], state: RunState, share: float, moving: float) -> str:
+    """One sentence. `share`: waiting, `moving`: moving blocks at all, each over compute."""
+    recipe, settings = plan["recipe"], plan["settings"]
+    if share <= HIDDEN_SHARE:
+        return f"nothing to change: waiting is {share:.1%} of compute"
+    if settings["write_back"] == "wait" and recipe["method"] != "end_to_end":
+        return f"waiting is {share:.1%} of compute: set offload.write_back: beside, so that a block is written while the next one trains"
+    if settings["tier"] != "device" and not recipe["offload"]["prefetch"]:
+        return f"waiting is {share:.1%} of compute: set offload.prefetch: true, so that a block is read while the last one trains"
+    steps = recipe["blocks"]["visit_steps"]
+    cures = [f"raise blocks.visit_steps from {steps} to {max(steps + 1, math.ceil(steps * moving))}, or the tokens of a step as much"]
+    if settings["optimizer"] == "adamw":
+        cures.append("take optimizer.name: adamw8bit (half the bytes of a block)")
+    room = plan["budget"]["host_bytes"] - plan["predicted"]["host_peak_bytes"]
+    if settings["tier"] == "disk" and room > sum(record.num_bytes for record in state.files.values()):
+        cures.append(f"keep blocks in RAM (offload.tier: {'device' if plan['profile']['device']['type'] == 'cpu' else 'host'})")
+    return f"waiting is {share:.1%} of compute: {'; or '.join(cures)}"
+
+
+def _stream_rows(stream: dict[str, Any]) -> list[tuple[str, str]]:
+    rates = [f"{way.replace('_', ' ')} {format_bytes(stream[f'{way}_bytes_per_s'])}/s" for way in WAYS if stream[f"{way}_bytes_per_s"] is not None]
+    if stream["exposed_share"] is None:
+        return []
+    wear = format_bytes(stream["disk_written_bytes_per_step"] or 0)
+    return [
+        ("stream", f"{stream['exposed_share']:.1%} of compute spent waiting; {', '.join(rates) or 'nothing moved'}; drive wear {wear} a step"),
+        ("advice", stream["advice"]),
+    ]
 
 
 def comparison_rows(names: Sequence[str], reports: Sequence[Report]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -54,6 +54,7 @@ class RunState(Section):
     blocks: list[BlockRecord] = []
     time: dict[str, float] = {}  # total_s, compute_s, exposed_transfer_s, commit_s
     traffic: dict[str, int] = {}  # host_to_device_bytes, device_to_host_bytes, disk_read_bytes, disk_written_bytes
+    transfer_s: dict[str, float] = {}  # seconds that the traffic took: host_to_device_s, device_to_host_s, disk_read_s, disk_written_s
     measured: dict[str, int] = {}  # device_peak_bytes, host_peak_bytes, disk_bytes
     metrics: dict[str, Any] | None = None  # of the finished run
 

@@ -1,122 +1,257 @@
 """Where blocks rest: one safetensors file each on disk, and in RAM as well when the tier is `host`.
 
-Files are read and written past the page cache (O_DIRECT) in large requests from page-aligned buffers, and through it where
-the file system refuses. A block's first read in a process checks its digest, every read its size and header.
+Files move in chunks, a few at a time, past the page cache (O_DIRECT) or through it where the file system refuses. Bytes of a
+device pass a ring of host chunks on their way. A block's first read in a process checks its digest, every read its size and
+header; the digest is computed chunk by chunk on the threads that read and write, so that it costs no time of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from lowmem.arena import ArenaLayout, aligned_buffer
 from lowmem.errors import StoreError
 from lowmem.run_dir import FileRecord, RunDir
-from lowmem.units import MIB
+from lowmem.staging import CHUNK_BYTES, THREADS, Pace, Ring
 
-REQUEST_BYTES = 16 * MIB  # of one read or write
+REFUSED_DIRECT = (errno.EINVAL, errno.ENOTSUP)  # what O_DIRECT meets at open, or at the first request, where it is not supported
+T = TypeVar("T")
 
 
 class DiskStore:
-    """Blocks by key ("block-0", ..., "shared"), in files of the run folder. Buffers are host memory from `aligned_buffer`."""
+    """Blocks by key ("block-0", ..., "shared"), in files of the run folder.
 
-    def __init__(self, run_dir: RunDir, layouts: Mapping[str, ArenaLayout], files: Mapping[str, FileRecord]) -> None:
-        self.run_dir, self.layouts = run_dir, layouts
+    Buffers are uint8: host memory from `aligned_buffer`, or memory of another kind that `ring` copies from and to.
+    """
+
+    def __init__(
+        self,
+        run_dir: RunDir,
+        layouts: Mapping[str, ArenaLayout],
+        files: Mapping[str, FileRecord],
+        ring: Ring | None = None,
+        paces: tuple[Pace, Pace] | None = None,
+    ) -> None:
+        self.run_dir, self.layouts, self.ring = run_dir, layouts, ring
         self.files = dict(files)  # the newest file of each block: may be ahead of what is committed
-        self._verified = set[str]()
         self.read_bytes = self.written_bytes = 0
+        self.read_s = self.write_s = 0.0
+        self.direct = hasattr(os, "O_DIRECT")  # until it is refused
+        self._verified, self._first_digest = set[str](), dict[str, bytes]()
+        self._read_pace, self._write_pace = paces or (Pace(), Pace())
+        self._readers, self._writers = (ThreadPoolExecutor(THREADS, f"lowmem-{job}") for job in ("reading", "writing"))
 
     def read(self, key: str, buffer: Tensor) -> None:
         """Fills `buffer` [total_bytes]. Raises StoreError if the file is missing, torn, of another layout, or changed."""
-        record = self.files[key]
+        record, header = self.files[key], self.layouts[key].header()
         path = self.run_dir.path / record.name
-        header, data = self.layouts[key].header(), _bytes_of(buffer)
-        self.read_bytes += _transfer(path, os.O_RDONLY, header, data, record.num_bytes)
-        if record.name not in self._verified:
-            if hashlib.sha256(data).hexdigest() != record.sha256:
-                raise StoreError(f"{path}: its data differ from what was committed; restore it from a copy; nothing was overwritten")
-            self._verified.add(record.name)
+        verify = record.name not in self._verified
+        head = aligned_buffer(len(header))
+
+        def read_chunk(start: int) -> bytes:
+            part = buffer[start : start + CHUNK_BYTES]
+            with self._host(part, reading=True) as chunk, self._read_pace(chunk.numel()):
+                self._request(path, len(header) + start, chunk, reading=True)
+                return _digest(chunk) if verify else b""
+
+        began = time.perf_counter()
+        with _one_line(path):
+            with _open(path, os.O_RDONLY) as file:
+                found = os.fstat(file.fileno()).st_size
+            if found != record.num_bytes:
+                raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; restore it from a copy; nothing was overwritten")
+            self._request(path, 0, head, reading=True)
+            digests = _in_chunks(self._readers, buffer.numel(), read_chunk)
+        self.read_s += time.perf_counter() - began
+        self.read_bytes += record.num_bytes
+        if bytes(head.numpy()) != header:
+            raise StoreError(f"{path}: its header is not that of this run's block; restore it from a copy; nothing was overwritten")
+        if verify and _whole_digest(digests) != record.sha256:
+            raise StoreError(f"{path}: its data differ from what was committed; restore it from a copy; nothing was overwritten")
+        self._verified.add(record.name)
 
     def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
-        """A new file with the bytes of `buffer`, on the disk when this returns. It counts only once a commit names it."""
-        name = self.run_dir.file_name(key, visits_done)
-        header, data = self.layouts[key].header(), _bytes_of(buffer)
-        self.written_bytes += _transfer(self.run_dir.path / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, header, data, None)
-        record = FileRecord(name=name, num_bytes=len(header) + len(data), sha256=hashlib.sha256(data).hexdigest())
+        """A new file with the bytes of `buffer`, on the disk when this returns; the file there is, where no byte has changed.
+
+        It counts only once a commit names it. Kernels that write the buffer must have finished. Raises StoreError if it cannot be written.
+        """
+        if self._unchanged(key, buffer):
+            return self.files[key]
+        name, header = self.run_dir.file_name(key, visits_done), self.layouts[key].header()
+        path = self.run_dir.path / name
+
+        def write_chunk(start: int) -> bytes:
+            part = buffer[start : start + CHUNK_BYTES]
+            with self._host(part, reading=False) as chunk, self._write_pace(chunk.numel()):
+                self._request(path, len(header) + start, chunk, reading=False)
+                return _digest(chunk)
+
+        began = time.perf_counter()
+        with _one_line(path), _whole_or_gone(path):
+            _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC).close()
+            head = aligned_buffer(len(header))
+            head.numpy()[:] = memoryview(header)
+            self._request(path, 0, head, reading=False)
+            digests = _in_chunks(self._writers, buffer.numel(), write_chunk)
+            with _open(path, os.O_WRONLY) as file:
+                os.fsync(file.fileno())
+        self.write_s += time.perf_counter() - began
+        record = FileRecord(name=name, num_bytes=len(header) + buffer.numel(), sha256=_whole_digest(digests))
+        self.written_bytes += record.num_bytes
         self._verified.add(name)
+        self._first_digest[key] = digests[0]
         self.files[key] = record
         return record
+
+    def keep(self, key: str, buffer: Tensor) -> Tensor:
+        """What `write` may be given in place of `buffer`, so that this one is free at once: here itself."""
+        return buffer
+
+    def copy_out(self, buffer: Tensor, host: Tensor) -> None:
+        """`host` takes the bytes of `buffer`, through the ring where that is a device's. Kernels that write it must have finished."""
+
+        def copy_chunk(start: int) -> None:
+            with self._host(buffer[start : start + CHUNK_BYTES], reading=False) as chunk:
+                host.numpy()[start : start + CHUNK_BYTES] = chunk.numpy()
+
+        _in_chunks(self._writers, buffer.numel(), copy_chunk)
+
+    def copy_in(self, host: Tensor, buffer: Tensor) -> None:
+        """The other way round."""
+
+        def copy_chunk(start: int) -> None:
+            with self._host(buffer[start : start + CHUNK_BYTES], reading=True) as chunk:
+                chunk.numpy()[:] = host.numpy()[start : start + CHUNK_BYTES]
+
+        _in_chunks(self._readers, buffer.numel(), copy_chunk)
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=True)
+        self._writers.shutdown(wait=True)
+        if self.ring is not None:
+            self.ring.close()
+
+    def _unchanged(self, key: str, buffer: Tensor) -> bool:
+        """Whether the newest file holds these bytes. Looks at the first chunk alone where that has changed, as after any training."""
+        first = self._first_digest.get(key)
+
+        def digest_chunk(start: int) -> bytes:
+            with self._host(buffer[start : start + CHUNK_BYTES], reading=False) as chunk:
+                return _digest(chunk)
+
+        if first is None or digest_chunk(0) != first:
+            return False
+        return _whole_digest(_in_chunks(self._writers, buffer.numel(), digest_chunk)) == self.files[key].sha256
+
+    def _host(self, part: Tensor, reading: bool) -> AbstractContextManager[Tensor]:
+        """`part` in host memory: itself, or a chunk of the ring that is copied to it (reading) or from it."""
+        if self.ring is None or part.device.type != self.ring.device.type:
+            return nullcontext(part)
+        return self.ring.to_device(part) if reading else self.ring.from_device(part)
+
+    def _request(self, path: Path, position: int, chunk: Tensor, reading: bool) -> None:
+        """One read or write with a handle of its own: threads share no position, and a refusal concerns one request alone."""
+        data = memoryview(chunk.numpy())  # type: ignore[arg-type]
+        flags = os.O_RDONLY if reading else os.O_WRONLY
+        try:
+            with _open(path, flags | (os.O_DIRECT if self.direct else 0)) as file:
+                file.seek(position)
+                moved = file.readinto(data) if reading else file.write(data)
+        except OSError as problem:
+            if self.direct and problem.errno in REFUSED_DIRECT:
+                self.direct = False
+                return self._request(path, position, chunk, reading)
+            raise
+        if moved != len(data):
+            raise StoreError(f"{path}: moved {moved} of {len(data)} bytes in one request; the disk is full or failing; free space, then run again")
 
 
 class HostStore(DiskStore):
     """The same, with every block also in RAM, so that reads cost a copy. Files are written all the same: they are the checkpoint."""
 
-    def __init__(self, run_dir: RunDir, layouts: Mapping[str, ArenaLayout], files: Mapping[str, FileRecord]) -> None:
-        super().__init__(run_dir, layouts, files)
+    def __init__(
+        self,
+        run_dir: RunDir,
+        layouts: Mapping[str, ArenaLayout],
+        files: Mapping[str, FileRecord],
+        ring: Ring | None = None,
+        paces: tuple[Pace, Pace] | None = None,
+    ) -> None:
+        super().__init__(run_dir, layouts, files, ring, paces)
         self._copies: dict[str, Tensor] = {}
 
     def read(self, key: str, buffer: Tensor) -> None:
         if key not in self._copies:
-            super().read(key, buffer)
-            self._keep(key, buffer)
-        buffer.copy_(self._copies[key])
+            copy = aligned_buffer(buffer.numel())
+            super().read(key, copy)
+            self._copies[key] = copy
+        self.copy_in(self._copies[key], buffer)
 
     def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
-        self._keep(key, buffer)
-        return super().write(key, buffer, visits_done)
+        return super().write(key, self.keep(key, buffer), visits_done)
 
-    def _keep(self, key: str, buffer: Tensor) -> None:
+    def keep(self, key: str, buffer: Tensor) -> Tensor:
         if key not in self._copies:
             self._copies[key] = aligned_buffer(buffer.numel())
-        self._copies[key].copy_(buffer)
+        kept = self._copies[key]
+        if buffer is not kept:
+            self.copy_out(buffer, kept)
+        return kept
 
 
-def _bytes_of(buffer: Tensor) -> memoryview:
-    return memoryview(buffer.numpy())  # type: ignore[arg-type]
-
-
-def _transfer(path: Path, flags: int, header: bytes, data: memoryview, expected_bytes: int | None) -> int:
-    """Reads (O_RDONLY) or writes header and data. Returns the bytes moved."""
-    reading = flags == os.O_RDONLY
-    page_header = aligned_buffer(len(header))
-    head = _bytes_of(page_header)
-    if not reading:
-        head[:] = header
+def _in_chunks(pool: ThreadPoolExecutor, num_bytes: int, work: Callable[[int], T]) -> list[T]:
+    """`work(start)` of every chunk, on the pool's threads; results in order. An error is raised when no thread is at work any more."""
+    futures = [pool.submit(work, start) for start in range(0, num_bytes, CHUNK_BYTES)]
     try:
-        with _open(path, flags) as file:
-            found = os.fstat(file.fileno()).st_size
-            if reading and found != expected_bytes:
-                raise StoreError(f"{path}: expected {expected_bytes} bytes, found {found} bytes; restore it from a copy; nothing was overwritten")
-            for part in (head, data):
-                for start in range(0, len(part), REQUEST_BYTES):
-                    request = part[start : start + REQUEST_BYTES]
-                    moved = file.readinto(request) if reading else file.write(request)
-                    if moved != len(request):
-                        raise StoreError(
-                            f"{path}: moved {moved} of {len(request)} bytes in one request; the disk is full or failing; free space, then run again"
-                        )
-            if not reading:
-                os.fsync(file.fileno())
-    except OSError as problem:
-        raise StoreError(f"{path}: {problem.strerror}; the last commit is kept: mend this, then run the same command again") from None
-    if reading and bytes(head) != header:
-        raise StoreError(f"{path}: its header is not that of this run's block; restore it from a copy; nothing was overwritten")
-    return len(header) + len(data)
+        return [future.result() for future in futures]
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+
+
+def _digest(chunk: Tensor) -> bytes:
+    return hashlib.sha256(memoryview(chunk.numpy())).digest()  # type: ignore[arg-type]
+
+
+def _whole_digest(digests: list[bytes]) -> str:
+    """sha256 over the sha256 of every chunk of a data section: as strong as that of the whole, and computable in parts."""
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _open(path: Path, flags: int) -> io.FileIO:
     def opener(name: str, _: int) -> int:
-        direct = getattr(os, "O_DIRECT", 0)
-        try:
-            return os.open(name, flags | direct | getattr(os, "O_BINARY", 0), 0o644)
-        except OSError:
-            if not direct:
-                raise
-            return os.open(name, flags, 0o644)
+        return os.open(name, flags | getattr(os, "O_BINARY", 0), 0o644)
 
-    return io.FileIO(str(path), "rb" if flags == os.O_RDONLY else "wb", opener=opener)
+    return io.FileIO(str(path), "wb" if flags & os.O_WRONLY else "rb", opener=opener)
+
+
+@contextlib.contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """A file that cannot be written to its end is removed: the disk may be full."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """What the system says of a file, as a StoreError."""
+    try:
+        yield
+    except OSError as problem:
+        raise StoreError(f"{path}: {problem.strerror}; the last commit is kept: mend this, then run the same command again") from None

@@ -1,9 +1,9 @@
 """One block at a time on the device: the next is fetched and the last written back on threads, beside compute.
 
-Three ways a block gets to the device, one interface:
+Two ways a block gets to the device, one interface:
     resident   every block has its own buffer on the device (tier device; tier host where host memory *is* the device's)
-    staged     a reader thread fills one of at most three host slots, and compute uses the slot itself (CPU, tier disk)
-    copied     the slot is copied to one of two device slots on a stream of its own (CUDA, tiers host and disk)
+    slots      a reader thread fills one of a few slots in the device's memory, and compute uses the slot itself
+On a CPU a slot is host memory and files are read straight into it; on CUDA bytes pass the store's ring of page-locked chunks.
 A slot's life is guarded by its thread: it is handed on only when the copy or the write that uses it has finished, so neither
 events across threads nor `record_stream` are needed. Compute runs on the default stream; nothing here synchronises the device.
 """
@@ -11,76 +11,55 @@ events across threads nor `record_stream` are needed. Compute runs on the defaul
 from __future__ import annotations
 
 import contextlib
-import queue
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.arena import ArenaLayout, aligned_buffer
+from lowmem.arena import ALIGNMENT, ArenaLayout, aligned_buffer
 from lowmem.run_dir import FileRecord
+from lowmem.staging import IN, OUT, SlotPool, ring_bytes
 from lowmem.store import DiskStore
 
-HOST_SLOTS = 3  # at most: one computed on (or copied from), one filled, one written
-DEVICE_SLOTS = 2
+HOST_SLOTS = 3  # on a CPU, at most: one computed on, one filled, one written
+DEVICE_SLOTS = 2  # on a device of its own: one computed on, one written and then filled
 
 
 def block_key(block: int) -> str:
     return f"block-{block}"
 
 
-class SlotPool:
-    """At most `size` buffers, made when first needed; `take` waits for a free one."""
+def num_slots(copied: bool, prefetch: bool) -> int:
+    """Slots in the device's memory; `copied`: blocks pass a ring on their way. The plan counts the same number."""
+    return (DEVICE_SLOTS if copied else HOST_SLOTS) - (0 if prefetch else 1)
 
-    def __init__(self, size: int, make: Callable[[], Tensor]) -> None:
-        self._free: queue.Queue[Tensor | None] = queue.Queue()
-        self._make = make
-        for _ in range(size):
-            self._free.put(None)
 
-    def fill(self) -> None:
-        for slot in [self.take() for _ in range(self._free.qsize())]:
-            self.give(slot)
-
-    def take(self) -> Tensor:
-        slot = self._free.get()
-        return self._make() if slot is None else slot
-
-    def give(self, slot: Tensor) -> None:
-        self._free.put(slot)
+def staging_bytes(slot_bytes: int, resident: bool, prefetch: bool, copied: bool) -> tuple[int, int]:
+    """What streaming takes of (device, host) memory beside the block in compute. On unified memory both are the same pool."""
+    slots = 0 if resident else (num_slots(copied, prefetch) - 1) * slot_bytes
+    return slots, ring_bytes(slot_bytes) if copied else 0
 
 
 class BlockStream:
-    """`load` blocks, train them in place, `store` them. One reader and one writer thread; `close` ends both."""
+    """`load` blocks, train them in place, `store` them. One reader and one writer thread; `close` ends both and the store's."""
 
     def __init__(
-        self,
-        store: DiskStore,
-        layouts: list[ArenaLayout],
-        shared_layout: ArenaLayout,
-        device: torch.device,
-        resident: bool,
-        prefetch: bool,
-        pinned_max_bytes: int = 0,
+        self, store: DiskStore, layouts: list[ArenaLayout], shared_layout: ArenaLayout, device: torch.device, resident: bool, prefetch: bool
     ) -> None:
         self.block_store, self.layouts, self.device, self.resident = store, layouts, device, resident
         self.prefetch_on = prefetch and not resident
-        self.host_to_device_bytes = self.device_to_host_bytes = 0
         self.exposed_s = 0.0  # seconds that compute stood waiting for a block
         slot_bytes = max(layout.total_bytes for layout in layouts)
-        on_cuda = device.type == "cuda"
-        pin = on_cuda and HOST_SLOTS * slot_bytes <= pinned_max_bytes
-        self._host = SlotPool(host_slots(resident, prefetch), lambda: _host_slot(slot_bytes, pin))
-        self._device = SlotPool(device_slots(prefetch), lambda: torch.empty(slot_bytes, dtype=torch.uint8, device=device))
-        if on_cuda and not resident:  # made here: memory taken from the allocator on a thread could still be in use by the default stream
-            self._device.fill()
-            torch.cuda.synchronize(device)
+        copied = store.ring is not None
+        self._slots = SlotPool(num_slots(copied, prefetch), lambda: self._buffer(slot_bytes))
+        if copied and not resident:  # made here: memory taken from the allocator on a thread could still be in use by the default stream
+            self._slots.fill()
+            self._wait_for_kernels()
         self._shared_slot = aligned_buffer(shared_layout.total_bytes)
         self._residents: dict[int, Tensor] = {}
-        self._copies_in = on_cuda
-        self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if on_cuda else None  # type: ignore[no-untyped-call]
         self._reader = ThreadPoolExecutor(1, "lowmem-reader")
         self._writer = ThreadPoolExecutor(1, "lowmem-writer")
         self._reads: dict[int, Future[Tensor]] = {}
@@ -97,7 +76,10 @@ class BlockStream:
                 return self._start_read(block).result()
             self._wait_for_write(block)
             if block not in self._residents:
-                self._residents[block] = self._to_resident(block)
+                buffer = self._buffer(self.layouts[block].total_bytes)
+                self._wait_for_kernels()  # that used this memory before
+                self.block_store.read(block_key(block), buffer)
+                self._residents[block] = buffer
             return self._residents[block]
 
     def prefetch(self, block: int) -> None:
@@ -113,31 +95,19 @@ class BlockStream:
 
     def _read(self, block: int) -> Tensor:
         self._wait_for_write(block)
-        slot = self._host.take()
+        slot = self._slots.take()
         try:
             self.block_store.read(block_key(block), slot[: self.layouts[block].total_bytes])
         except BaseException:
-            self._host.give(slot)
+            self._slots.give(slot)
             raise
-        if not self._copies_in:
-            return slot
-        target = self._device.take()
-        self._copy(target, slot, self.layouts[block].total_bytes, 0)
-        self._host.give(slot)
-        return target
+        return slot
 
-    def _to_resident(self, block: int) -> Tensor:
-        num_bytes = self.layouts[block].total_bytes
-        if not self._copies_in:
-            buffer = aligned_buffer(num_bytes)
-            self.block_store.read(block_key(block), buffer)
-            return buffer
-        slot = self._host.take()
-        self.block_store.read(block_key(block), slot[:num_bytes])
-        buffer = slot[:num_bytes].to(self.device)
-        self.host_to_device_bytes += num_bytes
-        self._host.give(slot)
-        return buffer
+    def _buffer(self, num_bytes: int) -> Tensor:
+        if self.device.type == "cpu":
+            return aligned_buffer(num_bytes)
+        whole = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
+        return whole[ALIGNMENT:]  # torch.compile takes a view at storage offset 0 for a special case, and compiles again
 
     # -----------------------------------------------------------------------------------------------------------------
     # Device -> store
@@ -150,9 +120,8 @@ class BlockStream:
         With `wait` returns when all that is done, else at once: the blocks must then not be touched until `load` gives them again.
         """
         self.finish()  # the last snapshot of the shared part may still be being written
-        self._shared_slot.copy_(shared)  # on CUDA this waits for the visit's last kernel, so the writer may read the blocks
-        if shared.is_cuda:
-            self.device_to_host_bytes += shared.numel()
+        self._wait_for_kernels()  # the visit's last: from here on the threads may read what it trained
+        self.block_store.copy_out(shared, self._shared_slot)
         future = self._writer.submit(self._write, trained, visits_done, committed)
         self._shared_write = future
         self._writes.update(dict.fromkeys(trained, future))
@@ -160,28 +129,27 @@ class BlockStream:
             future.result()
 
     def _write(self, trained: dict[int, Tensor], visits_done: int, committed: Callable[[dict[str, FileRecord]], None]) -> None:
-        files = {}
+        files, store = {}, self.block_store
         for block, buffer in trained.items():
-            num_bytes = self.layouts[block].total_bytes
-            slot = buffer
-            if buffer.is_cuda:
-                slot = self._host.take()
-                self._copy(slot, buffer, num_bytes, 1)
-                if not self.resident:
-                    self._device.give(buffer)
-            files[block_key(block)] = self.block_store.write(block_key(block), slot[:num_bytes], visits_done)
-            if buffer.is_cuda or not self.resident:
-                self._host.give(slot)
-        files["shared"] = self.block_store.write("shared", self._shared_slot, visits_done)
+            key, part = block_key(block), buffer[: self.layouts[block].total_bytes]
+            freed = self.resident
+            try:
+                kept = store.keep(key, part)
+                if kept is not part and not freed:
+                    freed = True
+                    self._slots.give(buffer)
+                files[key] = store.write(key, kept, visits_done)
+            finally:  # also where the disk is full: the reader may be waiting for the slot
+                if not freed:
+                    self._slots.give(buffer)
+        files["shared"] = store.write("shared", self._shared_slot, visits_done)
         committed(files)
 
     def release(self, block: int, buffer: Tensor) -> None:
         """Gives back a block that was only read (sampling, evaluation)."""
-        if self.resident:
-            return
-        if buffer.is_cuda:
-            torch.cuda.current_stream(self.device).synchronize()  # kernels that read it
-        (self._device if buffer.is_cuda else self._host).give(buffer)
+        if not self.resident:
+            self._wait_for_kernels()  # that read it
+            self._slots.give(buffer)
 
     def finish(self) -> None:
         """Waits until everything stored is committed. Raises what the writer raised."""
@@ -191,6 +159,29 @@ class BlockStream:
     def close(self) -> None:
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
+        self.block_store.close()
+
+    def facts(self) -> dict[str, Any]:
+        """For a record of the run: where blocks pass, and the ring's chunks (fewer, or pageable, where page-locking was refused)."""
+        store = self.block_store
+        return {"resident": self.resident, "past_page_cache": store.direct, **({} if store.ring is None else store.ring.facts())}
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes since the stream was opened, over the link and to and from the disk."""
+        store, ring = self.block_store, self.block_store.ring
+        passed = [0, 0] if ring is None else ring.passed_bytes
+        return {
+            "host_to_device_bytes": passed[IN],
+            "device_to_host_bytes": passed[OUT],
+            "disk_read_bytes": store.read_bytes,
+            "disk_written_bytes": store.written_bytes,
+        }
+
+    def transfer_s(self) -> dict[str, float]:
+        """Seconds that this traffic took, beside compute or not."""
+        store, ring = self.block_store, self.block_store.ring
+        copied = [0.0, 0.0] if ring is None else ring.copy_s
+        return {"host_to_device_s": copied[IN], "device_to_host_s": copied[OUT], "disk_read_s": store.read_s, "disk_written_s": store.write_s}
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -199,38 +190,12 @@ class BlockStream:
         if write is not None:
             write.result()
 
-    def _copy(self, target: Tensor, source: Tensor, num_bytes: int, way: int) -> None:
-        """A host-device copy on its own stream (0 in, 1 out). Returns when it has finished; only the calling thread waits."""
-        assert self._streams is not None
-        with torch.cuda.stream(self._streams[way]):
-            target[:num_bytes].copy_(source[:num_bytes], non_blocking=True)
-        self._streams[way].synchronize()
-        if way == 0:
-            self.host_to_device_bytes += num_bytes
-        else:
-            self.device_to_host_bytes += num_bytes
+    def _wait_for_kernels(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     @contextlib.contextmanager
     def _exposed(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.exposed_s += time.perf_counter() - start
-
-
-def host_slots(resident: bool, prefetch: bool) -> int:
-    """Staging slots on the host: the plan counts the same number."""
-    return 1 if resident else (HOST_SLOTS if prefetch else HOST_SLOTS - 1)
-
-
-def device_slots(prefetch: bool) -> int:
-    return DEVICE_SLOTS if prefetch else 1
-
-
-def _host_slot(num_bytes: int, pin: bool) -> Tensor:
-    buffer = aligned_buffer(num_bytes)
-    if pin:
-        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        if int(runtime.cudaHostRegister(buffer.data_ptr(), num_bytes, 0)) != 0:
-            with contextlib.suppress(RuntimeError):  # refused: the slot stays pageable; take the error that the next call would meet
-                torch.zeros(1, device="cuda")
-    return buffer

@@ -7,6 +7,7 @@ Anonymous resident memory (rss less shared and file pages) is what a limit kills
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from lowmem.hardware import open_nvml
 
 SAMPLE_PERIOD_S = 0.02
 SYSTEM_SAMPLES = 25  # the machine's own figures change slowly: read them once in so many samples
@@ -51,31 +54,17 @@ def anonymous_bytes(process: psutil.Process) -> int:
 
 
 class NvmlReader:
-    """The card's memory through NVML, or nothing at all: no driver, no card and unsupported calls are all ordinary."""
+    """The memory of the first visible card through NVML, or nothing at all: no driver, no card and unsupported calls are all ordinary."""
 
-    def __init__(self, device_index: int = 0) -> None:
-        self._nvml: Any = None
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByIndex(device_index)
-            self._nvml = pynvml
-        except Exception:  # NVMLError has a class per code, and a broken driver install raises others
-            self._nvml = None
-
-    def _read(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except self._nvml.NVMLError:
-            return None
+    def __init__(self) -> None:
+        self._ask = open_nvml()
 
     def fill(self, sample: Sample) -> None:
-        if self._nvml is None:
+        if self._ask is None:
             return
-        memory = self._read(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._handle))
+        memory = self._ask("nvmlDeviceGetMemoryInfo")
         sample.nvml_used_bytes = memory and int(memory.used)
-        processes = self._read(lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle)) or []
+        processes = self._ask("nvmlDeviceGetComputeRunningProcesses") or []
         own = [process.usedGpuMemory for process in processes if process.pid == os.getpid() and process.usedGpuMemory]
         sample.nvml_process_bytes = int(own[0]) if own else None
 
@@ -139,20 +128,21 @@ class Monitor:
 
 
 class Recorder:
-    """Appends one JSON object a line. Lines are flushed, not fsynced: telemetry may lose its last line, never the run."""
+    """Appends one JSON object a line. Lines are not fsynced, and one that finds no space is dropped: telemetry may lose lines, never the run."""
 
     def __init__(self, path: Path) -> None:
-        torn = _last_byte(path) not in (b"", b"\n")
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close)
-        if torn:
-            self._file.write("\n")
+        self._torn = _last_byte(path) not in (b"", b"\n")
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._lock = threading.Lock()  # the trainer and the writer's thread both record
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
 
     def write(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time": round(time.time(), 4), **fields}
+        line = (json.dumps(record) + "\n").encode()
         with self._lock:
-            self._file.write(json.dumps(record) + "\n")
+            whole = b"\n" + line if self._torn else line
+            with contextlib.suppress(OSError):
+                self._torn = self._file.write(whole) != len(whole)
             for listener in self.listeners:
                 listener(record)
 

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from lowmem.trainable import SHARED, Scratch
 from lowmem.weights import create_weights, open_stream
 
 COLLAPSE_COSINE = 0.5  # mean pairwise cosine of the target table above which the targets no longer tell classes apart
+Number = TypeVar("Number", int, float)
 Batches = Callable[[int], Mapping[str, Any]]  # step -> arrays or tensors by name, first dimension = train.batch_size
 
 
@@ -47,6 +48,10 @@ class Clock:
     def as_dict(self) -> dict[str, float]:
         total = self.total_s + time.perf_counter() - self.started
         return {"total_s": total, "compute_s": self.compute_s, "exposed_transfer_s": self.exposed_transfer_s, "commit_s": self.commit_s}
+
+
+def added(earlier: Mapping[str, Number], now: Mapping[str, Number]) -> dict[str, Number]:
+    return {name: earlier.get(name, 0) + figure for name, figure in now.items()}
 
 
 class Trainer:
@@ -94,6 +99,7 @@ class Trainer:
                 # the shared part stays on the device; blocks come and go
                 self.stream = stream = open_stream(self.run, self.plan, self.model, state.files)
                 self._hold_shared(stream)
+                recorder.write("staging", **stream.facts())
                 self.model.train()
 
                 # visit after visit
@@ -219,20 +225,14 @@ class Trainer:
             self._files.update(files)
             disk_bytes = sum(record.num_bytes for record in self._files.values()) + sum(record.num_bytes for record in files.values())
             measured = {**state.measured, "disk_bytes": disk_bytes}
-            self.run.commit(state.model_copy(update={"files": dict(self._files), "measured": measured, "traffic": self._traffic()}))
+            moved = {
+                "traffic": added(self._earlier.traffic, self.stream.traffic()),
+                "transfer_s": added(self._earlier.transfer_s, self.stream.transfer_s()),
+            }
+            self.run.commit(state.model_copy(update={"files": dict(self._files), "measured": measured, **moved}))
             self.recorder.write("commit", visits_done=state.visits_done)
 
         return commit
-
-    def _traffic(self) -> dict[str, int]:
-        stream, store = self.stream, self.stream.block_store
-        counted = {
-            "host_to_device_bytes": stream.host_to_device_bytes,
-            "device_to_host_bytes": stream.device_to_host_bytes,
-            "disk_read_bytes": store.read_bytes,
-            "disk_written_bytes": store.written_bytes,
-        }
-        return {name: self._earlier_traffic.get(name, 0) + count for name, count in counted.items()}
 
     # -----------------------------------------------------------------------------------------------------------------
     # Opening
@@ -258,7 +258,7 @@ class Trainer:
             raise StoreError(f"{self.run.state_path}: {state.visits_done} visits done of {self.queue.num_visits}; restore it from a copy")
         self.run.remove_leftovers(state)
         self._files = dict(state.files)
-        self._earlier_traffic = dict(state.traffic)
+        self._earlier = state  # what earlier processes moved
         return state
 
     def _hold_shared(self, stream: BlockStream) -> None:

@@ -7,12 +7,15 @@ from torch import nn
 
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
 from lowmem.footprint import is_resident, layouts_of, training_device
+from lowmem.hardware import Profile
 from lowmem.models.base import BlockModel, block_slices
 from lowmem.plan import Plan
 from lowmem.run_dir import FileRecord, RunDir
 from lowmem.schedule import mix_seed
+from lowmem.staging import RING_CHUNKS, Pace, Ring, lock_pages, probe_lockable_bytes, ring_bytes, unlock_pages
 from lowmem.store import DiskStore, HostStore
 from lowmem.stream import BlockStream, block_key
+from lowmem.telemetry import NvmlReader, Sample
 
 
 def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, FileRecord]:
@@ -28,6 +31,7 @@ def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, File
     if hasattr(model, "reset_parameters"):
         shared.append(("model", model))  # parameters that the model owns itself; its layers' are on meta here
     _create(store, "shared", model, shared, plan.recipe.train.seed)
+    store.close()
     return store.files
 
 
@@ -52,11 +56,41 @@ def _create(store: DiskStore, key: str, model: BlockModel, modules: list[tuple[s
 def open_stream(run: RunDir, plan: Plan, model: BlockModel, files: dict[str, FileRecord], resident: bool = False) -> BlockStream:
     """The stream of a run's blocks at the tier that the plan settled, or with all of them on the device."""
     layouts, shared_layout = layouts_of(model, plan.settings)
-    kind = HostStore if plan.settings.tier == "host" and not plan.profile.unified else DiskStore
-    store = kind(run, layouts_by_key(layouts, shared_layout), files)
-    resident = resident or is_resident(plan.settings, plan.profile.unified)
-    device = training_device(plan.profile)
-    return BlockStream(store, layouts, shared_layout, device, resident, plan.recipe.offload.prefetch, plan.profile.pinned_max_bytes)
+    profile, device = plan.profile, training_device(plan.profile)
+    kind = HostStore if plan.settings.tier == "host" and not profile.unified else DiskStore
+    store = kind(run, layouts_by_key(layouts, shared_layout), files, _open_ring(plan, device, layouts), _paces(plan, profile.disk_rates))
+    return BlockStream(store, layouts, shared_layout, device, resident or is_resident(plan.settings, profile.unified), plan.recipe.offload.prefetch)
+
+
+def _open_ring(plan: Plan, device: torch.device, layouts: list[ArenaLayout]) -> Ring | None:
+    """None where compute reads host memory. Caps the allocator first: the ring's streams are a part of the run."""
+    if device.type != "cuda":
+        return None
+    cap_allocator(plan.profile)
+    wanted_bytes = ring_bytes(max(layout.total_bytes for layout in layouts))
+    chunk_bytes = wanted_bytes // RING_CHUNKS
+    allowed_bytes = min(wanted_bytes, plan.profile.pinned_max_bytes // chunk_bytes * chunk_bytes)
+    lockable_bytes = probe_lockable_bytes(allowed_bytes, chunk_bytes) if allowed_bytes else 0
+    return Ring(device, chunk_bytes, lockable_bytes, lock_pages, unlock_pages, _paces(plan, plan.profile.link_rates))
+
+
+def _paces(plan: Plan, rates: tuple[float | None, float | None]) -> tuple[Pace, Pace]:
+    return (Pace(rates[0]), Pace(rates[1])) if plan.recipe.offload.pace else (Pace(), Pace())
+
+
+def cap_allocator(profile: Profile) -> None:
+    """Holds torch to the profile's card where this one is larger: its memory less the reserve and less what the runtime itself takes.
+
+    That is what NVML says of this process beyond torch's own, or the profile's figure where that is more (kernels are loaded late).
+    """
+    total_bytes = torch.cuda.get_device_properties(0).total_memory
+    if profile.device_budget_bytes >= total_bytes:
+        return
+    torch.zeros(1, device="cuda")  # the runtime is there from here on
+    sample = Sample(host_bytes=0)
+    NvmlReader().fill(sample)
+    runtime_bytes = max((sample.nvml_process_bytes or 0) - torch.cuda.memory_reserved(), profile.runtime_floor_bytes)
+    torch.cuda.set_per_process_memory_fraction(max(profile.device_budget_bytes - runtime_bytes, 0) / total_bytes)
 
 
 def layouts_by_key(layouts: list[ArenaLayout], shared_layout: ArenaLayout) -> dict[str, ArenaLayout]:

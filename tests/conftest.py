@@ -12,6 +12,7 @@ import pytest
 
 from lowmem.config import Recipe, recipe_from_dict
 from lowmem.errors import DataError
+from lowmem.hardware import Profile, detect_profile
 
 TINY = {
     "schema": 1,
@@ -77,6 +78,12 @@ def with_weights(model: Any, std: float) -> Any:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=std)
     return model
+
+
+@pytest.fixture(scope="session")
+def profile() -> Profile:
+    """This machine, as detected."""
+    return detect_profile()
 
 
 @pytest.fixture(scope="session")

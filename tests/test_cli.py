@@ -21,6 +21,15 @@ REPORT_FIELDS = {
     "measured": ["device_peak_bytes", "host_peak_bytes", "disk_bytes"],
     "time": ["total_s", "compute_s", "exposed_transfer_s", "commit_s"],
     "traffic": ["host_to_device_bytes", "device_to_host_bytes", "disk_read_bytes", "disk_written_bytes"],
+    "stream": [
+        "compute_s",
+        "exposed_s",
+        "exposed_share",
+        "disk_read_bytes_per_s",
+        "disk_written_bytes_per_s",
+        "disk_written_bytes_per_step",
+        "advice",
+    ],
     "progress": ["visits_done", "visits_total", "steps_done"],
 }
 

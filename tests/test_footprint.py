@@ -12,6 +12,7 @@ from lowmem.footprint import ActivationCounter, LiveBytes, layouts_of
 from lowmem.hardware import load_profile
 from lowmem.models import model_builder
 from lowmem.plan import make_plan
+from lowmem.staging import CHUNK_BYTES, RING_CHUNKS
 from lowmem.units import MIB
 
 
@@ -57,3 +58,32 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_recompute() -> No
     assert large == pytest.approx(4 * small, rel=0.05)
     assert counter(range(6), settings.model_copy(update={"micro_batch_size": 256, "recompute": True})) < large / 3
     assert large > 50 * MIB
+
+
+@pytest.mark.parametrize(
+    ("machine", "tier", "device_slots", "rings"),
+    [
+        ("cpu-16gib", "device", 0, 0),
+        ("cpu-16gib", "host", 0, 0),  # the same memory: no second copy
+        ("cpu-16gib", "disk", 2, 0),
+        ("jetson-orin-nano-8gb", "host", 0, 1),
+        ("jetson-orin-nano-8gb", "disk", 1, 1),
+        ("rtx-3060-12gb", "device", 0, 1),
+        ("rtx-3060-12gb", "host", 1, 1),
+        ("rtx-3060-12gb", "disk", 1, 1),
+    ],
+)
+def test_staging_is_slots_beside_the_block_in_compute_a_ring_and_a_snapshot_of_the_shared_part(
+    machine: str, tier: str, device_slots: int, rings: int
+) -> None:
+    recipe = recipe_with(model__dim=512, offload__tier=tier, optimizer__name="adamw")
+    build = model_builder(recipe, describe_data(recipe))
+    profile = load_profile(machine)
+    plan = make_plan(build, recipe, profile)
+    with torch.device("meta"):
+        blocks, shared = layouts_of(build(), plan.settings)
+    slot = max(block.total_bytes for block in blocks)
+    assert slot > CHUNK_BYTES
+    device, host = device_slots * slot, shared.total_bytes + rings * RING_CHUNKS * CHUNK_BYTES
+    found = plan.predicted.by_category["staging"], plan.predicted.host_by_category["staging"]
+    assert found == ((device + host,) * 2 if profile.unified else (device, host))

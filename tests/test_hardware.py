@@ -22,6 +22,7 @@ EXPECTED = [
     "cpu-3gib",
     "cpu-4gib",
     "cpu-8gib",
+    "cuda-8gib-host-24gib",
     "gtx-1650-4gb",
     "h200-141gb",
     "jetson-orin-nano-8gb",

@@ -17,6 +17,7 @@ from lowmem.models import model_builder
 from lowmem.strict import profiles_dir
 
 TWIN = "-end-to-end"
+TOO_BIG = ("too-big-cpu" + TWIN, "too-big-8gib", "too-big-8gib" + TWIN)  # for 16 GiB
 
 
 class Printed(NamedTuple):
@@ -91,13 +92,18 @@ def test_a_recipe_plans_or_says_which_file_it_needs(name: str) -> None:
         with pytest.raises(DataError, match="data/fashion_mnist"):
             plan_recipe(name, "cpu-16gib")
     else:
-        assert plan_recipe(name, "cpu-16gib").fits == (name != "too-big-cpu" + TWIN)
+        assert plan_recipe(name, "cpu-16gib").fits == (name not in TOO_BIG)
 
 
 def test_a_billion_parameters_fit_3_gib_in_blocks_alone() -> None:
     plans = [plan_recipe(name, "cpu-3gib") for name in ("too-big-cpu", "too-big-cpu" + TWIN)]
     assert [plan.fits for plan in plans] == [True, False] and plans[0].num_parameters > 10**9
     assert plans[0].settings.tier == "disk"
+
+
+def test_seven_billion_parameters_fit_an_8_gib_card_in_blocks_alone() -> None:
+    plans = [plan_recipe(name, "cuda-8gib-host-24gib") for name in ("too-big-8gib", "too-big-8gib" + TWIN)]
+    assert [plan.fits for plan in plans] == [True, False] and plans[0].num_parameters > 7 * 10**9
 
 
 def test_every_experiment_of_the_paper_has_its_recipe() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
+import io
 import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +17,27 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowmem import staging as staging_module
+from lowmem import store as store_module
 from lowmem.arena import ArenaLayout, aligned_buffer
 from lowmem.errors import StoreError
 from lowmem.run_dir import RunDir
+from lowmem.staging import Pace, Ring
 from lowmem.store import DiskStore, HostStore
 
 LAYOUTS = {"block-0": ArenaLayout([("weight", (70, 61)), ("bias", (70,))], "adamw8bit"), "shared": ArenaLayout([("table", (10, 8))], "adamw")}
 OTHER_NAMES = {**LAYOUTS, "block-0": ArenaLayout([("other", (70, 61)), ("bias", (70,))], "adamw8bit")}
 
 pytestmark = pytest.mark.parametrize("kind", [DiskStore, HostStore])
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`block-0` is several chunks."""
+    for module in (staging_module, store_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 8192)
+
+
 Kind = type[DiskStore]
 
 
@@ -159,9 +175,95 @@ def test_where_direct_io_is_refused_the_same_bytes_go_through_the_page_cache(kin
     monkeypatch.setattr(os, "open", without_direct)
     store, path = written(kind, tmp_path)
     assert torch.equal(read(store, "block-0"), random_buffer("block-0"))
-    assert refused == [str(path)] * 2
-    monkeypatch.undo()
+    assert refused == [str(path)] * 2, "one refusal is enough for each store"
+    assert not store.direct
+    monkeypatch.setattr(os, "open", real)
     assert torch.equal(read(kind(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0"))
+
+
+@pytest.mark.parametrize("refused", ["readinto", "write"])
+def test_where_the_first_direct_request_is_refused_the_same_bytes_go_through_the_page_cache(
+    kind: Kind, tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As network and overlay file systems do: the open succeeds, the request fails."""
+    requests: list[bool] = []
+
+    class Refusing(io.FileIO):
+        def _refuse(self) -> None:
+            direct = bool(fcntl.fcntl(self.fileno(), fcntl.F_GETFL) & os.O_DIRECT)
+            requests.append(direct)
+            if direct:
+                raise OSError(errno.EINVAL, "Invalid argument")
+
+        def readinto(self, buffer: object) -> int:  # type: ignore[override]
+            if refused == "readinto":
+                self._refuse()
+            return super().readinto(buffer)  # type: ignore[arg-type]
+
+        def write(self, data: object) -> int:  # type: ignore[override]
+            if refused == "write":
+                self._refuse()
+            return super().write(data)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store_module.io, "FileIO", Refusing)
+    store, _ = written(kind, tmp_path)
+    assert torch.equal(read(store, "block-0"), random_buffer("block-0"))
+    assert requests[0] and not requests[-1]
+    monkeypatch.setattr(store_module.io, "FileIO", Refusing.__base__)
+    assert torch.equal(read(kind(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0"))
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs")
+def test_a_run_folder_in_memory_holds_the_same_bytes(kind: Kind) -> None:
+    """tmpfs: no O_DIRECT in many kernels."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        store, path = written(kind, Path(folder))
+        assert torch.equal(read(store, "block-0"), random_buffer("block-0"))
+        flip_last_byte(path)
+        with pytest.raises(StoreError, match="data differ"):
+            read(kind(RunDir(folder), LAYOUTS, store.files), "block-0")
+
+
+def test_a_block_whose_bytes_did_not_change_keeps_its_file(kind: Kind, tmp_path: Path) -> None:
+    store = kind(RunDir(tmp_path), LAYOUTS, {})
+    first = store.write("block-0", random_buffer("block-0"), 1)
+    assert store.write("block-0", random_buffer("block-0"), 2) == first
+    assert store.written_bytes == first.num_bytes and len(list(tmp_path.iterdir())) == 1
+    for changed in (0, LAYOUTS["block-0"].total_bytes - 1):  # the first chunk, the last
+        buffer = random_buffer("block-0")
+        buffer[changed] ^= 1
+        newer = store.write("block-0", buffer, 3 + changed)
+        assert newer.name != first.name and newer.sha256 != first.sha256
+        assert torch.equal(read(kind(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), buffer)
+
+
+def test_the_digest_is_that_of_the_chunks_digests(kind: Kind, tmp_path: Path) -> None:
+    store, path = written(kind, tmp_path)
+    data = path.read_bytes()[len(LAYOUTS["block-0"].header()) :]
+    chunks = [data[start : start + 8192] for start in range(0, len(data), 8192)]
+    assert len(chunks) > 2
+    assert store.files["block-0"].sha256 == hashlib.sha256(b"".join(hashlib.sha256(chunk).digest() for chunk in chunks)).hexdigest()
+
+
+def test_a_paced_disk_takes_at_least_its_time(kind: Kind, tmp_path: Path) -> None:
+    rate = 10 * LAYOUTS["block-0"].total_bytes  # a tenth of a second
+    store = kind(RunDir(tmp_path), LAYOUTS, {}, paces=(Pace(rate), Pace(rate)))
+    store.write("block-0", random_buffer("block-0"), 1)
+    assert store.write_s >= 0.1
+    fresh = kind(RunDir(tmp_path), LAYOUTS, store.files, paces=(Pace(rate), Pace(rate)))
+    assert torch.equal(read(fresh, "block-0"), random_buffer("block-0"))
+    assert fresh.read_s >= 0.1
+
+
+def test_bytes_pass_a_ring_of_a_few_chunks_both_ways(kind: Kind, tmp_path: Path) -> None:
+    size = LAYOUTS["block-0"].total_bytes
+    ring = Ring(torch.device("cpu"), size)
+    store = kind(RunDir(tmp_path), LAYOUTS, {}, ring)
+    store.write("block-0", random_buffer("block-0"), 1)
+    passes = 2 if kind is HostStore else 1  # its copy in RAM is memory of the ring's device here, and passes as well
+    assert ring.passed_bytes == [0, passes * size]
+    assert torch.equal(read(store, "block-0"), random_buffer("block-0"))
+    assert ring.passed_bytes == [size, passes * size]
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The CPU stream over a real store: newest bytes, few slots, errors of either thread, no thread left."""
+"""The stream over a real store: newest bytes, few slots, errors of either thread, no thread left.
+
+`copied` blocks pass a ring of chunks into slots of their own, as on CUDA; here those slots are host memory too.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem import stream as stream_module
+from lowmem import staging as staging_module
+from lowmem import store as store_module
 from lowmem.arena import ArenaLayout, aligned_buffer
 from lowmem.errors import StoreError
 from lowmem.run_dir import FileRecord, RunDir
-from lowmem.store import DiskStore
-from lowmem.stream import HOST_SLOTS, BlockStream, SlotPool, block_key
+from lowmem.staging import RING_CHUNKS, Ring
+from lowmem.store import DiskStore, HostStore
+from lowmem.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
 
 NUM_BLOCKS = 4
 BLOCKS = [ArenaLayout([("weight", (64, 64 + 8 * b)), ("bias", (9,))], "adamw8bit") for b in range(NUM_BLOCKS)]
 SHARED = ArenaLayout([("table", (10, 8))], "adamw")
 LAYOUTS = {**{block_key(b): layout for b, layout in enumerate(BLOCKS)}, "shared": SHARED}
 SHARED_BUFFER = torch.full((SHARED.total_bytes,), 7, dtype=torch.uint8)
+SLOT_BYTES = max(layout.total_bytes for layout in BLOCKS)
 every_way = pytest.mark.parametrize(("resident", "prefetch"), [(True, True), (True, False), (False, True), (False, False)])
+every_store = pytest.mark.parametrize(("kind", "copied"), [(DiskStore, False), (DiskStore, True), (HostStore, True)])
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these blocks is several chunks."""
+    for module in (staging_module, store_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 8192)
 
 
 def fill(block: int, version: int = 0) -> Tensor:
@@ -35,11 +49,15 @@ def fill(block: int, version: int = 0) -> Tensor:
 
 
 @contextmanager
-def open_stream(folder: Path, resident: bool = False, prefetch: bool = True) -> Iterator[BlockStream]:
+def open_stream(
+    folder: Path, resident: bool = False, prefetch: bool = True, kind: type[DiskStore] = DiskStore, copied: bool = False
+) -> Iterator[BlockStream]:
     first = DiskStore(RunDir(folder), LAYOUTS, {})
     for block in range(NUM_BLOCKS):
         first.write(block_key(block), aligned_buffer(BLOCKS[block].total_bytes).copy_(fill(block)), 0)
-    store = DiskStore(RunDir(folder), LAYOUTS, first.files)
+    first.close()
+    ring = Ring(torch.device("cpu"), SLOT_BYTES) if copied else None
+    store = kind(RunDir(folder), LAYOUTS, first.files, ring)
     stream = BlockStream(store, BLOCKS, SHARED, torch.device("cpu"), resident, prefetch)
     try:
         yield stream
@@ -67,9 +85,10 @@ def slowly(monkeypatch: pytest.MonkeyPatch, store: DiskStore) -> None:
     monkeypatch.setattr(store, "write", slow)
 
 
+@every_store
 @every_way
-def test_blocks_arrive_with_the_bytes_of_their_files(tmp_path: Path, resident: bool, prefetch: bool) -> None:
-    with open_stream(tmp_path, resident, prefetch) as stream:
+def test_blocks_arrive_with_the_bytes_of_their_files(tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool) -> None:
+    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
         for block in [0, 1, 2, 3, 1, 0]:
             buffer = stream.load(block)
             stream.prefetch((block + 1) % NUM_BLOCKS)
@@ -77,11 +96,12 @@ def test_blocks_arrive_with_the_bytes_of_their_files(tmp_path: Path, resident: b
             stream.release(block, buffer)
 
 
+@every_store
 @every_way
 def test_a_block_loaded_while_it_is_written_has_its_newest_bytes(
-    tmp_path: Path, resident: bool, prefetch: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_stream(tmp_path, resident, prefetch) as stream:
+    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
         slowly(monkeypatch, stream.block_store)
         for version, block in enumerate([2, 2, 0, 2], start=1):
             store_block(stream, block, stream.load(block), version)
@@ -92,9 +112,12 @@ def test_a_block_loaded_while_it_is_written_has_its_newest_bytes(
             stream.release(block, buffer)
 
 
+@every_store
 @every_way
-def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(tmp_path: Path, resident: bool, prefetch: bool) -> None:
-    with open_stream(tmp_path, resident, prefetch) as stream:
+def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(
+    tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool
+) -> None:
+    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
         for visit in range(3 * NUM_BLOCKS):
             block = visit % NUM_BLOCKS
             buffer = stream.load(block)
@@ -109,34 +132,36 @@ def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(tmp_path:
             assert holds(buffer, block, 2 * NUM_BLOCKS + block + 1)
 
 
-@pytest.mark.parametrize(("prefetch", "allowed"), [(True, HOST_SLOTS), (False, HOST_SLOTS - 1)])
-def test_no_more_host_slots_are_made_than_the_plan_counts(tmp_path: Path, prefetch: bool, allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, made = stream_module._host_slot, []
-    monkeypatch.setattr(stream_module, "_host_slot", lambda *args: made.append(args[0]) or make(*args))
-    with open_stream(tmp_path, prefetch=prefetch) as stream:
+@every_store
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_no_more_slots_are_made_than_the_plan_counts(
+    tmp_path: Path, prefetch: bool, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = BlockStream._buffer, []
+    monkeypatch.setattr(BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes))
+    with open_stream(tmp_path, False, prefetch, kind, copied) as stream:
         slowly(monkeypatch, stream.block_store)
         for visit in range(2 * NUM_BLOCKS):
             buffer = stream.load(visit % NUM_BLOCKS)
             stream.prefetch((visit + 1) % NUM_BLOCKS)
             store_block(stream, visit % NUM_BLOCKS, buffer, visit + 1)
-    assert made == [max(layout.total_bytes for layout in BLOCKS)] * allowed
-    assert stream_module.host_slots(False, prefetch) == allowed
+    assert made == [SLOT_BYTES] * num_slots(copied, prefetch)
+    assert num_slots(copied, prefetch) == (DEVICE_SLOTS if copied else HOST_SLOTS) - (not prefetch)
+    in_compute = SLOT_BYTES
+    assert staging_bytes(SLOT_BYTES, False, prefetch, copied) == (sum(made) - in_compute, RING_CHUNKS * 8192 if copied else 0)
 
 
-def test_a_slot_pool_makes_a_buffer_only_when_none_is_free_and_waits_at_its_size() -> None:
-    made: list[Tensor] = []
-    pool = SlotPool(2, lambda: made.append(torch.zeros(1)) or made[-1])
-    first = pool.take()
-    assert len(made) == 1
-    second = pool.take()
-    waiting = threading.Thread(target=pool.take)
-    waiting.start()
-    waiting.join(0.05)
-    assert waiting.is_alive()
-    pool.give(first)
-    waiting.join(5)
-    assert not waiting.is_alive()
-    assert len(made) == 2 and second is made[1]
+@every_store
+def test_a_resident_block_is_there_once_and_no_slot_is_made(
+    tmp_path: Path, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = BlockStream._buffer, []
+    monkeypatch.setattr(BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes))
+    with open_stream(tmp_path, True, True, kind, copied) as stream:
+        for visit in range(2 * NUM_BLOCKS):
+            store_block(stream, visit % NUM_BLOCKS, stream.load(visit % NUM_BLOCKS), visit + 1)
+    assert made == [layout.total_bytes for layout in BLOCKS]
+    assert staging_bytes(SLOT_BYTES, True, True, copied)[0] == 0
 
 
 def test_a_prefetched_block_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
@@ -189,20 +214,24 @@ def test_an_error_of_the_reader_reaches_load_and_costs_no_slot(tmp_path: Path, r
         assert holds(stream.load(0), 0)
 
 
+@every_store
 @pytest.mark.parametrize("reached_by", ["store", "finish", "load of the same block", "store with wait"])
-def test_an_error_of_the_writer_reaches_the_next_call(tmp_path: Path, reached_by: str) -> None:
+def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(tmp_path: Path, reached_by: str, kind: type[DiskStore], copied: bool) -> None:
     commits: list[object] = []
-    with open_stream(tmp_path) as stream:
+    with open_stream(tmp_path, False, True, kind, copied) as stream:
         (tmp_path / "block-0002.000001.safetensors").symlink_to("/dev/full")
         buffers = {2: stream.load(2)}
+        stream.prefetch(0)
         if reached_by == "store with wait":
             with pytest.raises(StoreError, match="No space left"):
                 stream.store(buffers, SHARED_BUFFER, 1, commits.append, wait=True)
         else:
             stream.store(buffers, SHARED_BUFFER, 1, commits.append, wait=False)
+            upcoming = {0: stream.load(0)}
+            stream.prefetch(1)  # may wait for the slot of the write that fails
             with pytest.raises(StoreError, match="No space left"):
                 if reached_by == "store":
-                    stream.store({0: stream.load(0)}, SHARED_BUFFER, 2, commits.append, wait=False)
+                    stream.store(upcoming, SHARED_BUFFER, 2, commits.append, wait=False)
                 elif reached_by == "finish":
                     stream.finish()
                 else:
@@ -211,15 +240,15 @@ def test_an_error_of_the_writer_reaches_the_next_call(tmp_path: Path, reached_by
 
 
 def stream_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith(("lowmem-reader", "lowmem-writer"))]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("lowmem-")]
 
 
-def test_close_finishes_the_write_under_way_and_ends_both_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_finishes_the_write_under_way_and_ends_every_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits: list[object] = []
     with open_stream(tmp_path) as stream:
         slowly(monkeypatch, stream.block_store)
         stream.store({0: stream.load(0)}, SHARED_BUFFER, 1, commits.append, wait=False)
         stream.prefetch(1)
-        assert len(stream_threads()) == 2
+        assert {"lowmem-reader_0", "lowmem-writer_0"} < set(stream_threads())
     assert stream_threads() == []
     assert len(commits) == 1

@@ -5,55 +5,27 @@ Each test hands its figures to `record`, so that the suite's table shows numbers
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import recipe_with
+from gpu_common import SHORT, needs_cuda, record, train
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import recipe_with  # noqa: E402
+from lowmem.arena import Arena, ArenaLayout
+from lowmem.config import OptimizerConfig, load_recipe
+from lowmem.data import describe_data, load_data
+from lowmem.hardware import Profile
+from lowmem.models import model_builder
+from lowmem.optim import update
+from lowmem.plan import make_plan
+from lowmem.report import digest
+from lowmem.run_dir import RunDir
+from lowmem.telemetry import Monitor, read_records
+from lowmem.trainer import Trainer
 
-from lowmem.arena import Arena, ArenaLayout  # noqa: E402
-from lowmem.config import OptimizerConfig, Recipe, load_recipe  # noqa: E402
-from lowmem.data import describe_data, load_data  # noqa: E402
-from lowmem.hardware import Profile, detect_profile  # noqa: E402
-from lowmem.models import model_builder  # noqa: E402
-from lowmem.optim import update  # noqa: E402
-from lowmem.plan import make_plan  # noqa: E402
-from lowmem.report import digest, read_report  # noqa: E402
-from lowmem.run_dir import RunDir  # noqa: E402
-from lowmem.telemetry import Monitor, read_records  # noqa: E402
-from lowmem.trainer import Trainer  # noqa: E402
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
-def record(name: str, **figures: Any) -> None:
-    """One line of JSON for the suite's table."""
-    target = os.environ.get("LOWMEM_GPU_FIGURES")
-    if target:
-        with open(target, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"check": name, **figures}) + "\n")
-
-
-@pytest.fixture(scope="module")
-def profile() -> Profile:
-    return detect_profile()
-
-
-def train(folder: Path, recipe: Recipe, profile: Profile) -> dict[str, Any]:
-    build = model_builder(recipe, describe_data(recipe))
-    plan = make_plan(build, recipe, profile, folder)
-    data = load_data(recipe)
-    Trainer(build, plan, folder).fit(lambda step: data.batch(0, step, recipe.train.batch_size))
-    return read_report(folder).content
-
-
-SHORT = {"train__num_steps": 12, "blocks__visit_steps": 4, "train__warmup_steps": 2, "train__deterministic": True}
+pytestmark = needs_cuda
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])

@@ -1,0 +1,88 @@
+"""A model made to lose a race between copies and compute: its first two layers weigh much and do hardly any arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.config import recipe_from_dict
+from lowmem.hardware import Profile
+from lowmem.models.base import Batch, BlockModel
+from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding
+from lowmem.objectives.labels import LabelDenoising
+from lowmem.plan import Plan, make_plan
+from lowmem.report import digest
+from lowmem.trainer import Trainer
+
+DIM = 32
+
+
+class Thin(nn.Module):
+    """Adds one row of a large table."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__()
+        self.table = Table(num_rows, DIM)
+
+    def forward(self, h: Tensor, cond: Tensor) -> Tensor:
+        return h + self.table.weight[0].to(h.dtype) + 0 * cond
+
+
+class Racing(BlockModel):
+    """Rows of 16 numbers, 4 classes; four layers, each a block."""
+
+    def __init__(self, thin_rows: int) -> None:
+        super().__init__()
+        self.inward = Linear(16, DIM)
+        self.label_in = Linear(DIM, DIM)
+        self.labels = Table(4, DIM, std=1.0)
+        self.time = TimeEmbedding(DIM)
+        self.layers = nn.ModuleList([Thin(thin_rows), Thin(thin_rows), Layer(DIM, 2, 2, 0.0), Layer(DIM, 2, 2, 0.0)])
+        self.head = Linear(DIM, 4)
+        self.objective = LabelDenoising()
+
+    def example_batch(self, batch_size: int) -> Batch:
+        return {"row": torch.zeros(batch_size, 16), "label": torch.zeros(batch_size, dtype=torch.long)}
+
+    def target_table(self) -> Tensor:
+        return self.labels.normalized()
+
+    def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        h = self.inward(batch["row"])[:, None]
+        if noisy is not None:
+            h = torch.cat([h, self.label_in(noisy)[:, None]], 1)
+        return h, self.time(torch.zeros(len(h), device=h.device) if c_noise is None else c_noise)
+
+    def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(h[:, 0]))
+
+
+def race_plan(profile: Profile, thin_rows: int, num_steps: int, **offload: Any) -> Plan:
+    """In visits of one step."""
+    recipe = recipe_from_dict(
+        {
+            "schema": 1,
+            "method": "diffusion_blocks",
+            "model": {"name": "custom"},
+            "data": {"name": "custom"},
+            "blocks": {"num_blocks": 4, "visit_steps": 1},
+            "train": {"num_steps": num_steps, "batch_size": 2, "lr": 1e-2, "precision": "float32", "recompute": False, "deterministic": True},
+            "optimizer": {"name": "adamw"},
+            "offload": offload,
+        },
+        "racing",
+    )
+    return make_plan(lambda: Racing(thin_rows), recipe, profile)
+
+
+def race(folder: Path, plan: Plan, thin_rows: int) -> str | None:
+    """The digest of a run."""
+
+    def batches(step: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        return {"row": torch.randn(2, 16, generator=generator), "label": torch.randint(4, (2,), generator=generator)}
+
+    return digest(Trainer(lambda: Racing(thin_rows), plan, folder).fit(batches))
