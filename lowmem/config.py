@@ -145,7 +145,8 @@ class TrainConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     seed: Annotated[int, Field(ge=0)] = 0
-    precision: Auto | Precision = "auto"  # bfloat16: compute and gradients in bf16, weights kept in fp32
+    precision: Auto | Precision = "auto"  # bfloat16: compute and gradients in bf16
+    weights: Auto | Precision = "auto"  # as they are kept; auto: float32; bfloat16: stochastically rounded, with no fp32 copy anywhere
     recompute: Auto | bool = "auto"  # activation checkpointing of each layer
     deterministic: bool = False  # on CUDA: only kernels that give the same bits each time (a CPU always does)
 
@@ -199,6 +200,8 @@ class Recipe(Section):
             raise ValueError(
                 f"train.micro_batch_size: found {self.train.micro_batch_size}; allowed: a divisor of train.batch_size = {self.train.batch_size}"
             )
+        if self.train.weights == "bfloat16" and self.train.precision == "float32":
+            raise ValueError("train.weights: found bfloat16; allowed with train.precision float32: float32; set train.precision: bfloat16")
         if self.train.warmup_steps > self.train.num_steps:
             raise ValueError(f"train.warmup_steps: found {self.train.warmup_steps}; allowed: at most train.num_steps = {self.train.num_steps}")
         return self

@@ -8,10 +8,11 @@ recompute frees and what backward needs for a moment. The runtime floor is a con
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,7 @@ from lowmem.errors import ConfigError, ProfileError
 from lowmem.hardware import Profile
 from lowmem.models.base import BlockModel, block_slices, named_layer_parameters, named_shared_parameters
 from lowmem.objectives.recurrent import RecurrentDenoising
-from lowmem.optim import SLICE_NUMEL, SLICE_WORKSPACE_BYTES
+from lowmem.optim import workspace_bytes
 from lowmem.stream import device_slots, host_slots
 from lowmem.strict import Section
 from lowmem.units import MIB, from_gib
@@ -39,6 +40,7 @@ class Settings(Section):
     num_blocks: int
     micro_batch_size: int
     precision: Precision
+    weights: Precision = "float32"  # as they are kept
     recompute: bool
     optimizer: OptimizerName
     ema: bool = False  # an average of the weights is kept
@@ -70,11 +72,12 @@ def check_model(model: BlockModel) -> None:
 
 def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout], ArenaLayout]:
     """The arenas of the blocks, and of the shared part."""
-    blocks = [
-        ArenaLayout([(n, tuple(p.shape)) for n, p in named_layer_parameters(model, layers)], settings.optimizer, settings.ema)
-        for layers in block_slices(len(model.layers), settings.num_blocks)
-    ]
-    return blocks, ArenaLayout([(n, tuple(p.shape)) for n, p in named_shared_parameters(model)], settings.optimizer, settings.ema)
+
+    def layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> ArenaLayout:
+        return ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
+
+    blocks = [layout(named_layer_parameters(model, layers)) for layers in block_slices(len(model.layers), settings.num_blocks)]
+    return blocks, layout(named_shared_parameters(model))
 
 
 def training_device(profile: Profile) -> torch.device:
@@ -173,14 +176,14 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
     whole = recipe.method == "end_to_end"
     resident = is_resident(settings, profile.unified)
     compute_bytes = COMPUTE_DTYPE[settings.precision].itemsize
-    copies = 0 if compute_bytes == 4 else compute_bytes  # bytes per weight of the copy that computes, where it is not the weight itself
+    copies = 0 if settings.weights == settings.precision else compute_bytes  # bytes per weight of the copy that computes, where there is one
     visited = layouts if whole else [max(layouts, key=lambda layout: layout.total_bytes)]
     on_device = layouts if resident else visited
     slot_bytes = max(layout.total_bytes for layout in layouts)
 
     passes = [counter(range(len(model.layers)), settings)] if whole else [counter(layers, settings) for layers in slices]
-    workspace = [_workspace_bytes(layout, settings) for layout in (*layouts, shared)]
-    activations = [max(peak, *workspace) for peak in passes]
+    workspace = max(workspace_bytes(layout, COMPUTE_DTYPE[settings.precision]) for layout in (*layouts, shared))
+    activations = [max(peak, workspace) for peak in passes]  # of an update no activation is alive
     if profile.device.type == "cpu":
         activations = [peak + min(peak, CPU_HEAP_SLACK_BYTES) for peak in activations]
     host_staging = shared.total_bytes + (0 if resident and profile.unified else host_slots(resident, recipe.offload.prefetch) * slot_bytes)
@@ -214,10 +217,3 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
             device_peak - category["activations"] + (activations[0] if whole else activations[block]) for block in range(settings.num_blocks)
         ],
     )
-
-
-def _workspace_bytes(layout: ArenaLayout, settings: Settings) -> int:
-    """The optimizer's temporaries, while no activation is alive."""
-    if settings.optimizer == "adamw8bit":
-        return SLICE_WORKSPACE_BYTES * min(layout.fp32_state_start, SLICE_NUMEL) // SLICE_NUMEL
-    return 0 if settings.precision == "float32" else 4 * min(layout.numel, SLICE_NUMEL)

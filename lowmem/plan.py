@@ -82,7 +82,7 @@ class Plan(Section):
             f"host    {_bar(predicted.host_peak_bytes, budget.host_bytes)}" + ("   (the same memory as the device)" if self.profile.unified else ""),
             f"disk    {_bar(predicted.disk_bytes, budget.disk_bytes)}",
             f"settings: {settings.num_blocks} blocks, tier {settings.tier}, micro-batch {settings.micro_batch_size}, {settings.precision}, "
-            f"{settings.optimizer}, recompute {'on' if settings.recompute else 'off'}, write-back {settings.write_back}",
+            f"weights {settings.weights}, {settings.optimizer}, recompute {'on' if settings.recompute else 'off'}, write-back {settings.write_back}",
             *(f"chosen: {choice}" for choice in self.choices if self.fits),
             f"{'fits' if self.fits else 'DOES NOT FIT'}",
         ]
@@ -189,6 +189,7 @@ def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[l
                 num_blocks=count,
                 micro_batch_size=size,
                 precision=_precision(recipe, profile),
+                weights="float32" if train.weights == "auto" else train.weights,
                 recompute=recompute,
                 optimizer=_optimizer(recipe, profile),
                 ema=recipe.optimizer.ema is not None,
@@ -202,7 +203,14 @@ def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[l
 def _precision(recipe: Recipe, profile: Profile) -> Precision:
     if recipe.train.precision != "auto":
         return recipe.train.precision
-    return "bfloat16" if profile.device.compute_dtype == "bfloat16" else "float32"
+    if profile.device.compute_dtype == "bfloat16":
+        return "bfloat16"
+    if recipe.train.weights == "bfloat16":
+        raise ConfigError(
+            f"train.weights: found bfloat16; allowed where train.precision is auto and profile {profile.name} computes in "
+            f"{profile.device.compute_dtype}: float32; set train.precision: bfloat16"
+        )
+    return "float32"
 
 
 def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:
@@ -271,6 +279,8 @@ def _advice(plan: Plan) -> str:
         cures.append("offload.tier: disk")
     if settings.optimizer != "adamw8bit" and largest == "optimizer_state":
         cures.append("optimizer.name: adamw8bit")
+    if settings.weights == "float32" and settings.precision == "bfloat16" and largest in ("weights", "shared_part", "staging", "blocks"):
+        cures.append("train.weights: bfloat16")
     if largest == "staging" and plan.recipe.offload.prefetch:
         cures.append("offload.prefetch: false")
     block = max(range(settings.num_blocks), key=lambda b: predicted.block_peak_bytes[b])

@@ -261,6 +261,7 @@ class Trainer:
     def _hold_shared(self, stream: BlockStream) -> None:
         buffer = aligned_buffer(self.shared_layout.total_bytes)
         stream.block_store.read("shared", buffer)
-        self.scratch = Scratch(self.layouts, self.shared_layout, COMPUTE_DTYPE[self.plan.settings.precision], self.device)
+        dtype = COMPUTE_DTYPE[self.plan.settings.precision]
+        self.scratch = Scratch(self.layouts, self.shared_layout, dtype, self.device, self.recipe.train.seed)
         self.shared = self.scratch.trainable(SHARED, self.shared_layout, buffer.to(self.device))
         self.shared.bind(self.model)
