@@ -9,9 +9,10 @@ valid safetensors file whose data start on a 4096-byte border, so it can be read
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -78,6 +79,9 @@ class ArenaLayout:
             position = round_up(position + field.numel * field.dtype.itemsize, ALIGNMENT)
         self.total_bytes = round_up(position, PAGE)
 
+    def group_of(self, slot: ParameterSlot) -> Group:
+        return next(group for group in self.groups if group.start <= slot.start < group.stop)
+
     @property
     def weights_bytes(self) -> int:
         return self.numel * self.weights_dtype.itemsize
@@ -128,11 +132,21 @@ def parameter_views(layout: ArenaLayout, flat: Tensor) -> dict[str, Tensor]:
     return {slot.name: flat[slot.start : slot.start + slot.numel].view(slot.shape) for slot in layout.slots}
 
 
-def bind(model: nn.Module, weights: Mapping[str, Tensor], grads: Mapping[str, Tensor] | None) -> None:
-    """Makes `weights` the model's parameters of those names, gradients gathering in `grads` (None: frozen)."""
+OnGradient = Callable[[str, nn.Parameter], None]
+
+
+def bind(model: nn.Module, weights: Mapping[str, Tensor], grads: Mapping[str, Tensor] | OnGradient | None) -> None:
+    """Makes `weights` the model's parameters of those names, gradients gathering in `grads` (None: frozen).
+
+    Where `grads` is a function, it is called with name and parameter during backward, as soon as nothing more will be added to the
+    parameter's `grad`. It may then change the parameter, and must say so with `torch.autograd.graph.increment_version`.
+    """
     for name, value in weights.items():
-        parameter = nn.Parameter(value, requires_grad=grads is not None)
-        if grads is not None:
+        # .data: a version of its own, for a change of one parameter is none of its neighbours in the arena
+        parameter = nn.Parameter(value.data, requires_grad=grads is not None)
+        if callable(grads):
+            parameter.register_post_accumulate_grad_hook(functools.partial(grads, name))  # type: ignore[no-untyped-call]
+        elif grads is not None:
             parameter.grad = grads[name]
         _set_parameter(model, name, parameter)
 

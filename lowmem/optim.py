@@ -13,6 +13,7 @@ import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem.config import OptimizerConfig
@@ -20,7 +21,7 @@ from lowmem.schedule import mix_seed
 from lowmem.units import MIB
 
 if TYPE_CHECKING:
-    from lowmem.arena import Arena, ArenaLayout, Group
+    from lowmem.arena import Arena, Group
 
 GROUP_SIZE = 256  # elements that share one absmax
 MIN_8BIT_NUMEL = 4096  # smaller parameters keep fp32 state, as in bitsandbytes
@@ -55,12 +56,13 @@ def state_fields(optimizer: str, quantized_numel: int, numel: int, ema: bool = F
     return [field for field in fields if field.numel]
 
 
-def workspace_bytes(layout: ArenaLayout, grads_dtype: torch.dtype) -> int:
-    """An update's temporaries at their most."""
-    numel = min(layout.numel, SLICE_NUMEL)
-    kept_in_bf16 = layout.weights_dtype != torch.float32
-    kernel = SLICE_WORKSPACE_BYTES * min(layout.fp32_state_start, SLICE_NUMEL) // SLICE_NUMEL
-    updating = 4 * numel * (kept_in_bf16 + (grads_dtype != torch.float32)) + kernel
+def workspace_bytes(numel: int, quantized: bool, weights_dtype: torch.dtype, grads_dtype: torch.dtype) -> int:
+    """Temporaries of an update of `numel` elements of one group, at their most."""
+    numel = min(numel, SLICE_NUMEL)
+    kept_in_bf16 = weights_dtype != torch.float32
+    updating = 4 * numel * (kept_in_bf16 + (grads_dtype != torch.float32))
+    if quantized:
+        updating += SLICE_WORKSPACE_BYTES * numel // SLICE_NUMEL
     if not kept_in_bf16:
         return updating
     odds = 2 * ODDS_NUMEL  # kept from one slice to the next
@@ -129,10 +131,14 @@ def update(arena: Arena, grads: Tensor, step: Step) -> None:
 
 
 def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Step) -> None:
-    """Updates the elements of `group` from `first` on, one for each of `grads`, a slice at a time."""
-    for start in range(0, len(grads), SLICE_NUMEL):
-        part = grads[start : start + SLICE_NUMEL]
+    """Updates the elements of `group` from `first` on, one for each of `grads`, a slice at a time; `first` is the start of a parameter or group."""
+    whole = len(grads) // GROUP_SIZE * GROUP_SIZE
+    for start in range(0, whole, SLICE_NUMEL):
+        part = grads[start : min(start + SLICE_NUMEL, whole)].contiguous()
         _update_slice(arena, group, slice(first + start, first + start + len(part)), part, step)
+    if whole < len(grads):  # a parameter's end, with the padding behind it
+        part = F.pad(grads[whole:], (0, GROUP_SIZE - len(grads) + whole))
+        _update_slice(arena, group, slice(first + whole, first + whole + GROUP_SIZE), part, step)
 
 
 def _update_slice(arena: Arena, group: Group, rows: slice, grads: Tensor, step: Step) -> None:

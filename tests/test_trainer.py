@@ -56,6 +56,14 @@ def test_other_seeds_give_other_digests(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
+@pytest.mark.parametrize("method", ["diffusion_blocks", "end_to_end"])
+def test_updates_during_backward_end_with_the_digest_of_updates_after_it(tmp_path: Path, method: str) -> None:
+    common = {"method": method, "optimizer__grad_clip": None, "model__dropout": 0.1}
+    during, after = (run_short(tmp_path / str(choice), optimizer__during_backward=choice, **common) for choice in ("auto", False))
+    assert [json.loads((tmp_path / name / "plan.json").read_text())["settings"]["during_backward"] for name in ("auto", "False")] == [True, False]
+    assert digest(during) == digest(after)
+
+
 @pytest.mark.parametrize(("order", "weights"), [("round_robin", "float32"), ("random", "float32"), ("round_robin", "bfloat16")])
 def test_a_run_interrupted_in_every_visit_ends_with_the_unbroken_digest(tmp_path: Path, order: str, weights: str) -> None:
     settings = {"blocks__order": order, "offload__tier": "disk", "train__precision": weights, "train__weights": weights}
@@ -266,7 +274,7 @@ def test_first_weights_in_bf16_are_those_in_fp32_rounded(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_weights_kept_in_bf16_learn_as_well_as_fp32_masters(tmp_path: Path) -> None:
-    """The last visits' losses of three blocks, two seeds: within a tenth, or a hundredth of a nat, of each other. To nearest they are far off."""
+    """The last visits' losses of three blocks, two seeds: within a tenth, or a hundredth of a nat, of each other."""
     common = {"train__num_steps": 300, "blocks__visit_steps": 100, "model__num_layers": 6, "model__dim": 64, "train__precision": "bfloat16"}
     for seed in (0, 1):
         masters, kept = (
