@@ -1,6 +1,6 @@
 """A block as one contiguous buffer: weights first, then optimizer state; every tensor a view.
 
-    | weights, fp32, each parameter on a border of 256 elements | state fields | padding to 4096 bytes |
+    | weights, fp32 or bf16, each parameter on a border of 256 elements | state fields | padding to 4096 bytes |
 
 One buffer is one file, one read, one copy. Parameters are ordered so that those with one kind of state and one weight decay
 lie together (`groups`): an optimizer step is a few flat calls whatever the number of parameters. The header makes the file a
@@ -9,9 +9,10 @@ valid safetensors file whose data start on a 4096-byte border, so it can be read
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -23,7 +24,7 @@ from lowmem.units import round_up
 
 PAGE = 4096  # bytes: alignment of buffers, of files' data, and of unbuffered reads and writes
 ALIGNMENT = 256  # bytes: alignment of each tensor in a buffer
-SAFETENSORS_DTYPE = {torch.float32: "F32", torch.uint8: "U8"}
+SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class Group:
 
 
 class ArenaLayout:
-    """Where everything of a block lies. A function of the parameters' names and shapes and of the optimizer's state, nothing else."""
+    """Where everything of a block lies. A function of the parameters' names and shapes, their dtype and the optimizer's state, nothing else."""
 
-    def __init__(self, parameters: Iterable[tuple[str, tuple[int, ...]]], optimizer: str, ema: bool = False) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[str, tuple[int, ...]]], optimizer: str, ema: bool = False, weights_dtype: torch.dtype = torch.float32
+    ) -> None:
         def kind(parameter: tuple[str, tuple[int, ...]]) -> tuple[bool, bool]:
             _, shape = parameter
             return not (optimizer == "adamw8bit" and prod(shape) >= MIN_8BIT_NUMEL), len(shape) < 2  # vectors are not decayed
@@ -67,7 +70,7 @@ class ArenaLayout:
                 self.groups[-1] = Group(last.start, end, last.decay, last.quantized)
             else:
                 self.groups.append(Group(start, end, not no_decay, not fp32_state))
-        self.numel = end
+        self.numel, self.weights_dtype = end, weights_dtype
         self.fp32_state_start = max((g.stop for g in self.groups if g.quantized), default=0)
         self.fields: dict[str, tuple[StateField, int]] = {}  # name -> field, first byte
         position = self.weights_bytes
@@ -76,9 +79,12 @@ class ArenaLayout:
             position = round_up(position + field.numel * field.dtype.itemsize, ALIGNMENT)
         self.total_bytes = round_up(position, PAGE)
 
+    def group_of(self, slot: ParameterSlot) -> Group:
+        return next(group for group in self.groups if group.start <= slot.start < group.stop)
+
     @property
     def weights_bytes(self) -> int:
-        return self.numel * 4
+        return self.numel * self.weights_dtype.itemsize
 
     @property
     def state_bytes(self) -> int:
@@ -90,7 +96,8 @@ class ArenaLayout:
 
     def header(self) -> bytes:
         """The safetensors header, padded with spaces so that data start on a page. Gaps are named tensors, as the format demands."""
-        spans = [(slot.name, "F32", slot.shape, slot.start * 4, slot.numel * 4) for slot in self.slots]
+        dtype, itemsize = SAFETENSORS_DTYPE[self.weights_dtype], self.weights_dtype.itemsize
+        spans = [(slot.name, dtype, slot.shape, slot.start * itemsize, slot.numel * itemsize) for slot in self.slots]
         spans += [
             (f"optimizer.{field.name}", SAFETENSORS_DTYPE[field.dtype], (field.numel,), start, field.numel * field.dtype.itemsize)
             for field, start in self.fields.values()
@@ -114,7 +121,7 @@ class Arena:
     def __init__(self, layout: ArenaLayout, buffer: Tensor) -> None:
         self.layout = layout
         self.buffer = buffer[: layout.total_bytes]
-        self.weights = self.buffer[: layout.weights_bytes].view(torch.float32)
+        self.weights = self.buffer[: layout.weights_bytes].view(layout.weights_dtype)
         self.state = {
             name: self.buffer[start : start + field.numel * field.dtype.itemsize].view(field.dtype) for name, (field, start) in layout.fields.items()
         }
@@ -125,11 +132,21 @@ def parameter_views(layout: ArenaLayout, flat: Tensor) -> dict[str, Tensor]:
     return {slot.name: flat[slot.start : slot.start + slot.numel].view(slot.shape) for slot in layout.slots}
 
 
-def bind(model: nn.Module, weights: Mapping[str, Tensor], grads: Mapping[str, Tensor] | None) -> None:
-    """Makes `weights` the model's parameters of those names, gradients gathering in `grads` (None: frozen)."""
+OnGradient = Callable[[str, nn.Parameter], None]
+
+
+def bind(model: nn.Module, weights: Mapping[str, Tensor], grads: Mapping[str, Tensor] | OnGradient | None) -> None:
+    """Makes `weights` the model's parameters of those names, gradients gathering in `grads` (None: frozen).
+
+    Where `grads` is a function, it is called with name and parameter during backward, as soon as nothing more will be added to the
+    parameter's `grad`. It may then change the parameter, and must say so with `torch.autograd.graph.increment_version`.
+    """
     for name, value in weights.items():
-        parameter = nn.Parameter(value, requires_grad=grads is not None)
-        if grads is not None:
+        # .data: a version of its own, for a change of one parameter is none of its neighbours in the arena
+        parameter = nn.Parameter(value.data, requires_grad=grads is not None)
+        if callable(grads):
+            parameter.register_post_accumulate_grad_hook(functools.partial(grads, name))  # type: ignore[no-untyped-call]
+        elif grads is not None:
             parameter.grad = grads[name]
         _set_parameter(model, name, parameter)
 

@@ -145,7 +145,8 @@ class TrainConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     seed: Annotated[int, Field(ge=0)] = 0
-    precision: Auto | Precision = "auto"  # bfloat16: compute and gradients in bf16, weights kept in fp32
+    precision: Auto | Precision = "auto"  # bfloat16: compute and gradients in bf16
+    weights: Auto | Precision = "auto"  # as they are kept; auto: float32; bfloat16: stochastically rounded, with no fp32 copy anywhere
     recompute: Auto | bool = "auto"  # activation checkpointing of each layer
     deterministic: bool = False  # on CUDA: only kernels that give the same bits each time (a CPU always does)
 
@@ -156,6 +157,7 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     grad_clip: Positive | None = 1.0  # L2 norm, of each block's and of the shared part's gradient apart; None = off
+    during_backward: Auto | bool = "auto"  # each parameter updated, and its gradient freed, as soon as that is whole; auto: where one pass suffices
     ema: Fraction | None = None  # decay per step of an average of the weights, kept in fp32 and used to evaluate and sample; None = none kept
 
 
@@ -199,6 +201,18 @@ class Recipe(Section):
         if self.train.micro_batch_size != "auto" and self.train.batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size: found {self.train.micro_batch_size}; allowed: a divisor of train.batch_size = {self.train.batch_size}"
+            )
+        if self.train.weights == "bfloat16" and self.train.precision == "float32":
+            raise ValueError("train.weights: found bfloat16; allowed with train.precision float32: float32; set train.precision: bfloat16")
+        if self.optimizer.during_backward is True and self.optimizer.grad_clip is not None:
+            raise ValueError(
+                f"optimizer.during_backward: found true; allowed with optimizer.grad_clip {self.optimizer.grad_clip}, which needs all gradients at "
+                "once: false, auto; set optimizer.grad_clip: null"
+            )
+        if self.optimizer.during_backward is True and self.train.micro_batch_size not in ("auto", self.train.batch_size):
+            raise ValueError(
+                f"optimizer.during_backward: found true; allowed with train.micro_batch_size {self.train.micro_batch_size}, whose gradients add up: "
+                f"false, auto; set train.micro_batch_size: {self.train.batch_size}"
             )
         if self.train.warmup_steps > self.train.num_steps:
             raise ValueError(f"train.warmup_steps: found {self.train.warmup_steps}; allowed: at most train.num_steps = {self.train.num_steps}")

@@ -8,10 +8,11 @@ recompute frees and what backward needs for a moment. The runtime floor is a con
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,7 @@ from lowmem.errors import ConfigError, ProfileError
 from lowmem.hardware import Profile
 from lowmem.models.base import BlockModel, block_slices, named_layer_parameters, named_shared_parameters
 from lowmem.objectives.recurrent import RecurrentDenoising
-from lowmem.optim import SLICE_NUMEL, SLICE_WORKSPACE_BYTES
+from lowmem.optim import workspace_bytes
 from lowmem.stream import staging_bytes
 from lowmem.strict import Section
 from lowmem.units import MIB, from_gib
@@ -39,8 +40,10 @@ class Settings(Section):
     num_blocks: int
     micro_batch_size: int
     precision: Precision
+    weights: Precision = "float32"  # as they are kept
     recompute: bool
     optimizer: OptimizerName
+    during_backward: bool = False  # each parameter is updated, and its gradient freed, as soon as that is whole
     ema: bool = False  # an average of the weights is kept
     tier: Tier
     write_back: Literal["beside", "wait"]
@@ -70,11 +73,12 @@ def check_model(model: BlockModel) -> None:
 
 def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout], ArenaLayout]:
     """The arenas of the blocks, and of the shared part."""
-    blocks = [
-        ArenaLayout([(n, tuple(p.shape)) for n, p in named_layer_parameters(model, layers)], settings.optimizer, settings.ema)
-        for layers in block_slices(len(model.layers), settings.num_blocks)
-    ]
-    return blocks, ArenaLayout([(n, tuple(p.shape)) for n, p in named_shared_parameters(model)], settings.optimizer, settings.ema)
+
+    def layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> ArenaLayout:
+        return ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
+
+    blocks = [layout(named_layer_parameters(model, layers)) for layers in block_slices(len(model.layers), settings.num_blocks)]
+    return blocks, layout(named_shared_parameters(model))
 
 
 def training_device(profile: Profile) -> torch.device:
@@ -132,7 +136,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class ActivationCounter:
-    """Peak bytes of one forward and backward pass beyond weights and gradients, remembered per kind of pass."""
+    """Peak bytes of one forward and backward pass beyond weights and gradients, remembered per kind of pass.
+
+    Updated during backward, parameters have gradients that come and go: they, and the updates' temporaries, count here.
+    """
 
     def __init__(self, model: BlockModel, recipe: Recipe) -> None:
         self._model, self._recipe = model, recipe
@@ -140,7 +147,9 @@ class ActivationCounter:
 
     def __call__(self, layers: range, settings: Settings) -> int:
         shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
-        key = (shapes, settings.micro_batch_size, settings.precision, settings.recompute)
+        key: tuple[object, ...] = (shapes, settings.micro_batch_size, settings.precision, settings.recompute)
+        if settings.during_backward:
+            key = (*key, settings.optimizer, settings.weights)
         if key not in self._known:
             self._known[key] = self._count(layers, settings)
         return self._known[key]
@@ -148,11 +157,19 @@ class ActivationCounter:
     def _count(self, layers: range, settings: Settings) -> int:
         model, recipe = self._model, self._recipe
         parameters = [*named_layer_parameters(model, layers), *named_shared_parameters(model)]
-        layout = ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], "adamw")
+        layout = ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer)
+        slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
         block = [model.layers[i] for i in layers]
+
+        def updated(name: str, parameter: nn.Parameter) -> None:
+            slot = slots[name]
+            torch.empty(workspace_bytes(slot.numel, layout.group_of(slot).quantized, COMPUTE_DTYPE[settings.weights], dtype), dtype=torch.uint8)
+            parameter.grad = None
+            torch.autograd.graph.increment_version(parameter)
+
         with FakeTensorMode():
-            flat, grads = (torch.zeros(layout.numel, dtype=COMPUTE_DTYPE[settings.precision]) for _ in range(2))
-            bind(model, parameter_views(layout, flat), parameter_views(layout, grads))
+            flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
+            bind(model, parameter_views(layout, flat), updated if settings.during_backward else parameter_views(layout, grads))
             with LiveBytes(flat, grads) as bytes_:
                 batch = model.example_batch(settings.micro_batch_size)
                 if recipe.method == "end_to_end":
@@ -162,7 +179,15 @@ class ActivationCounter:
                 else:
                     interval = model.objective.interval(0, 1, recipe.noise, 0.0)
                     loss = model.objective.block_loss(model, block, batch, interval, recipe.noise, settings.recompute)
-                loss.mean().backward()  # type: ignore[no-untyped-call]
+                try:
+                    loss.mean().backward()  # type: ignore[no-untyped-call]
+                except RuntimeError as problem:
+                    if not settings.during_backward or "inplace" not in str(problem):
+                        raise
+                    raise ConfigError(
+                        "optimizer.during_backward: found true; allowed with this model, which needs a weight again after its gradient is whole: "
+                        "false; set optimizer.during_backward: false"
+                    ) from None
             unbind(model, layout)
         return int(bytes_.peak)
 
@@ -173,14 +198,19 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
     whole = recipe.method == "end_to_end"
     resident = is_resident(settings, profile.unified)
     compute_bytes = COMPUTE_DTYPE[settings.precision].itemsize
-    copies = 0 if compute_bytes == 4 else compute_bytes  # bytes per weight of the copy that computes, where it is not the weight itself
+    copies = 0 if settings.weights == settings.precision else compute_bytes  # bytes per weight of the copy that computes, where there is one
+    grad_bytes = 0 if settings.during_backward else compute_bytes
     visited = layouts if whole else [max(layouts, key=lambda layout: layout.total_bytes)]
     on_device = layouts if resident else visited
     slot_bytes = max(layout.total_bytes for layout in layouts)
 
     passes = [counter(range(len(model.layers)), settings)] if whole else [counter(layers, settings) for layers in slices]
-    workspace = [_workspace_bytes(layout, settings) for layout in (*layouts, shared)]
-    activations = [max(peak, *workspace) for peak in passes]
+    workspace = 0  # of an update, while no activation is alive
+    if not settings.during_backward:
+        groups = [group for layout in (*layouts, shared) for group in layout.groups]
+        dtypes = COMPUTE_DTYPE[settings.weights], COMPUTE_DTYPE[settings.precision]
+        workspace = max(workspace_bytes(group.stop - group.start, group.quantized, *dtypes) for group in groups)
+    activations = [max(peak, workspace) for peak in passes]
     if profile.device.type == "cpu":
         activations = [peak + min(peak, CPU_HEAP_SLACK_BYTES) for peak in activations]
     slots, ring = staging_bytes(slot_bytes, resident, recipe.offload.prefetch, copied=profile.device.type == "cuda")
@@ -189,10 +219,10 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
 
     category = {
         "weights": sum(layout.weights_bytes for layout in on_device) + copies * sum(layout.numel for layout in visited),
-        "gradients": compute_bytes * sum(layout.numel for layout in visited),
+        "gradients": grad_bytes * sum(layout.numel for layout in visited),
         "optimizer_state": sum(layout.state_bytes for layout in on_device),
         "activations": max(activations),
-        "shared_part": shared.total_bytes + (compute_bytes + copies) * shared.numel,
+        "shared_part": shared.total_bytes + (grad_bytes + copies) * shared.numel,
         "staging": device_staging,
         "runtime_floor": profile.runtime_floor_bytes,
     }
@@ -213,10 +243,3 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
             device_peak - category["activations"] + (activations[0] if whole else activations[block]) for block in range(settings.num_blocks)
         ],
     )
-
-
-def _workspace_bytes(layout: ArenaLayout, settings: Settings) -> int:
-    """The optimizer's temporaries, while no activation is alive."""
-    if settings.optimizer == "adamw8bit":
-        return SLICE_WORKSPACE_BYTES * min(layout.fp32_state_start, SLICE_NUMEL) // SLICE_NUMEL
-    return 0 if settings.precision == "float32" else 4 * min(layout.numel, SLICE_NUMEL)

@@ -82,7 +82,8 @@ class Plan(Section):
             f"host    {_bar(predicted.host_peak_bytes, budget.host_bytes)}" + ("   (the same memory as the device)" if self.profile.unified else ""),
             f"disk    {_bar(predicted.disk_bytes, budget.disk_bytes)}",
             f"settings: {settings.num_blocks} blocks, tier {settings.tier}, micro-batch {settings.micro_batch_size}, {settings.precision}, "
-            f"{settings.optimizer}, recompute {'on' if settings.recompute else 'off'}, write-back {settings.write_back}",
+            f"weights {settings.weights}, {settings.optimizer}, recompute {'on' if settings.recompute else 'off'}, "
+            f"updates {'during' if settings.during_backward else 'after'} backward, write-back {settings.write_back}",
             *(f"chosen: {choice}" for choice in self.choices if self.fits),
             f"{'fits' if self.fits else 'DOES NOT FIT'}",
         ]
@@ -183,14 +184,18 @@ def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[l
     elif profile.unified and recipe.offload.tier == "auto":
         tiers.remove("host")  # the same memory
     micro = [train.batch_size // n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
+    if recipe.optimizer.during_backward is True:
+        micro = micro[:1]
     for count, tier, recompute in itertools.product(num_blocks, tiers, [False, True] if train.recompute == "auto" else [train.recompute]):
         yield [
             Settings(
                 num_blocks=count,
                 micro_batch_size=size,
                 precision=_precision(recipe, profile),
+                weights="float32" if train.weights == "auto" else train.weights,
                 recompute=recompute,
                 optimizer=_optimizer(recipe, profile),
+                during_backward=_during_backward(recipe, size),
                 ema=recipe.optimizer.ema is not None,
                 tier=tier,
                 write_back="wait",
@@ -202,7 +207,14 @@ def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[l
 def _precision(recipe: Recipe, profile: Profile) -> Precision:
     if recipe.train.precision != "auto":
         return recipe.train.precision
-    return "bfloat16" if profile.device.compute_dtype == "bfloat16" else "float32"
+    if profile.device.compute_dtype == "bfloat16":
+        return "bfloat16"
+    if recipe.train.weights == "bfloat16":
+        raise ConfigError(
+            f"train.weights: found bfloat16; allowed where train.precision is auto and profile {profile.name} computes in "
+            f"{profile.device.compute_dtype}: float32; set train.precision: bfloat16"
+        )
+    return "float32"
 
 
 def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:
@@ -210,6 +222,12 @@ def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:
     if recipe.optimizer.name != "auto":
         return recipe.optimizer.name
     return "adamw8bit" if profile.device.type == "cuda" else "adamw"
+
+
+def _during_backward(recipe: Recipe, micro_batch_size: int) -> bool:
+    """Wherever no gradient has to wait for another: it saves their memory and changes no bit."""
+    allowed = recipe.optimizer.grad_clip is None and micro_batch_size == recipe.train.batch_size
+    return allowed and recipe.optimizer.during_backward is not False
 
 
 def _write_back(recipe: Recipe, layouts: list[ArenaLayout], shared: ArenaLayout) -> Literal["beside", "wait"]:
@@ -235,6 +253,8 @@ def _choices(recipe: Recipe, profile: Profile, settings: Settings, noise: NoiseC
     if recipe.optimizer.name == "auto":
         why = "8-bit state costs no time on CUDA" if settings.optimizer == "adamw8bit" else "on a CPU 8-bit state costs much time"
         lines.append(f"optimizer.name {settings.optimizer}: {why}")
+    if recipe.optimizer.during_backward == "auto" and settings.during_backward:
+        lines.append("optimizer.during_backward true: no clipping and one micro-batch; gradients alive are counted with the activations")
     if recipe.offload.tier == "auto":
         lines.append(f"offload.tier {settings.tier}: " + ("every block fits on the device" if settings.tier == "device" else "the first that fits"))
     return lines
@@ -265,12 +285,16 @@ def _advice(plan: Plan) -> str:
         cures.append(f"blocks.num_blocks: {min(2 * settings.num_blocks, getattr(plan.recipe.model, 'num_layers', 2 * settings.num_blocks))}")
     if largest == "activations" and not settings.recompute:
         cures.append("train.recompute: true")
-    if largest == "activations" and settings.micro_batch_size > 1:
+    if largest == "activations" and settings.micro_batch_size > 1 and plan.recipe.optimizer.during_backward is not True:
         cures.append(f"train.micro_batch_size: {settings.micro_batch_size // 2}")
     if settings.tier != "disk" and plan.recipe.method != "end_to_end" and largest in ("weights", "optimizer_state", "blocks"):
         cures.append("offload.tier: disk")
     if settings.optimizer != "adamw8bit" and largest == "optimizer_state":
         cures.append("optimizer.name: adamw8bit")
+    if settings.weights == "float32" and settings.precision == "bfloat16" and largest in ("weights", "shared_part", "staging", "blocks"):
+        cures.append("train.weights: bfloat16")
+    if 4 * parts.get("gradients", 0) >= parts[largest]:
+        cures.append("optimizer.grad_clip: null (with one micro-batch updates then run during backward, and no gradients gather)")
     if largest == "staging" and plan.recipe.offload.prefetch:
         cures.append("offload.prefetch: false")
     block = max(range(settings.num_blocks), key=lambda b: predicted.block_peak_bytes[b])

@@ -136,12 +136,14 @@ class Trainer:
         shared_step = self.queue.steps_done(visit.index)
         for step in range(visit.first_step, visit.first_step + visit.num_steps):
             step_start = time.perf_counter()
-            loss = self._forward_backward(visit, step, batches(step))
             lr = learning_rate(step, recipe.train)
-            for trainable in trainables:
-                trainable.update(step + 1, lr, recipe.optimizer)
             shared_step += 1
-            self.shared.update(shared_step, lr, recipe.optimizer)
+            for trainable in trainables:
+                trainable.begin(step + 1, lr, recipe.optimizer)
+            self.shared.begin(shared_step, lr, recipe.optimizer)
+            loss = self._forward_backward(visit, step, batches(step))
+            for trainable in (*trainables, self.shared):
+                trainable.update()
             losses.append(loss)
             self._record_step(visit, step, lr, loss, time.perf_counter() - step_start)
         mean_loss = float(torch.stack(losses).mean())  # on CUDA the first look at a loss: waits for the visit's last kernel
@@ -264,6 +266,8 @@ class Trainer:
     def _hold_shared(self, stream: BlockStream) -> None:
         buffer = aligned_buffer(self.shared_layout.total_bytes)
         stream.block_store.read("shared", buffer)
-        self.scratch = Scratch(self.layouts, self.shared_layout, COMPUTE_DTYPE[self.plan.settings.precision], self.device)
+        settings = self.plan.settings
+        dtype, seed = COMPUTE_DTYPE[settings.precision], self.recipe.train.seed
+        self.scratch = Scratch(self.layouts, self.shared_layout, dtype, self.device, seed, settings.during_backward)
         self.shared = self.scratch.trainable(SHARED, self.shared_layout, buffer.to(self.device))
         self.shared.bind(self.model)

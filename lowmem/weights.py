@@ -38,16 +38,20 @@ def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, File
 def _create(store: DiskStore, key: str, model: BlockModel, modules: list[tuple[str, nn.Module]], seed: int) -> None:
     layout = store.layouts[key]
     arena = Arena(layout, aligned_buffer(layout.total_bytes))
-    bind(model, parameter_views(layout, arena.weights), None)
+    views = parameter_views(layout, arena.weights)
     with torch.no_grad():
         for name, module in modules:
+            drawn = {n: view.float() for n, view in views.items() if module is model or n.startswith(f"{name}.")}  # in fp32, however kept
+            bind(model, drawn, None)
             torch.manual_seed(mix_seed(seed, "weights", name))
             owners = [module] if module is model else list(module.modules())
             for owner in reversed(owners):  # children first, so that a module may overrule them
                 reset = getattr(owner, "reset_parameters", None)
                 if reset is not None:
                     reset()
-    unbind(model, layout)
+            for n, value in drawn.items():
+                views[n].copy_(value)
+            unbind(model, layout)
     if "ema" in arena.state:
         arena.state["ema"].copy_(arena.weights)
     store.write(key, arena.buffer, 0)

@@ -98,6 +98,22 @@ def test_a_value_of_the_wrong_kind_is_refused_with_what_was_found_and_what_is_al
     assert all(word in text for word in [*words, "allowed: "]), text
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.weights=bfloat16", "train.precision=float32"], ["train.weights: found bfloat16", "set train.precision: bfloat16"]),
+        (["optimizer.during_backward=true"], ["optimizer.during_backward: found true", "grad_clip 1.0", "set optimizer.grad_clip: null"]),
+        (
+            ["optimizer.during_backward=true", "optimizer.grad_clip=null", "train.batch_size=64", "train.micro_batch_size=16"],
+            ["optimizer.during_backward: found true", "micro_batch_size 16", "set train.micro_batch_size: 64"],
+        ),
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused_with_a_cure(recipe_path: Path, overrides: list[str], words: list[str]) -> None:
+    text = message(recipe_path, *overrides)
+    assert all(word in text for word in [*words, "allowed with "]), text
+
+
 def test_a_missing_key_is_named(recipe_path: Path) -> None:
     recipe_path.write_text(RECIPE.replace("num_steps: 100, ", "").replace("\nmethod: diffusion_blocks", ""))
     assert "key 'method' is missing" in message(recipe_path)

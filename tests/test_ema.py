@@ -67,7 +67,7 @@ def test_the_average_is_that_of_a_plain_loop(optimizer: str) -> None:
     config = OptimizerConfig(ema=0.5, grad_clip=None)
     average = arena.weights.clone().double()
     for step in range(1, 20):
-        optim.update(layout, arena.weights, torch.randn(layout.numel) * 0.01, arena.state, step, 1e-2, config)
+        optim.update(arena, torch.randn(layout.numel) * 0.01, optim.Step(step, 1e-2, config))
         decay = min(0.5, (1 + step) / (10 + step))
         average = decay * average + (1 - decay) * arena.weights.double()
     assert (arena.state["ema"].double() - average).abs().max() < 1e-5

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SETTINGS = [
     "model.num_layers=8",
     "model.dim=256",
@@ -43,3 +45,24 @@ def test_check_9_blocks_take_less_than_end_to_end_even_with_recompute_and_as_muc
     assert all(block["steps"] == 2 for block in arms["blocks"]["blocks"]), "every block has optimizer state"
     for arm in arms.values():
         assert 0.85 < arm["measured"]["device_peak_bytes"] / arm["predicted"]["device_peak_bytes"] < 1.1
+
+
+@pytest.mark.slow
+def test_bf16_weights_and_updates_during_backward_take_what_is_planned_and_less(tmp_path: Path) -> None:
+    """Wide layers on few samples: weights, gradients and state are what counts."""
+    wide = ["model.dim=1024", "model.num_layers=4", "train.micro_batch_size=auto", "train.batch_size=4", "train.precision=bfloat16"]
+    wide += ["optimizer.grad_clip=null", "offload.tier=device", "train.recompute=false"]
+    arms = {
+        "plain": ["optimizer.during_backward=false"],
+        "during backward": [],
+        "bf16 weights": ["optimizer.during_backward=false", "train.weights=bfloat16"],
+        "both": ["train.weights=bfloat16"],
+    }
+    reports = {name: report_of(tmp_path / name, "digits-vit-end-to-end", *wide, *settings) for name, settings in arms.items()}
+    planned, measured = ({name: report[kind]["device_peak_bytes"] for name, report in reports.items()} for kind in ("predicted", "measured"))
+    print({name: (planned[name], measured[name]) for name in arms})
+    for name in arms:
+        assert 0.85 < measured[name] / planned[name] < 1.1, name
+        if name != "plain":
+            saved, foreseen = measured["plain"] - measured[name], planned["plain"] - planned[name]
+            assert saved > 0.8 * foreseen > 0, name

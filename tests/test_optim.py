@@ -11,6 +11,7 @@ from torch import Tensor
 from lowmem import optim
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer, parameter_views
 from lowmem.config import OptimizerConfig
+from lowmem.footprint import LiveBytes
 
 SHAPES = [("a.weight", (70, 61)), ("b.bias", (5000,)), ("c.weight", (33, 17)), ("d.bias", (7,)), ("e.weight", (64, 64)), ("f.weight", (1, 4099))]
 STEPS = 5
@@ -39,7 +40,7 @@ def gradients(layout: ArenaLayout, dtype: torch.dtype = torch.float32) -> Iterat
 
 def train(arena: Arena, dtype: torch.dtype = torch.float32, upcast: bool = False) -> Arena:
     for step, (grads, lr) in enumerate(zip(gradients(arena.layout, dtype), LEARNING_RATES, strict=True), start=1):
-        optim.update(arena.layout, arena.weights, grads.float() if upcast else grads, arena.state, step, lr, CONFIG)
+        optim.update(arena, grads.float() if upcast else grads, optim.Step(step, lr, CONFIG))
     return arena
 
 
@@ -144,6 +145,103 @@ def test_padding_between_parameters_stays_exactly_zero_in_fp32() -> None:
         assert not state[padding[arena.layout.numel - len(state) :]].any()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights kept in bf16
+
+
+def rounded(value: float, seed: int = 0, count: int = 1 << 17) -> Tensor:
+    """`count` stochastic roundings of one fp32 value, widened again."""
+    target = torch.empty(count, dtype=torch.bfloat16)
+    optim.Rounding(seed, torch.device("cpu")).round(torch.full((count,), value), 0, target)
+    return target.double()
+
+
+@pytest.mark.parametrize("value", [1.001, -1.001, 3.14159, 1e-3 * 1.2345, -7.0e-20, 1.999])
+def test_stochastic_rounding_takes_the_two_neighbours_and_is_right_on_average(value: float) -> None:
+    exact, found = float(torch.tensor(value)), rounded(value)
+    low, high = found.unique().tolist()
+    assert low < exact < high
+    spread = (high - low) * ((exact - low) / (high - low) * (high - exact) / (high - low)) ** 0.5 / len(found) ** 0.5
+    assert abs(float(found.mean()) - exact) < max(5 * spread, (high - low) / 65536)
+
+
+def test_what_bf16_has_exactly_stays() -> None:
+    values = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    values = values[~values.isnan()]
+    target = torch.empty_like(values)
+    optim.Rounding(0, torch.device("cpu")).round(values.float(), 0, target)
+    assert torch.equal(target.view(torch.int16), values.view(torch.int16))
+    nan = torch.tensor([float("nan"), 0.0, float("inf")]).mul(0)  # not a number stays none
+    optim.Rounding(0, torch.device("cpu")).round(nan, 0, target[:3])
+    assert target[:3].isnan().tolist() == [True, False, True]
+
+
+def test_the_odds_of_elements_and_of_steps_are_independent() -> None:
+    """Half-way values: neighbours, parts drawn apart, and two steps; each of the four 16-bit words of a draw."""
+    count = 4 * optim.ODDS_NUMEL
+    ups = [(rounded(1 + 2**-8, seed, count) > 1).double() - 0.5 for seed in (0, 1)]
+    for other in (*(ups[0].roll(by) for by in (1, 2, 3, 4, 4096, optim.ODDS_NUMEL)), ups[1]):
+        assert abs(float((ups[0] * other).mean())) < 5 * 0.25 / count**0.5
+    assert (ups[0].view(-1, 4).mean(0).abs() < 5 * 0.5 / (count / 4) ** 0.5).all()
+
+
+def test_a_weight_that_rounding_to_nearest_would_freeze_moves_on_average_as_in_fp32() -> None:
+    """At 1 bf16 numbers lie 1/128 apart (1/256 below), a step is a fortieth of that."""
+    steps, lr, ends = 100, 1e-4, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        layout = ArenaLayout([("weight", (64, 256))], "adamw", weights_dtype=dtype)
+        arena = Arena(layout, aligned_buffer(layout.total_bytes))
+        arena.weights.fill_(1.0)
+        for number in range(1, steps + 1):
+            step = optim.Step(number, lr, CONFIG, optim.Rounding(number, torch.device("cpu")))
+            optim.update(arena, torch.ones(layout.numel, dtype=dtype), step)
+        ends[dtype] = arena.weights.double()
+        nearest = torch.tensor(1 - lr * (1 + CONFIG.weight_decay)).bfloat16()
+        assert float(nearest) == 1, "to nearest, the first step already ends where it began"
+    moved = 1 - ends[torch.float32].mean()
+    assert moved > 0.5 * steps * lr
+    assert abs((1 - ends[torch.bfloat16].mean()) / moved - 1) < 0.02
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_the_odds_depend_on_no_slicing(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> Arena:
+        layout = ArenaLayout(SHAPES, optimizer, ema=True, weights_dtype=torch.bfloat16)
+        arena = Arena(layout, aligned_buffer(layout.total_bytes))
+        arena.weights.copy_(torch.randn(layout.numel, generator=torch.Generator().manual_seed(1)))
+        for number, grads in enumerate(gradients(layout, torch.bfloat16), start=1):
+            rounding = optim.Rounding(number, torch.device("cpu"))
+            optim.update(arena, grads, optim.Step(number, 1e-3, CONFIG.model_copy(update={"ema": 0.9}), rounding))
+        return arena
+
+    whole = trained()
+    monkeypatch.setattr(optim, "SLICE_NUMEL", 1536)
+    assert torch.equal(trained().buffer, whole.buffer)
+
+
+def test_the_odds_depend_on_no_order() -> None:
+    values, ends = torch.full((3 * optim.ODDS_NUMEL,), 1 + 2**-8), []
+    for step in (1, -1):
+        rounding, target = optim.Rounding(7, torch.device("cpu")), torch.empty(len(values), dtype=torch.bfloat16)
+        for first in range(0, len(values), 100 * 1024)[::step]:
+            rows = slice(first, first + 100 * 1024)
+            rounding.round(values[rows].clone(), first, target[rows])
+        ends.append(target)
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(("weights", "grads"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_an_update_allocates_what_the_plan_counts(weights: str, grads: str) -> None:
+    dtype = getattr(torch, grads)
+    layout = ArenaLayout([("weight", (1500, 2048)), ("bias", (5000,))], "adamw", ema=True, weights_dtype=getattr(torch, weights))
+    arena, flat = Arena(layout, aligned_buffer(layout.total_bytes)), torch.ones(layout.numel, dtype=dtype)
+    with LiveBytes(arena.buffer, flat) as counter:
+        rounding = optim.Rounding(1, torch.device("cpu")) if weights == "bfloat16" else None
+        optim.update(arena, flat, optim.Step(1, 1e-3, CONFIG.model_copy(update={"grad_clip": 1.0, "ema": 0.9}), rounding))
+    counted = optim.workspace_bytes(layout.groups[0].stop, False, arena.weights.dtype, dtype)
+    assert counted <= counter.peak <= counted + 1024, "but for a few scalars"
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_clipping_equals_that_of_torch(dtype: torch.dtype, rtol: float) -> None:
     flat = torch.randn(3000, generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -168,6 +266,6 @@ def test_an_update_clips_where_the_recipe_says_so() -> None:
     grads = next(gradients(clipped.layout)) * 1000
     by_hand = grads.clone()
     optim.clip_gradients(by_hand, 0.5)
-    optim.update(given.layout, given.weights, by_hand, given.state, 1, 1e-3, CONFIG)
-    optim.update(clipped.layout, clipped.weights, grads, clipped.state, 1, 1e-3, CONFIG.model_copy(update={"grad_clip": 0.5}))
+    optim.update(given, by_hand, optim.Step(1, 1e-3, CONFIG))
+    optim.update(clipped, grads, optim.Step(1, 1e-3, CONFIG.model_copy(update={"grad_clip": 0.5})))
     assert torch.equal(clipped.buffer, given.buffer)
