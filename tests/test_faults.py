@@ -16,7 +16,9 @@ from conftest import recipe_with
 from racing import race, race_plan
 from test_trainer import SHORT
 
+from lowmem import staging as staging_module
 from lowmem import store as store_module
+from lowmem import weights as weights_module
 from lowmem.data import describe_data, load_data
 from lowmem.errors import StoreError
 from lowmem.hardware import Profile, load_profile
@@ -24,18 +26,26 @@ from lowmem.models import model_builder
 from lowmem.plan import make_plan
 from lowmem.report import digest, read_report
 from lowmem.run_dir import RunDir, RunState
+from lowmem.staging import Ring
 from lowmem.telemetry import Recorder, read_records
 from lowmem.trainer import Trainer
 from lowmem.units import MIB
 
-ROWS, STEPS, TIMES = 4_000, 2, 50
+ROWS, STEPS, TIMES = 6_000, 2, 50
 
 
-def test_copies_that_compute_outruns_still_bring_the_right_bytes_50_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "CHUNK_BYTES", MIB // 2)  # some chunks a block
+@pytest.mark.parametrize(("through", "num_blocks"), [("slots", 2), ("ring", 3)])
+def test_copies_that_compute_outruns_still_bring_the_right_bytes_50_times(
+    tmp_path: Path, through: str, num_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ring`: through chunks into two slots, as on CUDA."""
+    for module in (store_module, staging_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", MIB // 2)  # some chunks a block
+    if through == "ring":
+        monkeypatch.setattr(weights_module, "_open_ring", lambda plan, device, layouts: Ring(device, MIB))
     profile = load_profile("cpu-4gib")
-    expected = race(tmp_path / "resident", race_plan(profile, ROWS, STEPS, tier="device"), ROWS)
-    plan = race_plan(profile, ROWS, STEPS, tier="disk", prefetch=True, write_back="beside")
+    expected = race(tmp_path / "resident", race_plan(profile, num_blocks, ROWS, STEPS, tier="device"), ROWS)
+    plan = race_plan(profile, num_blocks, ROWS, STEPS, tier="disk", prefetch=True, write_back="beside")
     for _ in range(TIMES):
         assert race(tmp_path / "run", plan, ROWS) == expected
         shutil.rmtree(tmp_path / "run")
@@ -145,9 +155,9 @@ def paced(read_gib_per_s: float, write_gib_per_s: float) -> Profile:
 
 
 def test_a_slow_disk_changes_the_time_and_not_the_digest_and_the_report_says_what_to_do(tmp_path: Path) -> None:
-    expected = race(tmp_path / "resident", race_plan(load_profile("cpu-4gib"), ROWS, STEPS, tier="device"), ROWS)
+    expected = race(tmp_path / "resident", race_plan(load_profile("cpu-4gib"), 3, ROWS, STEPS, tier="device"), ROWS)
     profile = paced(0.02, 0.01)
-    plan = race_plan(profile, ROWS, STEPS, tier="disk", write_back="beside", pace=True)
+    plan = race_plan(profile, 3, ROWS, STEPS, tier="disk", write_back="beside", pace=True)
     assert race(tmp_path / "slow", plan, ROWS) == expected
     content = read_report(tmp_path / "slow").content
     stream, traffic = content["stream"], content["traffic"]

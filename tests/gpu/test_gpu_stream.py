@@ -171,8 +171,8 @@ def test_a_probe_in_a_child_says_how_much_may_be_locked() -> None:
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_copies_that_compute_outruns_still_bring_the_right_bytes_50_times(tmp_path: Path, profile: Profile, tier: str) -> None:
     rows, steps = 40_000, 2
-    expected = race(tmp_path / "resident", race_plan(profile, rows, steps, tier="device"), rows)
-    plan = race_plan(profile, rows, steps, tier=tier, prefetch=True, write_back="beside")
+    expected = race(tmp_path / "resident", race_plan(profile, 3, rows, steps, tier="device"), rows)
+    plan = race_plan(profile, 3, rows, steps, tier=tier, prefetch=True, write_back="beside")
     same = 0
     for _ in range(50):
         same += race(tmp_path / "run", plan, rows) == expected
