@@ -81,6 +81,11 @@ class ArenaLayout:
         return self.numel * 4
 
     @property
+    def weights_read_bytes(self) -> int:
+        """Of a read that needs the weights alone: they lie first."""
+        return round_up(self.weights_bytes, PAGE)
+
+    @property
     def state_bytes(self) -> int:
         return self.total_bytes - self.weights_bytes
 

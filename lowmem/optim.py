@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -54,16 +54,40 @@ def state_fields(optimizer: str, quantized_numel: int, numel: int, ema: bool = F
     return [field for field in fields if field.numel]
 
 
-def clip_gradients(grads: Tensor, max_norm: float) -> None:
-    """Scales `grads` to an L2 norm of at most `max_norm`, on the device, without reading the norm back."""
-    norm = torch.linalg.vector_norm(grads, dtype=torch.float32)
-    grads.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads.dtype))
+def gradient_norm(grads: Tensor) -> Tensor:
+    """The L2 norm, fp32, on the device."""
+    return torch.linalg.vector_norm(grads, dtype=torch.float32)
 
 
-def update(layout: ArenaLayout, weights: Tensor, grads: Tensor, state: Mapping[str, Tensor], step: int, lr: float, config: OptimizerConfig) -> None:
-    """One optimizer step, in place. `weights` fp32 [N], `grads` [N] in the compute dtype, `step` counts from 1."""
-    if config.grad_clip is not None:
-        clip_gradients(grads, config.grad_clip)
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What brings gradients of that norm to `max_norm` at most, without reading the norm back."""
+    return torch.as_tensor((max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def whole_factor(norms: Sequence[Tensor], config: OptimizerConfig) -> Tensor:
+    """The factor of a whole model's gradients, from the norms of its parts."""
+    assert config.grad_clip is not None
+    return clip_factor(gradient_norm(torch.stack(list(norms))), config.grad_clip)
+
+
+def update(
+    layout: ArenaLayout,
+    weights: Tensor,
+    grads: Tensor,
+    state: Mapping[str, Tensor],
+    step: int,
+    lr: float,
+    config: OptimizerConfig,
+    factor: Tensor | None = None,
+) -> None:
+    """One optimizer step, in place. `weights` fp32 [N], `grads` [N] in the compute dtype, `step` counts from 1.
+
+    `factor`: of the gradients, where the whole model's norm decides (`optimizer.clip: global`); None: their own norm does.
+    """
+    if factor is None and config.grad_clip is not None:
+        factor = clip_factor(gradient_norm(grads), config.grad_clip)
+    if factor is not None:
+        grads.mul_(factor.to(grads.dtype))
     for group in layout.groups:
         rows = slice(group.start, group.stop)
         weight_decay = config.weight_decay if group.decay else 0.0

@@ -20,6 +20,7 @@ from lowmem.run_dir import FileRecord, RunDir
 from lowmem.units import MIB
 
 REQUEST_BYTES = 16 * MIB  # of one read or write
+NO_DIGEST = "0" * 64  # of a working copy
 
 
 class DiskStore:
@@ -32,22 +33,28 @@ class DiskStore:
         self.read_bytes = self.written_bytes = 0
 
     def read(self, key: str, buffer: Tensor) -> None:
-        """Fills `buffer` [total_bytes]. Raises StoreError if the file is missing, torn, of another layout, or changed."""
+        """Fills `buffer` [total_bytes], or as much as fits in it of the front. Raises StoreError: file missing, torn, of another layout, or changed.
+
+        A part tells nothing of the digest: whoever commits what comes of it has read the whole too.
+        """
         record = self.files[key]
         path = self.run_dir.path / record.name
         header, data = self.layouts[key].header(), _bytes_of(buffer)
         self.read_bytes += _transfer(path, os.O_RDONLY, header, data, record.num_bytes)
-        if record.name not in self._verified:
+        if record.name not in self._verified and len(data) == self.layouts[key].total_bytes:
             if hashlib.sha256(data).hexdigest() != record.sha256:
                 raise StoreError(f"{path}: its data differ from what was committed; restore it from a copy; nothing was overwritten")
             self._verified.add(record.name)
 
-    def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
-        """A new file with the bytes of `buffer`, on the disk when this returns. It counts only once a commit names it."""
+    def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
+        """A new file with the bytes of `buffer`, on the disk when this returns. It counts only once a commit names it.
+
+        Not `durable`: a working copy that a later write of the visit replaces, so neither fsync nor digest; no commit may name it.
+        """
         name = self.run_dir.file_name(key, visits_done)
         header, data = self.layouts[key].header(), _bytes_of(buffer)
-        self.written_bytes += _transfer(self.run_dir.path / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, header, data, None)
-        record = FileRecord(name=name, num_bytes=len(header) + len(data), sha256=hashlib.sha256(data).hexdigest())
+        self.written_bytes += _transfer(self.run_dir.path / name, os.O_WRONLY | os.O_CREAT, header, data, None, durable)
+        record = FileRecord(name=name, num_bytes=len(header) + len(data), sha256=hashlib.sha256(data).hexdigest() if durable else NO_DIGEST)
         self._verified.add(name)
         self.files[key] = record
         return record
@@ -62,13 +69,14 @@ class HostStore(DiskStore):
 
     def read(self, key: str, buffer: Tensor) -> None:
         if key not in self._copies:
-            super().read(key, buffer)
-            self._keep(key, buffer)
-        buffer.copy_(self._copies[key])
+            whole = aligned_buffer(self.layouts[key].total_bytes)
+            super().read(key, whole)
+            self._copies[key] = whole
+        buffer.copy_(self._copies[key][: buffer.numel()])
 
-    def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
+    def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
         self._keep(key, buffer)
-        return super().write(key, buffer, visits_done)
+        return super().write(key, buffer, visits_done) if durable else self.files[key]
 
     def _keep(self, key: str, buffer: Tensor) -> None:
         if key not in self._copies:
@@ -80,7 +88,7 @@ def _bytes_of(buffer: Tensor) -> memoryview:
     return memoryview(buffer.numpy())  # type: ignore[arg-type]
 
 
-def _transfer(path: Path, flags: int, header: bytes, data: memoryview, expected_bytes: int | None) -> int:
+def _transfer(path: Path, flags: int, header: bytes, data: memoryview, expected_bytes: int | None, sync: bool = True) -> int:
     """Reads (O_RDONLY) or writes header and data. Returns the bytes moved."""
     reading = flags == os.O_RDONLY
     page_header = aligned_buffer(len(header))
@@ -100,7 +108,7 @@ def _transfer(path: Path, flags: int, header: bytes, data: memoryview, expected_
                         raise StoreError(
                             f"{path}: moved {moved} of {len(request)} bytes in one request; the disk is full or failing; free space, then run again"
                         )
-            if not reading:
+            if not reading and sync:
                 os.fsync(file.fileno())
     except OSError as problem:
         raise StoreError(f"{path}: {problem.strerror}; the last commit is kept: mend this, then run the same command again") from None

@@ -15,6 +15,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,46 +84,52 @@ class BlockStream:
         self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if on_cuda else None  # type: ignore[no-untyped-call]
         self._reader = ThreadPoolExecutor(1, "lowmem-reader")
         self._writer = ThreadPoolExecutor(1, "lowmem-writer")
-        self._reads: dict[int, Future[Tensor]] = {}
-        self._writes: dict[int, Future[None]] = {}
+        self._reads: dict[tuple[int, bool], Future[Tensor]] = {}
+        self._writes: dict[int, Future[Any]] = {}
+        self._step_writes: dict[int, Future[FileRecord]] = {}  # durable, not yet handed to a commit
+        self._kept: dict[int, Future[None]] = {}  # a kept block -> done when its write no longer needs the buffer
         self._shared_write: Future[None] | None = None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Device <- store
 
-    def load(self, block: int) -> Tensor:
-        """The block's buffer on the device, newest bytes. Waits for what is under way; raises StoreError of either thread."""
+    def load(self, block: int, weights_only: bool = False) -> Tensor:
+        """The block's buffer on the device, newest bytes. Waits for what is under way; raises StoreError of either thread.
+
+        `weights_only`: for a pass without an update; what lies behind the weights is then anything.
+        """
         with self._exposed():
             if not self.resident:
-                return self._start_read(block).result()
+                return self._start_read(block, weights_only).result()
             self._wait_for_write(block)
             if block not in self._residents:
                 self._residents[block] = self._to_resident(block)
             return self._residents[block]
 
-    def prefetch(self, block: int) -> None:
-        """Starts fetching a block that is not on the device."""
+    def prefetch(self, block: int, weights_only: bool = False) -> None:
+        """Starts fetching a block that is not on the device, for the `load` that will ask for as much of it."""
         if self.prefetch_on:
-            self._start_read(block, keep=True)
+            self._start_read(block, weights_only, keep=True)
 
-    def _start_read(self, block: int, keep: bool = False) -> Future[Tensor]:
-        future = self._reads.pop(block, None) or self._reader.submit(self._read, block)
+    def _start_read(self, block: int, weights_only: bool, keep: bool = False) -> Future[Tensor]:
+        future = self._reads.pop((block, weights_only), None) or self._reader.submit(self._read, block, weights_only)
         if keep:
-            self._reads[block] = future
+            self._reads[block, weights_only] = future
         return future
 
-    def _read(self, block: int) -> Tensor:
+    def _read(self, block: int, weights_only: bool) -> Tensor:
         self._wait_for_write(block)
+        num_bytes = self.layouts[block].weights_read_bytes if weights_only else self.layouts[block].total_bytes
         slot = self._host.take()
         try:
-            self.block_store.read(block_key(block), slot[: self.layouts[block].total_bytes])
+            self.block_store.read(block_key(block), slot[:num_bytes])
         except BaseException:
             self._host.give(slot)
             raise
         if not self._copies_in:
             return slot
         target = self._device.take()
-        self._copy(target, slot, self.layouts[block].total_bytes, 0)
+        self._copy(target, slot, num_bytes, 0)
         self._host.give(slot)
         return target
 
@@ -153,35 +160,71 @@ class BlockStream:
         self._shared_slot.copy_(shared)  # on CUDA this waits for the visit's last kernel, so the writer may read the blocks
         if shared.is_cuda:
             self.device_to_host_bytes += shared.numel()
-        future = self._writer.submit(self._write, trained, visits_done, committed)
+        written, self._step_writes = self._step_writes, {}
+        future = self._writer.submit(self._write, trained, written, visits_done, committed)
         self._shared_write = future
         self._writes.update(dict.fromkeys(trained, future))
         if wait:
             future.result()
 
-    def _write(self, trained: dict[int, Tensor], visits_done: int, committed: Callable[[dict[str, FileRecord]], None]) -> None:
-        files = {}
+    def write_back(self, block: int, buffer: Tensor, visits_done: int, durable: bool, keep: bool = False) -> None:
+        """Writes one trained block beside compute: a working copy, or (`durable`) the file that the next `store` commits.
+
+        `keep`: the buffer stays with the caller, to be read only, until `release`. Raises what an earlier write raised.
+        """
+        for write in self._writes.values():
+            if write.done():
+                write.result()
+        if buffer.is_cuda:
+            torch.cuda.current_stream(self.device).synchronize()  # the kernels that trained it
+        if keep:
+            self._kept[block] = Future()
+        self._writes[block] = future = self._writer.submit(self._write_block, block, buffer, visits_done, durable, self._kept.get(block))
+        if durable:
+            self._step_writes[block] = future
+
+    def _write(
+        self,
+        trained: dict[int, Tensor],
+        written: dict[int, Future[FileRecord]],
+        visits_done: int,
+        committed: Callable[[dict[str, FileRecord]], None],
+    ) -> None:
+        files = {block_key(block): write.result() for block, write in written.items()}
         for block, buffer in trained.items():
-            num_bytes = self.layouts[block].total_bytes
-            slot = buffer
-            if buffer.is_cuda:
-                slot = self._host.take()
-                self._copy(slot, buffer, num_bytes, 1)
-                if not self.resident:
-                    self._device.give(buffer)
-            files[block_key(block)] = self.block_store.write(block_key(block), slot[:num_bytes], visits_done)
-            if buffer.is_cuda or not self.resident:
-                self._host.give(slot)
+            files[block_key(block)] = self._write_block(block, buffer, visits_done)
         files["shared"] = self.block_store.write("shared", self._shared_slot, visits_done)
         committed(files)
 
+    def _write_block(self, block: int, buffer: Tensor, visits_done: int, durable: bool = True, kept: Future[None] | None = None) -> FileRecord:
+        num_bytes = self.layouts[block].total_bytes
+        slot = buffer
+        if buffer.is_cuda:
+            slot = self._host.take()
+            self._copy(slot, buffer, num_bytes, 1)
+            if kept is not None:
+                kept.set_result(None)
+            elif not self.resident:
+                self._device.give(buffer)
+        try:
+            return self.block_store.write(block_key(block), slot[:num_bytes], visits_done, durable)
+        finally:
+            if buffer.is_cuda or (kept is None and not self.resident):
+                self._host.give(slot)
+            elif kept is not None:
+                kept.set_result(None)
+
     def release(self, block: int, buffer: Tensor) -> None:
-        """Gives back a block that was only read (sampling, evaluation)."""
+        """Gives back a block that was only read (sampling, evaluation, a forward pass), once a write of it has let go."""
         if self.resident:
             return
         if buffer.is_cuda:
             torch.cuda.current_stream(self.device).synchronize()  # kernels that read it
-        (self._device if buffer.is_cuda else self._host).give(buffer)
+        pool, kept = self._device if buffer.is_cuda else self._host, self._kept.pop(block, None)
+        if kept is None:
+            pool.give(buffer)
+        else:
+            kept.add_done_callback(lambda _: pool.give(buffer))
 
     def finish(self) -> None:
         """Waits until everything stored is committed. Raises what the writer raised."""

@@ -22,16 +22,18 @@ class Trainable:
     compute: Tensor  # the weights themselves in fp32, a copy of them in bf16
     grads: Tensor
 
-    def bind(self, model: nn.Module) -> None:
+    def bind(self, model: nn.Module, frozen: bool = False) -> None:
+        """`frozen`: for a pass without gradients."""
         if self.compute.dtype != torch.float32:
             self.compute.copy_(self.arena.weights)
-        self.grads.zero_()
         layout = self.arena.layout
-        bind(model, parameter_views(layout, self.compute), parameter_views(layout, self.grads))
+        if not frozen:
+            self.grads.zero_()
+        bind(model, parameter_views(layout, self.compute), None if frozen else parameter_views(layout, self.grads))
 
-    def update(self, step: int, lr: float, config: OptimizerConfig) -> None:
-        """One optimizer step, `step` from 1; the gradients are zero again afterwards."""
-        optim.update(self.arena.layout, self.arena.weights, self.grads, self.arena.state, step, lr, config)
+    def update(self, step: int, lr: float, config: OptimizerConfig, factor: Tensor | None = None) -> None:
+        """One optimizer step, `step` from 1; the gradients are zero again afterwards. `factor`: see `optim.update`."""
+        optim.update(self.arena.layout, self.arena.weights, self.grads, self.arena.state, step, lr, config, factor)
         if self.compute.dtype != torch.float32:
             self.compute.copy_(self.arena.weights)
         self.grads.zero_()
