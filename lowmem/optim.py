@@ -56,7 +56,7 @@ def state_fields(optimizer: str, quantized_numel: int, numel: int, ema: bool = F
 
 def gradient_norm(grads: Tensor) -> Tensor:
     """The L2 norm, fp32, on the device."""
-    return torch.linalg.vector_norm(grads, dtype=torch.float32)
+    return torch.as_tensor(torch.linalg.vector_norm(grads, dtype=torch.float32))
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

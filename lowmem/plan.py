@@ -181,6 +181,12 @@ def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[l
     resting = tiers if offload.tier == "auto" else [offload.tier]
     order: Iterator[tuple[int, Tier, bool, Tier]]
     if recipe.method == "end_to_end":
+        if blocks.num_blocks == 1:  # to stream a single block would save nothing
+            resting = [tier for tier in resting if tier == "device" or (tier == "host" and profile.unified)]
+        if not resting:
+            raise ConfigError(
+                f"offload.tier: found '{offload.tier}'; allowed with method end_to_end and blocks.num_blocks 1: device, auto; raise blocks.num_blocks"
+            )
         order = (
             (count, tier, recompute, borders)
             for tier, recompute in itertools.product(
