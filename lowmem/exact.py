@@ -76,6 +76,7 @@ class StreamedStep:
 
         `durable`: the step ends a visit, and its files are to be committed under `visits_done`. `more`: another step follows.
         """
+        self.borders.begin()
         parts = [self._enter(index, seed, batch) for index, (seed, batch) in enumerate(micro)]
         blocks = self._fetched(more)
         for block, buffer in islice(blocks, self.num_blocks - 1):
@@ -136,7 +137,7 @@ class StreamedStep:
     def _enter(self, index: int, seed: int, batch: Batch) -> Part:
         torch.manual_seed(seed)
         h, cond, kept = self.model.objective.enter(self.model, batch, self.noise)
-        self.borders.put(0, index, h)
+        self.borders.put((0, index), h)
         return Part(seed, batch, cond, kept, {0: self._random_state()})
 
     @torch.no_grad()
@@ -144,9 +145,9 @@ class StreamedStep:
         self.scratch.trainable(0, self.stream.layouts[block], buffer).bind(self.model, frozen=True)
         for index, part in enumerate(parts):
             self._set_random_state(part.states[block])
-            h = self.borders.get(block, index)
+            h = self.borders.get((block, index))
             out = self.model.objective.through(self.model, self._layers(block), h, part.cond, part.kept, False)
-            self.borders.put(block + 1, index, out)
+            self.borders.put((block + 1, index), out)
             part.states[block + 1] = self._random_state()
         self._let_go(block, buffer)
 
@@ -157,7 +158,7 @@ class StreamedStep:
         objective, last = self.model.objective, block == self.num_blocks - 1
         for index, part in enumerate(parts):
             self._set_random_state(part.states[block])
-            h, cond = self.borders.get(block, index).detach().requires_grad_(), part.cond.detach().requires_grad_()
+            h, cond = self.borders.get((block, index)).detach().requires_grad_(), part.cond.detach().requires_grad_()
             roots = [objective.through(self.model, self._layers(block), h, cond, part.kept, self.recompute)]
             grads: list[Tensor | None] = [None]
             if last:
@@ -165,13 +166,13 @@ class StreamedStep:
                 roots = [losses.mean() / len(parts)]
                 part.loss = roots[0].detach()
             else:
-                grads = [self.borders.get(self.num_blocks, index)]
+                grads = [self.borders.get((self.num_blocks, index))]
                 if part.cond_grad is not None:
                     roots, grads = [*roots, cond], [*grads, part.cond_grad]
             self.monitor.sample()  # activations are at their most
             torch.autograd.backward(roots, grads)
             assert h.grad is not None
-            self.borders.put(self.num_blocks, index, h.grad)
+            self.borders.put((self.num_blocks, index), h.grad)
             part.cond_grad = cond.grad
         return trainable
 
@@ -179,7 +180,7 @@ class StreamedStep:
         for index, part in enumerate(parts):
             torch.manual_seed(part.seed)
             h, cond, _ = self.model.objective.enter(self.model, part.batch, self.noise)
-            pairs = [(h, self.borders.get(self.num_blocks, index)), (cond, part.cond_grad)]
+            pairs = [(h, self.borders.get((self.num_blocks, index))), (cond, part.cond_grad)]
             roots = [(root, grad) for root, grad in pairs if root.requires_grad and grad is not None]
             if roots:
                 torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])

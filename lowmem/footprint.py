@@ -249,11 +249,11 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
     if profile.unified and not resident:
         host_staging -= slot_bytes  # compute uses one of the slots: counted as weights and state
     device_staging = host_staging if profile.unified else (0 if resident else (device_slots(recipe.offload.prefetch) - 1) * slot_bytes)
-    borders = BorderBytes()
+    borders, traffic = BorderBytes(), None
     if whole and not resident:
-        borders = border_bytes(
-            settings.borders, *counter.waiting(settings), settings.num_blocks, recipe.train.batch_size // settings.micro_batch_size
-        )
+        parts, two_passes = recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
+        borders = border_bytes(settings.borders, profile.unified, *counter.waiting(settings), settings.num_blocks, parts, two_passes)
+        traffic = streamed_traffic(layouts, shared, profile, settings.tier, two_passes, settings.recompute, borders)
 
     category = {
         "weights": sum(layout.weights_bytes for layout in on_device) + copies * sum(layout.numel for layout in visited),
@@ -282,9 +282,7 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
         block_peak_bytes=[
             device_peak - category["activations"] + (activations[0] if together else activations[block]) for block in range(settings.num_blocks)
         ],
-        traffic=streamed_traffic(layouts, shared, profile, settings.tier, recipe.optimizer.clips_whole, settings.recompute)
-        if whole and not resident
-        else None,
+        traffic=traffic,
     )
 
 

@@ -39,7 +39,7 @@ class DiskStore:
         """
         record = self.files[key]
         path = self.run_dir.path / record.name
-        header, data = self.layouts[key].header(), _bytes_of(buffer)
+        header, data = self.layouts[key].header(), bytes_of(buffer)
         self.read_bytes += _transfer(path, os.O_RDONLY, header, data, record.num_bytes)
         if record.name not in self._verified and len(data) == self.layouts[key].total_bytes:
             if hashlib.sha256(data).hexdigest() != record.sha256:
@@ -52,7 +52,7 @@ class DiskStore:
         Not `durable`: a working copy that a later write of the visit replaces, so neither fsync nor digest; no commit may name it.
         """
         name = self.run_dir.file_name(key, visits_done)
-        header, data = self.layouts[key].header(), _bytes_of(buffer)
+        header, data = self.layouts[key].header(), bytes_of(buffer)
         self.written_bytes += _transfer(self.run_dir.path / name, os.O_WRONLY | os.O_CREAT, header, data, None, durable)
         record = FileRecord(name=name, num_bytes=len(header) + len(data), sha256=hashlib.sha256(data).hexdigest() if durable else NO_DIGEST)
         self._verified.add(name)
@@ -84,7 +84,7 @@ class HostStore(DiskStore):
         self._copies[key].copy_(buffer)
 
 
-def _bytes_of(buffer: Tensor) -> memoryview:
+def bytes_of(buffer: Tensor) -> memoryview:
     return memoryview(buffer.numpy())  # type: ignore[arg-type]
 
 
@@ -92,7 +92,7 @@ def _transfer(path: Path, flags: int, header: bytes, data: memoryview, expected_
     """Reads (O_RDONLY) or writes header and data. Returns the bytes moved."""
     reading = flags == os.O_RDONLY
     page_header = aligned_buffer(len(header))
-    head = _bytes_of(page_header)
+    head = bytes_of(page_header)
     if not reading:
         head[:] = header
     try:

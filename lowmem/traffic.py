@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lowmem.arena import ArenaLayout
+from lowmem.borders import BorderBytes
 from lowmem.hardware import Profile
 from lowmem.strict import Section
 from lowmem.units import GIB, format_bytes
@@ -39,7 +40,7 @@ def fetches(num_blocks: int, two_passes: bool) -> list[tuple[int, bool]]:
 
 
 def streamed_traffic(
-    layouts: Sequence[ArenaLayout], shared: ArenaLayout, profile: Profile, tier: str, two_passes: bool, recompute: bool
+    layouts: Sequence[ArenaLayout], shared: ArenaLayout, profile: Profile, tier: str, two_passes: bool, recompute: bool, borders: BorderBytes
 ) -> StreamedTraffic:
     first, *others = fetches(len(layouts), two_passes)
 
@@ -63,6 +64,12 @@ def streamed_traffic(
         step["disk_written_bytes"], commit["disk_written_bytes"] = files, shared_file
     else:  # all blocks are read into memory once, and written where they are committed
         start["disk_read_bytes"], commit["disk_written_bytes"] = shared_file + files, shared_file + files
+    step.update(
+        host_to_device_bytes=borders.host_to_device,
+        device_to_host_bytes=borders.device_to_host,
+        disk_read_bytes=borders.disk_read,
+        disk_written_bytes=borders.disk_written,
+    )
     hidden = hidden_tokens(layouts, profile, tier, recompute)
     return StreamedTraffic(start=Traffic(**start), step=Traffic(**step), commit=Traffic(**commit), hidden_tokens=hidden)
 

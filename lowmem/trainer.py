@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowmem.arena import aligned_buffer, unbind
 from lowmem.block_queue import Visit
-from lowmem.borders import Borders
+from lowmem.borders import AwayBorders, Borders
 from lowmem.errors import ResumeError, StoreError, TrainingError
 from lowmem.exact import StreamedStep
 from lowmem.footprint import COMPUTE_DTYPE, check_model, layouts_of, training_device
@@ -73,6 +73,7 @@ class Trainer:
         self.slices = self.model.block_slices(plan.settings.num_blocks)
         self.layouts, self.shared_layout = layouts_of(self.model, plan.settings)
         self.streamed: StreamedStep | None = None  # where a model trained end to end does not fit
+        self.borders = Borders(0, 0, False)
 
     def fit(self, batches: Batches) -> RunState:
         """Trains what is still to train and returns the committed state. `batches(step)`: the batch of that step of every block.
@@ -80,7 +81,7 @@ class Trainer:
         Raises ResumeError if the folder belongs to another plan or process, StoreError if a file is torn or cannot be written.
         """
         self.run.acquire()
-        recorder = stream = None
+        recorder = stream = borders = None
         try:
             # the run folder: a new one, or what is committed
             state = self._open()
@@ -97,7 +98,8 @@ class Trainer:
                 self._hold_shared(stream)
                 self.model.train()
                 if self.recipe.method == "end_to_end" and not stream.resident:
-                    self.streamed = StreamedStep(self.model, self.plan, stream, self.scratch, self.shared, Borders(), self.monitor)
+                    self.borders = borders = self._open_borders()
+                    self.streamed = StreamedStep(self.model, self.plan, stream, self.scratch, self.shared, borders, self.monitor)
 
                 # visit after visit
                 for visit, upcoming in self.queue.pending(state.visits_done):
@@ -106,8 +108,9 @@ class Trainer:
                 recorder.write("trained", visits_done=state.visits_done)
                 return self.run.read_state() or state
         finally:
-            if stream is not None:
-                stream.close()
+            for part in (borders, stream):
+                if part is not None:
+                    part.close()
             if recorder is not None:
                 recorder.close()
             self.run.release()
@@ -119,10 +122,10 @@ class Trainer:
         """Trains the visit's blocks, hands them to the writer. Returns the state as it will be once committed."""
         self.recorder.write("visit", visit=visit.index, blocks=list(visit.blocks), first_step=visit.first_step, num_steps=visit.num_steps)
         train = self._streamed_steps if self.streamed else self._resident_steps
-        start, exposed_before = time.perf_counter(), self.stream.exposed_s
+        start, exposed_before = time.perf_counter(), self._exposed_s()
         losses, buffers = train(visit, upcoming, batches)
         mean_loss = float(torch.stack(losses).mean())  # on CUDA the first look at a loss: waits for the visit's last kernel
-        exposed_s = self.stream.exposed_s - exposed_before
+        exposed_s = self._exposed_s() - exposed_before
         self.clock.exposed_transfer_s += exposed_s
         self.clock.compute_s += time.perf_counter() - start - exposed_s
         if not math.isfinite(mean_loss):
@@ -258,12 +261,12 @@ class Trainer:
         return commit
 
     def _traffic(self) -> dict[str, int]:
-        stream, store = self.stream, self.stream.block_store
+        stream, store, borders = self.stream, self.stream.block_store, self.borders
         counted = {
-            "host_to_device_bytes": stream.host_to_device_bytes,
-            "device_to_host_bytes": stream.device_to_host_bytes,
-            "disk_read_bytes": store.read_bytes,
-            "disk_written_bytes": store.written_bytes,
+            "host_to_device_bytes": stream.host_to_device_bytes + borders.host_to_device_bytes,
+            "device_to_host_bytes": stream.device_to_host_bytes + borders.device_to_host_bytes,
+            "disk_read_bytes": store.read_bytes + borders.disk_read_bytes,
+            "disk_written_bytes": store.written_bytes + borders.disk_written_bytes,
         }
         return {name: self._earlier_traffic.get(name, 0) + count for name, count in counted.items()}
 
@@ -293,6 +296,17 @@ class Trainer:
         self._files = dict(state.files)
         self._earlier_traffic = dict(state.traffic)
         return state
+
+    def _open_borders(self) -> Borders:
+        """Where a streamed step keeps activations, as the plan settled it."""
+        settings, recipe = self.plan.settings, self.recipe
+        shape = settings.num_blocks, recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
+        if settings.borders == "device" or (settings.borders == "host" and self.plan.profile.unified):
+            return Borders(*shape)
+        return AwayBorders(*shape, self.device, self.run.path if settings.borders == "disk" else None)
+
+    def _exposed_s(self) -> float:
+        return self.stream.exposed_s + self.borders.exposed_s
 
     def _hold_shared(self, stream: BlockStream) -> None:
         buffer = aligned_buffer(self.shared_layout.total_bytes)

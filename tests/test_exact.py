@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowmem import trainer as trainer_module
+from lowmem.borders import BorderBytes
 from lowmem.config import Recipe
 from lowmem.footprint import ActivationCounter
 from lowmem.hardware import load_profile
@@ -297,6 +298,22 @@ def test_a_global_clip_is_torchs_clip_grad_norm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("clip", ["block", "global"])
+@pytest.mark.parametrize("micro_batch_size", [8, 4, 1])
+def test_the_bytes_moved_are_those_of_the_plan_with_borders_on_disk(tmp_path: Path, clip: str, micro_batch_size: int) -> None:
+    changes = {"offload__tier": "disk", "offload__borders": "disk", "optimizer__clip": clip}
+    recipe, _ = setting("masked_lm")
+    changes["train"] = {**recipe.train.model_dump(), "micro_batch_size": micro_batch_size, "num_steps": 3}
+    state, plan = trained(tmp_path / "run", "masked_lm", **changes)
+    traffic = plan.predicted.traffic
+    assert traffic is not None
+    assert (traffic.step.disk_read_bytes > 0) and list((tmp_path / "run").glob("*.tmp")) == []
+    for name, counted in state.traffic.items():
+        assert counted == getattr(traffic.start, name) + 3 * getattr(traffic.step, name) + getattr(traffic.commit, name), name
+    resident = trained(tmp_path / "resident", "masked_lm", **{**changes, "offload__tier": "device"})[0]
+    assert digest(state) == digest(resident)
+
+
+@pytest.mark.parametrize("clip", ["block", "global"])
 @pytest.mark.parametrize("tier", ["disk", "host"])
 def test_the_bytes_moved_are_those_of_the_plan(tmp_path: Path, tier: str, clip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if tier == "host":
@@ -308,7 +325,7 @@ def test_the_bytes_moved_are_those_of_the_plan(tmp_path: Path, tier: str, clip: 
         from lowmem.footprint import layouts_of
         from lowmem.traffic import streamed_traffic
 
-        traffic = streamed_traffic(*layouts_of(setting_model(plan), plan.settings), plan.profile, "host", clip == "global", False)
+        traffic = streamed_traffic(*layouts_of(setting_model(plan), plan.settings), plan.profile, "host", clip == "global", False, BorderBytes())
     visits = -(-STEPS // 3)
     for name, counted in state.traffic.items():
         assert counted == getattr(traffic.start, name) + STEPS * getattr(traffic.step, name) + visits * getattr(traffic.commit, name), name
