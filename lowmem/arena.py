@@ -87,6 +87,11 @@ class ArenaLayout:
         return self.numel * self.weights_dtype.itemsize
 
     @property
+    def weights_read_bytes(self) -> int:
+        """Of a read that needs the weights alone: they lie first."""
+        return round_up(self.weights_bytes, PAGE)
+
+    @property
     def state_bytes(self) -> int:
         return self.total_bytes - self.weights_bytes
 

@@ -156,13 +156,19 @@ class OptimizerConfig(Section):
     betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    grad_clip: Positive | None = 1.0  # L2 norm, of each block's and of the shared part's gradient apart; None = off
+    grad_clip: Positive | None = 1.0  # L2 norm of the gradient; None = off
+    clip: Literal["block", "global"] = "block"  # of each block's and of the shared part's apart, or of the whole model's (method end_to_end)
     during_backward: Auto | bool = "auto"  # each parameter updated, and its gradient freed, as soon as that is whole; auto: where one pass suffices
     ema: Fraction | None = None  # decay per step of an average of the weights, kept in fp32 and used to evaluate and sample; None = none kept
+
+    @property
+    def clips_whole(self) -> bool:
+        return self.clip == "global" and self.grad_clip is not None
 
 
 class OffloadConfig(Section):
     tier: Auto | Tier = "auto"  # where blocks rest that are not visited
+    borders: Auto | Tier = "auto"  # where activations at block borders rest while a model trained end to end streams
     prefetch: bool = True  # read the next block beside compute
     write_back: Literal["auto", "beside", "wait"] = "auto"  # wait: a block is on disk before the next step starts
     pace: bool = False  # move bytes no faster than the profile's link and disk: what a run would take on a slower machine than this one
@@ -191,8 +197,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if isinstance(self.model, RecurrentLmModel) and self.blocks.num_blocks != 1:
-            raise ValueError(f"blocks.num_blocks: found {self.blocks.num_blocks}; allowed with model recurrent_lm: 1 (its core is one denoiser)")
+        whole = self.method == "end_to_end"
+        if isinstance(self.model, RecurrentLmModel) and self.blocks.num_blocks not in ((1, 3) if whole else (1,)):
+            allowed = "1 or 3 (prelude, core, coda)" if whole else "1 (its core is one denoiser)"
+            raise ValueError(f"blocks.num_blocks: found {self.blocks.num_blocks}; allowed with model recurrent_lm: {allowed}")
+        if self.optimizer.clip == "global" and not whole:
+            raise ValueError("optimizer.clip: found 'global'; allowed with method diffusion_blocks: block (no step has all gradients at once)")
         layers, blocks = getattr(self.model, "num_layers", None), self.blocks.num_blocks
         if layers is not None and blocks != "auto" and blocks > layers:
             raise ValueError(f"blocks.num_blocks: found {blocks}; allowed: at most model.num_layers = {layers}; lower it")

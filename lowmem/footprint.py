@@ -7,8 +7,9 @@ recompute frees and what backward needs for a moment. The runtime floor is a con
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -18,20 +19,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowmem.arena import ArenaLayout, bind, parameter_views, unbind
+from lowmem.borders import BorderBytes, border_bytes
 from lowmem.config import OptimizerName, Precision, Recipe, Tier
 from lowmem.errors import ConfigError, ProfileError
 from lowmem.hardware import Profile
-from lowmem.models.base import BlockModel, block_slices, named_layer_parameters, named_shared_parameters
+from lowmem.models.base import Batch, BlockModel, named_layer_parameters, named_shared_parameters
+from lowmem.objectives.base import Entered
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.optim import workspace_bytes
 from lowmem.stream import staging_bytes
 from lowmem.strict import Section
+from lowmem.traffic import StreamedTraffic, streamed_traffic
 from lowmem.units import MIB, from_gib
 
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU_HEAP_SLACK_BYTES = 96 * MIB  # freed chunks below glibc's 32 MiB threshold stay in its heap; seen: 35 to 118 MiB, never more than activations
 HOST_RUNTIME_GIB = 1.2  # a process that uses CUDA, on the host: libraries and driver; typical, not measured here
-CATEGORIES = ("weights", "gradients", "optimizer_state", "activations", "shared_part", "staging", "runtime_floor")
 
 
 class Settings(Section):
@@ -46,6 +49,7 @@ class Settings(Section):
     during_backward: bool = False  # each parameter is updated, and its gradient freed, as soon as that is whole
     ema: bool = False  # an average of the weights is kept
     tier: Tier
+    borders: Tier = "device"  # where activations at block borders rest, while a model trained end to end streams
     write_back: Literal["beside", "wait"]
 
 
@@ -58,6 +62,7 @@ class Predicted(Section):
     by_category: dict[str, int]
     host_by_category: dict[str, int]
     block_peak_bytes: list[int]  # the device's peak while each block is visited
+    traffic: StreamedTraffic | None = None  # of a model trained end to end that streams
 
 
 def check_model(model: BlockModel) -> None:
@@ -77,7 +82,7 @@ def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout]
     def layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> ArenaLayout:
         return ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
 
-    blocks = [layout(named_layer_parameters(model, layers)) for layers in block_slices(len(model.layers), settings.num_blocks)]
+    blocks = [layout(named_layer_parameters(model, layers)) for layers in model.block_slices(settings.num_blocks)]
     return blocks, layout(named_shared_parameters(model))
 
 
@@ -154,12 +159,33 @@ class ActivationCounter:
             self._known[key] = self._count(layers, settings)
         return self._known[key]
 
-    def _count(self, layers: range, settings: Settings) -> int:
-        model, recipe = self._model, self._recipe
-        parameters = [*named_layer_parameters(model, layers), *named_shared_parameters(model)]
+    def streamed(self, layers: range, settings: Settings) -> int:
+        """The same of one block of a model that is trained end to end and streams, its micro-batch waiting at the border (see `waiting`).
+
+        Input and output part belong to the first and the last block's pass.
+        """
+        ends = layers.start == 0, layers.stop == len(self._model.layers)
+        shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
+        key = ("streamed", ends, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
+        if key not in self._known:
+            self._known[key] = self._count_streamed(layers, settings, *ends)
+        return self._known[key]
+
+    def waiting(self, settings: Settings) -> tuple[int, int]:
+        """(bytes of one micro-batch at one border, bytes of what else of it waits on the device for the whole step)."""
+        with self._bound(range(0), settings):
+            entered, batch = self._enter(settings)
+            others = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors([entered.cond, entered.kept, batch])}
+            return entered.h.numel() * entered.h.element_size(), sum(others.values())
+
+    @contextlib.contextmanager
+    def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
+        """Fake weights of some layers and of the shared part, and their gradients or what updates them, in the compute dtype."""
+        parameters = [*named_layer_parameters(self._model, layers), *named_shared_parameters(self._model)]
         layout = ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer)
         slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
-        block = [model.layers[i] for i in layers]
+        if isinstance(self._model.objective, RecurrentDenoising):  # more iterations than are back-propagated take no more memory
+            self._model.objective.fixed_iterations = self._model.objective.config.backprop_iterations + 1
 
         def updated(name: str, parameter: nn.Parameter) -> None:
             slot = slots[name]
@@ -169,42 +195,77 @@ class ActivationCounter:
 
         with FakeTensorMode():
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
-            bind(model, parameter_views(layout, flat), updated if settings.during_backward else parameter_views(layout, grads))
-            with LiveBytes(flat, grads) as bytes_:
-                batch = model.example_batch(settings.micro_batch_size)
-                if recipe.method == "end_to_end":
-                    if isinstance(model.objective, RecurrentDenoising):  # more iterations than are back-propagated take no more memory
-                        model.objective.fixed_iterations = model.objective.config.backprop_iterations + 1
-                    loss = model.objective.end_to_end_loss(model, block, batch, recipe.noise, settings.recompute)
-                else:
-                    interval = model.objective.interval(0, 1, recipe.noise, 0.0)
-                    loss = model.objective.block_loss(model, block, batch, interval, recipe.noise, settings.recompute)
-                try:
-                    loss.mean().backward()  # type: ignore[no-untyped-call]
-                except RuntimeError as problem:
-                    if not settings.during_backward or "inplace" not in str(problem):
-                        raise
-                    raise ConfigError(
-                        "optimizer.during_backward: found true; allowed with this model, which needs a weight again after its gradient is whole: "
-                        "false; set optimizer.during_backward: false"
-                    ) from None
-            unbind(model, layout)
+            bind(self._model, parameter_views(layout, flat), updated if settings.during_backward else parameter_views(layout, grads))
+            yield flat, grads
+            unbind(self._model, layout)
+
+    @torch.no_grad()
+    def _enter(self, settings: Settings) -> tuple[Entered, Batch]:
+        batch = self._model.example_batch(settings.micro_batch_size)
+        return self._model.objective.enter(self._model, batch, self._recipe.noise), batch
+
+    def _count(self, layers: range, settings: Settings) -> int:
+        model, recipe = self._model, self._recipe
+        block = [model.layers[i] for i in layers]
+        with self._bound(layers, settings) as weights, LiveBytes(*weights) as bytes_:
+            batch = model.example_batch(settings.micro_batch_size)
+            if recipe.method == "end_to_end":
+                loss = model.objective.end_to_end_loss(model, block, batch, recipe.noise, settings.recompute)
+            else:
+                interval = model.objective.interval(0, 1, recipe.noise, 0.0)
+                loss = model.objective.block_loss(model, block, batch, interval, recipe.noise, settings.recompute)
+            try:
+                loss.mean().backward()  # type: ignore[no-untyped-call]
+            except RuntimeError as problem:
+                if not settings.during_backward or "inplace" not in str(problem):
+                    raise
+                raise ConfigError(
+                    "optimizer.during_backward: found true; allowed with this model, which needs a weight again after its gradient is whole: "
+                    "false; set optimizer.during_backward: false"
+                ) from None
+            del loss, batch
         return int(bytes_.peak)
+
+    def _count_streamed(self, layers: range, settings: Settings, first: bool, last: bool) -> int:
+        model, objective, noise = self._model, self._model.objective, self._recipe.noise
+        with self._bound(layers, settings) as weights:
+            (h, cond, kept), batch = self._enter(settings)
+            h, cond = h.detach().requires_grad_(), cond.detach().requires_grad_()
+            h_grad, cond_grad = torch.zeros_like(h), torch.zeros_like(cond)
+            with LiveBytes(*weights, *_tensors([h, cond, kept, batch, h_grad, cond_grad])) as bytes_:
+                out = objective.through(model, [model.layers[i] for i in layers], h, cond, kept, settings.recompute)
+                if last:
+                    objective.leave(model, out, cond, kept, batch, noise).mean().backward()  # type: ignore[no-untyped-call]
+                else:
+                    torch.autograd.backward([out, cond], [h_grad, cond_grad])
+                del out
+                if first:
+                    roots = [root for root in objective.enter(model, batch, noise)[:2] if root.requires_grad]
+                    torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
+        return int(bytes_.peak)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings, counter: ActivationCounter) -> Predicted:
     layouts, shared = layouts_of(model, settings)
-    slices = block_slices(len(model.layers), settings.num_blocks)
+    slices = model.block_slices(settings.num_blocks)
     whole = recipe.method == "end_to_end"
     resident = is_resident(settings, profile.unified)
+    together = whole and resident  # all blocks are trained at once
     compute_bytes = COMPUTE_DTYPE[settings.precision].itemsize
     copies = 0 if settings.weights == settings.precision else compute_bytes  # bytes per weight of the copy that computes, where there is one
     grad_bytes = 0 if settings.during_backward else compute_bytes
-    visited = layouts if whole else [max(layouts, key=lambda layout: layout.total_bytes)]
+    visited = layouts if together else [max(layouts, key=lambda layout: layout.total_bytes)]
     on_device = layouts if resident else visited
     slot_bytes = max(layout.total_bytes for layout in layouts)
 
-    passes = [counter(range(len(model.layers)), settings)] if whole else [counter(layers, settings) for layers in slices]
+    if together:
+        passes = [counter(range(len(model.layers)), settings)]
+    else:
+        passes = [(counter.streamed if whole else counter)(layers, settings) for layers in slices]
     workspace = 0  # of an update, while no activation is alive
     if not settings.during_backward:
         groups = [group for layout in (*layouts, shared) for group in layout.groups]
@@ -216,12 +277,18 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
     slots, ring = staging_bytes(slot_bytes, resident, recipe.offload.prefetch, copied=profile.device.type == "cuda")
     host_staging = shared.total_bytes + ring + (slots if profile.unified else 0)
     device_staging = host_staging if profile.unified else slots
+    borders, traffic = BorderBytes(), None
+    if whole and not resident:
+        parts, two_passes = recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
+        borders = border_bytes(settings.borders, profile.unified, *counter.waiting(settings), settings.num_blocks, parts, two_passes)
+        traffic = streamed_traffic(layouts, shared, profile, settings.tier, two_passes, settings.recompute, borders)
 
     category = {
         "weights": sum(layout.weights_bytes for layout in on_device) + copies * sum(layout.numel for layout in visited),
         "gradients": grad_bytes * sum(layout.numel for layout in visited),
         "optimizer_state": sum(layout.state_bytes for layout in on_device),
         "activations": max(activations),
+        "borders": borders.device + (borders.host if profile.unified else 0),
         "shared_part": shared.total_bytes + (grad_bytes + copies) * shared.numel,
         "staging": device_staging,
         "runtime_floor": profile.runtime_floor_bytes,
@@ -231,15 +298,17 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
         host_category = category
     else:
         host_copies = sum(layout.total_bytes for layout in (*layouts, shared)) if settings.tier == "host" else 0
-        host_category = {"blocks": host_copies, "staging": host_staging, "runtime_floor": from_gib(HOST_RUNTIME_GIB)}
+        host_category = {"blocks": host_copies, "borders": borders.host, "staging": host_staging, "runtime_floor": from_gib(HOST_RUNTIME_GIB)}
     files = sum(layout.total_bytes + len(layout.header()) for layout in (*layouts, shared))
+    written = layouts if whole else visited  # between two commits, beside the files of the last one
     return Predicted(
         device_peak_bytes=device_peak,
         host_peak_bytes=sum(host_category.values()),
-        disk_bytes=files + sum(layout.total_bytes + len(layout.header()) for layout in (*visited, shared)),  # new files beside old ones
+        disk_bytes=files + sum(layout.total_bytes + len(layout.header()) for layout in (*written, shared)) + borders.disk,
         by_category=category,
         host_by_category=host_category,
         block_peak_bytes=[
-            device_peak - category["activations"] + (activations[0] if whole else activations[block]) for block in range(settings.num_blocks)
+            device_peak - category["activations"] + (activations[0] if together else activations[block]) for block in range(settings.num_blocks)
         ],
+        traffic=traffic,
     )

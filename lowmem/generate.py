@@ -63,13 +63,15 @@ def sample_run(
 
 
 def open_run(run_dir: str | os.PathLike[str]) -> FrozenRun:
-    """A run's last commit, for drawing from it: a causal model needs every block for every token, so they all stay on the device.
+    """A run's last commit, for drawing from it: a causal model needs every block for every token, so those trained alone stay on the device.
+
+    A model trained end to end that did not fit there streams for every token too.
 
     Raises ResumeError if the folder holds no run.
     """
     run = RunDir(run_dir)
     plan = read_plan(run)
-    together = isinstance(plan.recipe.model, CausalLmModel)
+    together = isinstance(plan.recipe.model, CausalLmModel) and plan.recipe.method == "diffusion_blocks"
     return FrozenRun(run, plan, model_builder(plan.recipe, describe_data(plan.recipe)), together)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -103,14 +104,24 @@ class Rounding:
         return self._odds.view(torch.int16)
 
 
-def clip_gradients(grads: Tensor, max_norm: float) -> None:
-    """Scales `grads` to an L2 norm of at most `max_norm`, on the device, without reading the norm back."""
+def gradient_norm(grads: Tensor) -> Tensor:
+    """The L2 norm, fp32, on the device."""
     parts = torch.split(grads, SLICE_NUMEL)  # on a CPU the norm of a bf16 tensor widens all of it
     norms = torch.empty(len(parts), device=grads.device)  # made first: small tensors made on the way would keep freed slices apart
     for norm, part in zip(norms, parts, strict=True):
         norm.copy_(torch.linalg.vector_norm(part, dtype=torch.float32))
-    norm = torch.linalg.vector_norm(norms)
-    grads.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads.dtype))
+    return torch.as_tensor(torch.linalg.vector_norm(norms))
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What brings gradients of that norm to `max_norm` at most, without reading the norm back."""
+    return torch.as_tensor((max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def whole_factor(norms: Sequence[Tensor], config: OptimizerConfig) -> Tensor:
+    """The factor of a whole model's gradients, from the norms of its parts."""
+    assert config.grad_clip is not None
+    return clip_factor(gradient_norm(torch.stack(list(norms))), config.grad_clip)
 
 
 class Step(NamedTuple):
@@ -122,10 +133,15 @@ class Step(NamedTuple):
     rounding: Rounding | None = None  # needed by bf16 weights
 
 
-def update(arena: Arena, grads: Tensor, step: Step) -> None:
-    """One optimizer step, in place. `grads` [N] in the compute dtype; clipping changes them."""
-    if step.config.grad_clip is not None:
-        clip_gradients(grads, step.config.grad_clip)
+def update(arena: Arena, grads: Tensor, step: Step, factor: Tensor | None = None) -> None:
+    """One optimizer step, in place. `grads` [N] in the compute dtype; clipping changes them.
+
+    `factor`: of the gradients, where the whole model's norm decides (`optimizer.clip: global`); None: their own norm does.
+    """
+    if factor is None and step.config.grad_clip is not None:
+        factor = clip_factor(gradient_norm(grads), step.config.grad_clip)
+    if factor is not None:
+        grads.mul_(factor.to(grads.dtype))
     for group in arena.layout.groups:
         update_rows(arena, group, group.start, grads[group.start : group.stop], step)
 

@@ -15,13 +15,14 @@ from lowmem.arena import ArenaLayout
 from lowmem.block_queue import BlockQueue
 from lowmem.config import NoiseConfig, OptimizerName, Precision, Recipe, Tier
 from lowmem.errors import BudgetError, ConfigError, StoreError
-from lowmem.footprint import CATEGORIES, ActivationCounter, Predicted, Settings, check_model, layouts_of, predict
+from lowmem.footprint import ActivationCounter, Predicted, Settings, check_model, is_resident, layouts_of, predict
 from lowmem.hardware import DeviceSpec, HostSpec, Profile
 from lowmem.models.base import BuildModel
 from lowmem.noise import settled_noise
 from lowmem.run_dir import RunDir
 from lowmem.strict import Section, parse
 from lowmem.tables import text_table
+from lowmem.traffic import traffic_lines
 from lowmem.units import MIB, format_bytes, from_gib
 
 WRITE_BESIDE_BYTES = 32 * MIB  # less is written before the next step: it takes milliseconds, and a kill then repeats one visit at most
@@ -72,8 +73,8 @@ class Plan(Section):
     def table(self) -> str:
         budget, predicted = self.budget, self.predicted
         rows = [
-            (name.replace("_", " "), format_bytes(predicted.by_category[name]), f"{predicted.by_category[name] / predicted.device_peak_bytes:.0%}")
-            for name in CATEGORIES
+            (name.replace("_", " "), format_bytes(num_bytes), f"{num_bytes / predicted.device_peak_bytes:.0%}")
+            for name, num_bytes in predicted.by_category.items()
         ]
         rows.append(("device peak", format_bytes(predicted.device_peak_bytes), f"{predicted.device_peak_bytes / budget.device_bytes:.0%} of budget"))
         settings = self.settings
@@ -84,6 +85,7 @@ class Plan(Section):
             f"settings: {settings.num_blocks} blocks, tier {settings.tier}, micro-batch {settings.micro_batch_size}, {settings.precision}, "
             f"weights {settings.weights}, {settings.optimizer}, recompute {'on' if settings.recompute else 'off'}, "
             f"updates {'during' if settings.during_backward else 'after'} backward, write-back {settings.write_back}",
+            *(traffic_lines(predicted.traffic) if predicted.traffic else []),
             *(f"chosen: {choice}" for choice in self.choices if self.fits),
             f"{'fits' if self.fits else 'DOES NOT FIT'}",
         ]
@@ -110,7 +112,13 @@ def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder:
     )
 
     def planned(settings: Settings) -> Plan:
-        settings = settings.model_copy(update={"write_back": _write_back(recipe, *layouts_of(model, settings))})
+        streams_whole = recipe.method == "end_to_end" and not is_resident(settings, profile.unified)
+        settings = settings.model_copy(
+            update={
+                "write_back": _write_back(recipe, streams_whole, *layouts_of(model, settings)),
+                "during_backward": _during_backward(recipe, settings.micro_batch_size, streams_whole),
+            }
+        )
         return Plan(
             recipe=recipe,
             profile=profile,
@@ -169,24 +177,36 @@ def _largest_that_fits(candidates: list[Settings], planned: Callable[[Settings],
 
 def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[list[Settings]]:
     """All that the recipe allows, best first, in lists that differ in the micro-batch alone, largest first."""
-    whole, blocks, train = recipe.method == "end_to_end", recipe.blocks, recipe.train
-    num_blocks = [blocks.num_blocks] if blocks.num_blocks != "auto" else ([1] if whole else list(range(1, num_layers + 1)))
-    if num_blocks[0] > num_layers:
-        raise ConfigError(f"blocks.num_blocks: found {num_blocks[0]}; allowed: at most the model's {num_layers} layers; lower it")
-    tiers: list[Tier] = ["device", "host", "disk"] if recipe.offload.tier == "auto" else [recipe.offload.tier]
-    if whole and recipe.offload.tier not in ("auto", "device"):
-        raise ConfigError(
-            f"offload.tier: found '{recipe.offload.tier}'; allowed with method end_to_end: device or auto (it needs every block at once); "
-            "use method diffusion_blocks to train from host or disk"
-        )
-    if whole:
-        tiers = ["device"]
-    elif profile.unified and recipe.offload.tier == "auto":
+    blocks, offload, train = recipe.blocks, recipe.offload, recipe.train
+    if blocks.num_blocks != "auto" and blocks.num_blocks > num_layers:
+        raise ConfigError(f"blocks.num_blocks: found {blocks.num_blocks}; allowed: at most the model's {num_layers} layers; lower it")
+    tiers: list[Tier] = ["device", "host", "disk"]
+    if profile.unified:
         tiers.remove("host")  # the same memory
     micro = [train.batch_size // n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
     if recipe.optimizer.during_backward is True:
         micro = micro[:1]
-    for count, tier, recompute in itertools.product(num_blocks, tiers, [False, True] if train.recompute == "auto" else [train.recompute]):
+    recomputes = [False, True] if train.recompute == "auto" else [train.recompute]
+    resting = tiers if offload.tier == "auto" else [offload.tier]
+    order: Iterator[tuple[int, Tier, bool, Tier]]
+    if recipe.method == "end_to_end":
+        # to stream a single block would save nothing; while blocks stream, the shared part's gradients gather over two passes
+        together = {"blocks.num_blocks 1": blocks.num_blocks == 1, "optimizer.during_backward true": recipe.optimizer.during_backward is True}
+        if any(together.values()):
+            resting = [tier for tier in resting if tier == "device" or (tier == "host" and profile.unified)]
+        if not resting:
+            because = next(key for key, given in together.items() if given)
+            raise ConfigError(f"offload.tier: found '{offload.tier}'; allowed with method end_to_end and {because}: device, auto; change one of them")
+        order = (
+            (count, tier, recompute, borders)
+            for tier, recompute in itertools.product(resting, recomputes)  # costs more than to move borders, and that more than more blocks
+            for borders in (tiers[:1] if tier == "device" else tiers if offload.borders == "auto" else [offload.borders])
+            for count in ([blocks.num_blocks] if blocks.num_blocks != "auto" else [1] if tier == "device" else range(2, num_layers + 1))
+        )
+    else:
+        counts = range(1, num_layers + 1) if blocks.num_blocks == "auto" else [blocks.num_blocks]
+        order = ((count, tier, recompute, tiers[0]) for count, tier, recompute in itertools.product(counts, resting, recomputes))
+    for count, tier, recompute, borders in order:
         yield [
             Settings(
                 num_blocks=count,
@@ -195,9 +215,9 @@ def _candidates(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[l
                 weights="float32" if train.weights == "auto" else train.weights,
                 recompute=recompute,
                 optimizer=_optimizer(recipe, profile),
-                during_backward=_during_backward(recipe, size),
                 ema=recipe.optimizer.ema is not None,
                 tier=tier,
+                borders=borders,
                 write_back="wait",
             )
             for size in (micro if train.micro_batch_size == "auto" else [train.micro_batch_size])
@@ -224,17 +244,19 @@ def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:
     return "adamw8bit" if profile.device.type == "cuda" else "adamw"
 
 
-def _during_backward(recipe: Recipe, micro_batch_size: int) -> bool:
+def _during_backward(recipe: Recipe, micro_batch_size: int, streams_whole: bool) -> bool:
     """Wherever no gradient has to wait for another: it saves their memory and changes no bit."""
-    allowed = recipe.optimizer.grad_clip is None and micro_batch_size == recipe.train.batch_size
+    allowed = recipe.optimizer.grad_clip is None and micro_batch_size == recipe.train.batch_size and not streams_whole
     return allowed and recipe.optimizer.during_backward is not False
 
 
-def _write_back(recipe: Recipe, layouts: list[ArenaLayout], shared: ArenaLayout) -> Literal["beside", "wait"]:
-    if recipe.method == "end_to_end":
+def _write_back(recipe: Recipe, streams_whole: bool, layouts: list[ArenaLayout], shared: ArenaLayout) -> Literal["beside", "wait"]:
+    if recipe.method == "end_to_end" and not streams_whole:
         return "wait"  # the next step would change what is being written
     if recipe.offload.write_back != "auto":
         return recipe.offload.write_back
+    if streams_whole:
+        return "beside"  # the next step begins with a forward pass, which changes nothing
     return "beside" if max(layout.total_bytes for layout in layouts) + shared.total_bytes > WRITE_BESIDE_BYTES else "wait"
 
 
@@ -256,7 +278,14 @@ def _choices(recipe: Recipe, profile: Profile, settings: Settings, noise: NoiseC
     if recipe.optimizer.during_backward == "auto" and settings.during_backward:
         lines.append("optimizer.during_backward true: no clipping and one micro-batch; gradients alive are counted with the activations")
     if recipe.offload.tier == "auto":
-        lines.append(f"offload.tier {settings.tier}: " + ("every block fits on the device" if settings.tier == "device" else "the first that fits"))
+        why = "every block fits on the device" if settings.tier == "device" else "the first that fits"
+        if recipe.method == "end_to_end" and settings.tier != "device":
+            why = "all blocks do not fit on the device at once, so they stream, one at a time, and every step is as exact"
+        lines.append(f"offload.tier {settings.tier}: {why}")
+        if recipe.method == "end_to_end" and settings.tier != "device" and recipe.offload.borders == "auto":
+            lines.append(f"offload.borders {settings.borders}: the fastest that fits, for activations at block borders")
+    if recipe.optimizer.clips_whole and settings.tier != "device":
+        lines.append("optimizer.clip global: the norm needs a backward pass of its own, so a step takes 7/4 of the operations that clip block takes")
     return lines
 
 
@@ -278,16 +307,20 @@ def _advice(plan: Plan) -> str:
             f"{format_bytes(budget.disk_bytes or 0)} are free after the reserve. Free space, or give another --run-dir."
         )
     largest = max(parts, key=lambda name: parts[name])
-    cures = []
+    cures, together = [], plan.recipe.method == "end_to_end" and settings.tier == "device"
+    if together and plan.recipe.offload.tier == "device":
+        cures.append("offload.tier: auto")
     if plan.recipe.method == "end_to_end":
         cures.append("method: diffusion_blocks")
-    elif settings.num_blocks < getattr(plan.recipe.model, "num_layers", settings.num_blocks + 1) and largest != "runtime_floor":
+    if not together and settings.num_blocks < getattr(plan.recipe.model, "num_layers", settings.num_blocks + 1) and largest != "runtime_floor":
         cures.append(f"blocks.num_blocks: {min(2 * settings.num_blocks, getattr(plan.recipe.model, 'num_layers', 2 * settings.num_blocks))}")
     if largest == "activations" and not settings.recompute:
         cures.append("train.recompute: true")
     if largest == "activations" and settings.micro_batch_size > 1 and plan.recipe.optimizer.during_backward is not True:
         cures.append(f"train.micro_batch_size: {settings.micro_batch_size // 2}")
-    if settings.tier != "disk" and plan.recipe.method != "end_to_end" and largest in ("weights", "optimizer_state", "blocks"):
+    if largest == "borders" and settings.borders != "disk":
+        cures.append("offload.borders: disk")
+    if settings.tier != "disk" and not together and largest in ("weights", "optimizer_state", "blocks"):
         cures.append("offload.tier: disk")
     if settings.optimizer != "adamw8bit" and largest == "optimizer_state":
         cures.append("optimizer.name: adamw8bit")
@@ -298,7 +331,7 @@ def _advice(plan: Plan) -> str:
     if largest == "staging" and plan.recipe.offload.prefetch:
         cures.append("offload.prefetch: false")
     block = max(range(settings.num_blocks), key=lambda b: predicted.block_peak_bytes[b])
-    who = "the run" if plan.recipe.method == "end_to_end" else f"block {block} of {settings.num_blocks}"
+    who = "the run" if together else f"block {block} of {settings.num_blocks}"
     return (
         f"plan: {who} needs {format_bytes(need)} on the {pool} at micro_batch_size {settings.micro_batch_size}; profile {profile.name} "
         f"allows {format_bytes(allowed)} ({spec.memory_gib:.2f} - {spec.reserve_gib:.2f} GiB reserve). "

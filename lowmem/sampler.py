@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
 from lowmem.errors import ResumeError
 from lowmem.footprint import COMPUTE_DTYPE, layouts_of, training_device
-from lowmem.models.base import BuildModel, block_slices
+from lowmem.models.base import Batch, BuildModel
 from lowmem.noise import block_of, boundaries, sampler_grid
+from lowmem.objectives.base import Entered
 from lowmem.plan import Plan
 from lowmem.run_dir import RunDir
 from lowmem.weights import open_stream
+
+TOGETHER = 8  # batches that wait at one border
+Item = TypeVar("Item")
 
 
 class FrozenRun:
@@ -33,7 +38,7 @@ class FrozenRun:
         with torch.device("meta"):
             self.model = build_model()
         self.model.eval()
-        self.slices = block_slices(len(self.model.layers), plan.settings.num_blocks)
+        self.slices = self.model.block_slices(plan.settings.num_blocks)
         self.layouts, shared_layout = layouts_of(self.model, plan.settings)
         self.stream = open_stream(run, plan, self.model, state.files, resident)
         buffer = aligned_buffer(shared_layout.total_bytes)
@@ -46,7 +51,7 @@ class FrozenRun:
     def __exit__(self, *_: object) -> None:
         self.stream.close()
 
-    def walk(self, blocks: Sequence[int]) -> Iterator[tuple[int, list[nn.Module]]]:
+    def walk(self, blocks: Sequence[int]) -> Iterator[tuple[int, Iterable[nn.Module]]]:
         """Each block in turn with its layers, weights in place; the next is fetched meanwhile."""
         for position, block in enumerate(blocks):
             with self.on_device([block]) as layers:
@@ -54,9 +59,38 @@ class FrozenRun:
                     self.stream.prefetch(blocks[position + 1])
                 yield block, layers
 
+    def whole(self, items: Sequence[Item], enter: Callable[[Item], Entered], leave: Callable[[Item, Tensor, Entered], Tensor]) -> Tensor:
+        """What `leave` makes of each item's h after all layers of a model trained end to end, joined along the first dimension.
+
+        Where blocks stream, several items pass a block before the next one is fetched.
+        """
+        out: list[Tensor] = []
+        size = 1 if self.stream.resident else TOGETHER
+        for start in range(0, len(items), size):
+            group = items[start : start + size]
+            entered = [enter(item) for item in group]
+            passed = [each.h for each in entered]
+            for _, layers in self.walk(range(self.plan.settings.num_blocks)):
+                through = self.model.objective.through
+                passed = [through(self.model, layers, h, each.cond, each.kept, False) for h, each in zip(passed, entered, strict=True)]
+            out += [leave(*each) for each in zip(group, passed, entered, strict=True)]
+        return torch.cat(out)
+
+    def losses(self, batches: Sequence[Batch]) -> Tensor:
+        """Per sample, over all batches, of a model trained end to end."""
+        model, objective, noise = self.model, self.model.objective, self.plan.noise
+        return self.whole(
+            batches,
+            lambda batch: objective.enter(model, batch, noise),
+            lambda batch, h, entered: objective.leave(model, h, entered.cond, entered.kept, batch, noise),
+        )
+
     @contextlib.contextmanager
-    def on_device(self, blocks: Sequence[int]) -> Iterator[list[nn.Module]]:
-        """The layers of several blocks at once (all of them, for a model trained end to end)."""
+    def on_device(self, blocks: Sequence[int]) -> Iterator[Iterable[nn.Module]]:
+        """The layers of several blocks: all on the device at once, or where they stream, coming anew each time they are gone through."""
+        if len(blocks) > 1 and not self.stream.resident:
+            yield _Passing(self, blocks)
+            return
         buffers = {block: self.stream.load(block) for block in blocks}
         for block, buffer in buffers.items():
             self._bind(self.layouts[block], buffer)
@@ -80,6 +114,17 @@ class FrozenRun:
     def _bind(self, layout: ArenaLayout, buffer: Tensor) -> None:
         arena = Arena(layout, buffer)
         bind(self.model, parameter_views(layout, arena.state.get("ema", arena.weights).to(self.dtype)), None)
+
+
+class _Passing:
+    """Layers that come block by block whenever they are gone through."""
+
+    def __init__(self, frozen: FrozenRun, blocks: Sequence[int]) -> None:
+        self._frozen, self._blocks = frozen, blocks
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for _, layers in self._frozen.walk(self._blocks):
+            yield from layers
 
 
 def initial_noise(shape: Sequence[int], sigma_max: float) -> Tensor:

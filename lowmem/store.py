@@ -27,6 +27,7 @@ from lowmem.run_dir import FileRecord, RunDir
 from lowmem.staging import CHUNK_BYTES, THREADS, Pace, Ring
 
 REFUSED_DIRECT = (errno.EINVAL, errno.ENOTSUP)  # what O_DIRECT meets at open, or at the first request, where it is not supported
+NO_DIGEST = "0" * 64  # of a working copy
 T = TypeVar("T")
 
 
@@ -54,10 +55,13 @@ class DiskStore:
         self._readers, self._writers = (ThreadPoolExecutor(THREADS, f"lowmem-{job}") for job in ("reading", "writing"))
 
     def read(self, key: str, buffer: Tensor) -> None:
-        """Fills `buffer` [total_bytes]. Raises StoreError if the file is missing, torn, of another layout, or changed."""
+        """Fills `buffer` [total_bytes], or as much as fits in it of the front. Raises StoreError: file missing, torn, of another layout, or changed.
+
+        A part tells nothing of the digest: whoever commits what comes of it has read the whole too.
+        """
         record, header = self.files[key], self.layouts[key].header()
         path = self.run_dir.path / record.name
-        verify = record.name not in self._verified
+        verify = record.name not in self._verified and buffer.numel() == self.layouts[key].total_bytes
         head = aligned_buffer(len(header))
 
         def read_chunk(start: int) -> bytes:
@@ -75,19 +79,21 @@ class DiskStore:
             self._request(path, 0, head, reading=True)
             digests = _in_chunks(self._readers, buffer.numel(), read_chunk)
         self.read_s += time.perf_counter() - began
-        self.read_bytes += record.num_bytes
+        self.read_bytes += len(header) + buffer.numel()
         if bytes(head.numpy()) != header:
             raise StoreError(f"{path}: its header is not that of this run's block; restore it from a copy; nothing was overwritten")
         if verify and _whole_digest(digests) != record.sha256:
             raise StoreError(f"{path}: its data differ from what was committed; restore it from a copy; nothing was overwritten")
-        self._verified.add(record.name)
+        if verify:
+            self._verified.add(record.name)
 
-    def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
+    def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
         """A new file with the bytes of `buffer`, on the disk when this returns; the file there is, where no byte has changed.
 
         It counts only once a commit names it. Kernels that write the buffer must have finished. Raises StoreError if it cannot be written.
+        Not `durable`: a working copy that a later write of the visit replaces, so neither fsync nor digest; no commit may name it.
         """
-        if self._unchanged(key, buffer):
+        if durable and self._unchanged(key, buffer):
             return self.files[key]
         name, header = self.run_dir.file_name(key, visits_done), self.layouts[key].header()
         path = self.run_dir.path / name
@@ -96,22 +102,26 @@ class DiskStore:
             part = buffer[start : start + CHUNK_BYTES]
             with self._host(part, reading=False) as chunk, self._write_pace(chunk.numel()):
                 self._request(path, len(header) + start, chunk, reading=False)
-                return _digest(chunk)
+                return _digest(chunk) if durable else b""
 
         began = time.perf_counter()
         with _one_line(path), _whole_or_gone(path):
-            _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC).close()
+            _open(path, os.O_WRONLY | os.O_CREAT).close()
             head = aligned_buffer(len(header))
             head.numpy()[:] = memoryview(header)
             self._request(path, 0, head, reading=False)
             digests = _in_chunks(self._writers, buffer.numel(), write_chunk)
-            with _open(path, os.O_WRONLY) as file:
-                os.fsync(file.fileno())
+            if durable:
+                with _open(path, os.O_WRONLY) as file:
+                    os.fsync(file.fileno())
         self.write_s += time.perf_counter() - began
-        record = FileRecord(name=name, num_bytes=len(header) + buffer.numel(), sha256=_whole_digest(digests))
+        record = FileRecord(name=name, num_bytes=len(header) + buffer.numel(), sha256=_whole_digest(digests) if durable else NO_DIGEST)
         self.written_bytes += record.num_bytes
         self._verified.add(name)
-        self._first_digest[key] = digests[0]
+        if durable:
+            self._first_digest[key] = digests[0]
+        else:
+            self._first_digest.pop(key, None)
         self.files[key] = record
         return record
 
@@ -194,13 +204,14 @@ class HostStore(DiskStore):
 
     def read(self, key: str, buffer: Tensor) -> None:
         if key not in self._copies:
-            copy = aligned_buffer(buffer.numel())
-            super().read(key, copy)
-            self._copies[key] = copy
-        self.copy_in(self._copies[key], buffer)
+            whole = aligned_buffer(self.layouts[key].total_bytes)
+            super().read(key, whole)
+            self._copies[key] = whole
+        self.copy_in(self._copies[key][: buffer.numel()], buffer)
 
-    def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
-        return super().write(key, self.keep(key, buffer), visits_done)
+    def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
+        kept = self.keep(key, buffer)
+        return super().write(key, kept, visits_done) if durable else self.files[key]
 
     def keep(self, key: str, buffer: Tensor) -> Tensor:
         if key not in self._copies:

@@ -62,18 +62,23 @@ class BlockStream:
         self._residents: dict[int, Tensor] = {}
         self._reader = ThreadPoolExecutor(1, "lowmem-reader")
         self._writer = ThreadPoolExecutor(1, "lowmem-writer")
-        self._reads: dict[int, Future[Tensor]] = {}
-        self._writes: dict[int, Future[None]] = {}
+        self._reads: dict[tuple[int, bool], Future[Tensor]] = {}
+        self._writes: dict[int, Future[Any]] = {}
+        self._step_writes: dict[int, Future[FileRecord]] = {}  # durable, not yet handed to a commit
+        self._kept: dict[int, Future[None]] = {}  # a kept block -> done when its write no longer needs the buffer
         self._shared_write: Future[None] | None = None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Device <- store
 
-    def load(self, block: int) -> Tensor:
-        """The block's buffer on the device, newest bytes. Waits for what is under way; raises StoreError of either thread."""
+    def load(self, block: int, weights_only: bool = False) -> Tensor:
+        """The block's buffer on the device, newest bytes. Waits for what is under way; raises StoreError of either thread.
+
+        `weights_only`: for a pass without an update; what lies behind the weights is then anything.
+        """
         with self._exposed():
             if not self.resident:
-                return self._start_read(block).result()
+                return self._start_read(block, weights_only).result()
             self._wait_for_write(block)
             if block not in self._residents:
                 buffer = self._buffer(self.layouts[block].total_bytes)
@@ -82,22 +87,23 @@ class BlockStream:
                 self._residents[block] = buffer
             return self._residents[block]
 
-    def prefetch(self, block: int) -> None:
-        """Starts fetching a block that is not on the device."""
+    def prefetch(self, block: int, weights_only: bool = False) -> None:
+        """Starts fetching a block that is not on the device, for the `load` that will ask for as much of it."""
         if self.prefetch_on:
-            self._start_read(block, keep=True)
+            self._start_read(block, weights_only, keep=True)
 
-    def _start_read(self, block: int, keep: bool = False) -> Future[Tensor]:
-        future = self._reads.pop(block, None) or self._reader.submit(self._read, block)
+    def _start_read(self, block: int, weights_only: bool, keep: bool = False) -> Future[Tensor]:
+        future = self._reads.pop((block, weights_only), None) or self._reader.submit(self._read, block, weights_only)
         if keep:
-            self._reads[block] = future
+            self._reads[block, weights_only] = future
         return future
 
-    def _read(self, block: int) -> Tensor:
+    def _read(self, block: int, weights_only: bool) -> Tensor:
         self._wait_for_write(block)
+        num_bytes = self.layouts[block].weights_read_bytes if weights_only else self.layouts[block].total_bytes
         slot = self._slots.take()
         try:
-            self.block_store.read(block_key(block), slot[: self.layouts[block].total_bytes])
+            self.block_store.read(block_key(block), slot[:num_bytes])
         except BaseException:
             self._slots.give(slot)
             raise
@@ -122,34 +128,70 @@ class BlockStream:
         self.finish()  # the last snapshot of the shared part may still be being written
         self._wait_for_kernels()  # the visit's last: from here on the threads may read what it trained
         self.block_store.copy_out(shared, self._shared_slot)
-        future = self._writer.submit(self._write, trained, visits_done, committed)
+        written, self._step_writes = self._step_writes, {}
+        future = self._writer.submit(self._write, trained, written, visits_done, committed)
         self._shared_write = future
         self._writes.update(dict.fromkeys(trained, future))
         if wait:
             future.result()
 
-    def _write(self, trained: dict[int, Tensor], visits_done: int, committed: Callable[[dict[str, FileRecord]], None]) -> None:
-        files, store = {}, self.block_store
+    def write_back(self, block: int, buffer: Tensor, visits_done: int, durable: bool, keep: bool = False) -> None:
+        """Writes one trained block beside compute: a working copy, or (`durable`) the file that the next `store` commits.
+
+        `keep`: the buffer stays with the caller, to be read only, until `release`. Raises what an earlier write raised.
+        """
+        for write in self._writes.values():
+            if write.done():
+                write.result()
+        self._wait_for_kernels()  # that trained it
+        if keep:
+            self._kept[block] = Future()
+        self._writes[block] = future = self._writer.submit(self._write_block, block, buffer, visits_done, durable, self._kept.get(block))
+        if durable:
+            self._step_writes[block] = future
+
+    def _write(
+        self,
+        trained: dict[int, Tensor],
+        written: dict[int, Future[FileRecord]],
+        visits_done: int,
+        committed: Callable[[dict[str, FileRecord]], None],
+    ) -> None:
+        files = {block_key(block): write.result() for block, write in written.items()}
         for block, buffer in trained.items():
-            key, part = block_key(block), buffer[: self.layouts[block].total_bytes]
-            freed = self.resident
-            try:
-                kept = store.keep(key, part)
-                if kept is not part and not freed:
-                    freed = True
-                    self._slots.give(buffer)
-                files[key] = store.write(key, kept, visits_done)
-            finally:  # also where the disk is full: the reader may be waiting for the slot
-                if not freed:
-                    self._slots.give(buffer)
-        files["shared"] = store.write("shared", self._shared_slot, visits_done)
+            files[block_key(block)] = self._write_block(block, buffer, visits_done)
+        files["shared"] = self.block_store.write("shared", self._shared_slot, visits_done)
         committed(files)
 
+    def _write_block(self, block: int, buffer: Tensor, visits_done: int, durable: bool = True, kept: Future[None] | None = None) -> FileRecord:
+        store, key, part, held = self.block_store, block_key(block), buffer[: self.layouts[block].total_bytes], True
+
+        def let_go() -> None:
+            nonlocal held
+            if held and kept is not None:
+                kept.set_result(None)
+            elif held and not self.resident:
+                self._slots.give(buffer)
+            held = False
+
+        try:
+            rest = store.keep(key, part)
+            if rest is not part:
+                let_go()
+            return store.write(key, rest, visits_done, durable)
+        finally:  # also where the disk is full: the reader may be waiting for the slot
+            let_go()
+
     def release(self, block: int, buffer: Tensor) -> None:
-        """Gives back a block that was only read (sampling, evaluation)."""
-        if not self.resident:
-            self._wait_for_kernels()  # that read it
+        """Gives back a block that was only read (sampling, evaluation, a forward pass), once a write of it has let go."""
+        if self.resident:
+            return
+        self._wait_for_kernels()  # that read it
+        kept = self._kept.pop(block, None)
+        if kept is None:
             self._slots.give(buffer)
+        else:
+            kept.add_done_callback(lambda _: self._slots.give(buffer))
 
     def finish(self) -> None:
         """Waits until everything stored is committed. Raises what the writer raised."""

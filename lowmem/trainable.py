@@ -29,10 +29,13 @@ class Trainable:
     _step: optim.Step | None = None
     _waiting: dict[str, ParameterSlot] = field(default_factory=dict)  # parameters not yet updated in this step
 
-    def bind(self, model: nn.Module) -> None:
+    def bind(self, model: nn.Module, frozen: bool = False) -> None:
+        """`frozen`: for a pass without gradients."""
         self._refresh(slice(None))
         layout = self.arena.layout
-        if self.grads is None:
+        if frozen:
+            bind(model, parameter_views(layout, self.compute), None)
+        elif self.grads is None:
             bind(model, parameter_views(layout, self.compute), self._on_gradient)
         else:
             self.grads.zero_()
@@ -43,14 +46,27 @@ class Trainable:
         self._step = optim.Step(step, lr, config, self._rounding(step))
         self._waiting = {slot.name: slot for slot in self.arena.layout.slots}
 
-    def update(self) -> None:
-        """The optimizer step, or what backward has left of it: parameters that the loss did not depend on. Gradients are zero again afterwards."""
+    def gradient_norm(self) -> Tensor:
+        """Of a step whose gradients have gathered."""
+        assert self.grads is not None
+        return optim.gradient_norm(self.grads)
+
+    def forget(self) -> None:
+        """Drops the gradients of a pass that was made for their norm alone."""
+        assert self.grads is not None
+        self.grads.zero_()
+
+    def update(self, factor: Tensor | None = None) -> None:
+        """The optimizer step, or what backward has left of it: parameters that the loss did not depend on. Gradients are zero again afterwards.
+
+        `factor`: see `optim.update`.
+        """
         assert self._step is not None
         if self.grads is None:
             for slot in self._waiting.values():
                 self._update_slot(slot, torch.zeros((), dtype=self.compute.dtype, device=self.compute.device).expand(slot.numel))
         else:
-            optim.update(self.arena, self.grads, self._step)
+            optim.update(self.arena, self.grads, self._step, factor)
             self._refresh(slice(None))
             self.grads.zero_()
         self._step = None

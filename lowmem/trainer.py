@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from lowmem.arena import aligned_buffer, unbind
 from lowmem.block_queue import Visit
+from lowmem.borders import AwayBorders, Borders
 from lowmem.environment import read_environment
 from lowmem.errors import ResumeError, StoreError, TrainingError
+from lowmem.exact import StreamedStep
 from lowmem.footprint import COMPUTE_DTYPE, check_model, layouts_of, training_device
-from lowmem.models.base import Batch, BuildModel, block_slices
+from lowmem.models.base import Batch, BuildModel
+from lowmem.optim import whole_factor
 from lowmem.plan import Plan, read_plan
 from lowmem.run_dir import BlockRecord, FileRecord, RunDir, RunState, first_difference
 from lowmem.schedule import learning_rate, mix_seed
@@ -73,8 +76,10 @@ class Trainer:
         with torch.device("meta"):
             self.model = build_model()
         check_model(self.model)
-        self.slices = block_slices(len(self.model.layers), plan.settings.num_blocks)
+        self.slices = self.model.block_slices(plan.settings.num_blocks)
         self.layouts, self.shared_layout = layouts_of(self.model, plan.settings)
+        self.streamed: StreamedStep | None = None  # where a model trained end to end does not fit
+        self.borders = Borders(0, 0, False)
 
     def fit(self, batches: Batches) -> RunState:
         """Trains what is still to train and returns the committed state. `batches(step)`: the batch of that step of every block.
@@ -82,7 +87,7 @@ class Trainer:
         Raises ResumeError if the folder belongs to another plan or process, StoreError if a file is torn or cannot be written.
         """
         self.run.acquire()
-        recorder = stream = None
+        recorder = stream = borders = None
         try:
             # the run folder: a new one, or what is committed
             state = self._open()
@@ -96,11 +101,14 @@ class Trainer:
                     "open", visits_done=state.visits_done, visits_total=self.queue.num_visits, pid=os.getpid(), environment=read_environment()
                 )
 
-                # the shared part stays on the device; blocks come and go
+                # the shared part stays on the device; blocks come and go, unless they all fit
                 self.stream = stream = open_stream(self.run, self.plan, self.model, state.files)
                 self._hold_shared(stream)
                 recorder.write("staging", **stream.facts())
                 self.model.train()
+                if self.recipe.method == "end_to_end" and not stream.resident:
+                    self.borders = borders = self._open_borders()
+                    self.streamed = StreamedStep(self.model, self.plan, stream, self.scratch, self.shared, borders, self.monitor)
 
                 # visit after visit
                 for visit, upcoming in self.queue.pending(state.visits_done):
@@ -109,8 +117,9 @@ class Trainer:
                 recorder.write("trained", visits_done=state.visits_done)
                 return self.run.read_state() or state
         finally:
-            if stream is not None:
-                stream.close()
+            for part in (borders, stream):
+                if part is not None:
+                    part.close()
             if recorder is not None:
                 recorder.close()
             self.run.release()
@@ -119,71 +128,101 @@ class Trainer:
     # A visit
 
     def _visit(self, visit: Visit, upcoming: Visit | None, state: RunState, batches: Batches) -> RunState:
-        """Loads the visit's blocks, trains them, hands them to the writer. Returns the state as it will be once committed."""
-        stream, recipe = self.stream, self.recipe
-        exposed_before = stream.exposed_s
+        """Trains the visit's blocks, hands them to the writer. Returns the state as it will be once committed."""
+        self.recorder.write("visit", visit=visit.index, blocks=list(visit.blocks), first_step=visit.first_step, num_steps=visit.num_steps)
+        train = self._streamed_steps if self.streamed else self._resident_steps
+        start, exposed_before = time.perf_counter(), self._exposed_s()
+        losses, buffers = train(visit, upcoming, batches)
+        mean_loss = float(torch.stack(losses).mean())  # on CUDA the first look at a loss: waits for the visit's last kernel
+        exposed_s = self._exposed_s() - exposed_before
+        self.clock.exposed_transfer_s += exposed_s
+        self.clock.compute_s += time.perf_counter() - start - exposed_s
+        if not math.isfinite(mean_loss):
+            raise TrainingError(
+                f"visit {visit.index}, block {', '.join(map(str, visit.blocks))}: loss {mean_loss} in steps {visit.first_step} to "
+                f"{visit.first_step + visit.num_steps - 1}; allowed: a finite number; the last commit is kept: lower train.lr "
+                f"(now {self.recipe.train.lr}) in another --run-dir"
+            )
+
+        health = self.model.objective.health(self.model)
+        state = self._next_state(state, visit, mean_loss, health)
+        start = time.perf_counter()
+        wait = self.plan.settings.write_back == "wait"
+        self.stream.store(buffers, self.shared.arena.buffer, visit.index + 1, self._committer(state), wait)
+        self.clock.commit_s += time.perf_counter() - start
+        return state
+
+    def _resident_steps(self, visit: Visit, upcoming: Visit | None, batches: Batches) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """The visit's steps with all of its blocks on the device. Returns the losses, and the blocks to store."""
+        stream, optimizer = self.stream, self.recipe.optimizer
         buffers = {block: stream.load(block) for block in visit.blocks}
-        self.clock.exposed_transfer_s += stream.exposed_s - exposed_before
         if upcoming is not None and not set(upcoming.blocks) & set(visit.blocks):
             stream.prefetch(upcoming.blocks[0])
         trainables = [self.scratch.trainable(place, self.layouts[block], buffers[block]) for place, block in enumerate(visit.blocks)]
         for trainable in trainables:
             trainable.bind(self.model)
-        self.recorder.write("visit", visit=visit.index, blocks=list(visit.blocks), first_step=visit.first_step, num_steps=visit.num_steps)
-
-        start = time.perf_counter()
         losses = []
         shared_step = self.queue.steps_done(visit.index)
         for step in range(visit.first_step, visit.first_step + visit.num_steps):
-            step_start = time.perf_counter()
-            lr = learning_rate(step, recipe.train)
+            start = time.perf_counter()
+            lr = learning_rate(step, self.recipe.train)
             shared_step += 1
             for trainable in trainables:
-                trainable.begin(step + 1, lr, recipe.optimizer)
-            self.shared.begin(shared_step, lr, recipe.optimizer)
+                trainable.begin(step + 1, lr, optimizer)
+            self.shared.begin(shared_step, lr, optimizer)
             loss = self._forward_backward(visit, step, batches(step))
-            for trainable in (*trainables, self.shared):
-                trainable.update()
+            every = (*trainables, self.shared)
+            factor = whole_factor([trainable.gradient_norm() for trainable in every], optimizer) if optimizer.clips_whole else None
+            for trainable in every:
+                trainable.update(factor)
             losses.append(loss)
-            self._record_step(visit, step, lr, loss, time.perf_counter() - step_start)
-        mean_loss = float(torch.stack(losses).mean())  # on CUDA the first look at a loss: waits for the visit's last kernel
-        self.clock.compute_s += time.perf_counter() - start
-        if not math.isfinite(mean_loss):
-            raise TrainingError(
-                f"visit {visit.index}, block {', '.join(map(str, visit.blocks))}: loss {mean_loss} in steps {visit.first_step} to {step}; "
-                f"allowed: a finite number; the last commit is kept: lower train.lr (now {recipe.train.lr}) in another --run-dir"
-            )
-
-        health = self.model.objective.health(self.model)
+            self._record_step(visit, step, lr, loss, time.perf_counter() - start)
         for block in visit.blocks:
             unbind(self.model, self.layouts[block])
-        state = self._next_state(state, visit, mean_loss, health)
-        start = time.perf_counter()
-        stream.store(buffers, self.shared.arena.buffer, visit.index + 1, self._committer(state), wait=self.plan.settings.write_back == "wait")
-        self.clock.commit_s += time.perf_counter() - start
-        return state
+        return losses, buffers
+
+    def _streamed_steps(self, visit: Visit, upcoming: Visit | None, batches: Batches) -> tuple[list[Tensor], dict[int, Tensor]]:
+        """The visit's steps of the whole model with one block on the device at a time; the last step has written what is to be committed."""
+        assert self.streamed is not None
+        losses = []
+        stop = visit.first_step + visit.num_steps
+        for step in range(visit.first_step, stop):
+            start = time.perf_counter()
+            ends_visit, lr = step == stop - 1, learning_rate(step, self.recipe.train)
+            micro = list(self._micro_batches(visit, step, batches(step)))
+            more = not ends_visit or upcoming is not None
+            loss = self.streamed.step(micro, step, lr, visit.index + 1, ends_visit, more)
+            losses.append(loss)
+            self._record_step(visit, step, lr, loss, time.perf_counter() - start)
+        return losses, {}
 
     def _forward_backward(self, visit: Visit, step: int, arrays: Mapping[str, Any]) -> Tensor:
         """Gradients of the step's mean loss, over micro-batches; returns that loss, on the device."""
-        plan, recipe = self.plan, self.recipe
-        batch = {name: torch.as_tensor(value) for name, value in arrays.items()}
-        size = plan.settings.micro_batch_size
-        parts = recipe.train.batch_size // size
+        plan, objective = self.plan, self.model.objective
+        parts = self.recipe.train.batch_size // plan.settings.micro_batch_size
         total = torch.zeros((), device=self.device)
         layers = [self.model.layers[i] for block in visit.blocks for i in self.slices[block]]
-        for part in range(parts):
-            torch.manual_seed(mix_seed(recipe.train.seed, "step", visit.blocks[0], step, part))  # noise and dropout
-            micro: Batch = {name: value[part * size : (part + 1) * size].to(self.device, non_blocking=True) for name, value in batch.items()}
-            if recipe.method == "end_to_end":
-                losses = self.model.objective.end_to_end_loss(self.model, layers, micro, plan.noise, plan.settings.recompute)
+        for seed, micro in self._micro_batches(visit, step, arrays):
+            torch.manual_seed(seed)  # noise and dropout
+            if self.recipe.method == "end_to_end":
+                losses = objective.end_to_end_loss(self.model, layers, micro, plan.noise, plan.settings.recompute)
             else:
-                interval = self.model.objective.interval(visit.blocks[0], plan.settings.num_blocks, plan.noise, recipe.blocks.overlap_gamma)
-                losses = self.model.objective.block_loss(self.model, layers, micro, interval, plan.noise, plan.settings.recompute)
+                interval = objective.interval(visit.blocks[0], plan.settings.num_blocks, plan.noise, self.recipe.blocks.overlap_gamma)
+                losses = objective.block_loss(self.model, layers, micro, interval, plan.noise, plan.settings.recompute)
             loss = losses.mean() / parts
             self.monitor.sample()  # activations are at their most
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
+
+    def _micro_batches(self, visit: Visit, step: int, arrays: Mapping[str, Any]) -> Iterator[tuple[int, Batch]]:
+        """The step's micro-batches on the device, each with the seed of its draws."""
+        size = self.plan.settings.micro_batch_size
+        batch = {name: torch.as_tensor(value) for name, value in arrays.items()}
+        for part in range(self.recipe.train.batch_size // size):
+            rows = slice(part * size, (part + 1) * size)
+            seed = mix_seed(self.recipe.train.seed, "step", visit.blocks[0], step, part)
+            yield seed, {name: value[rows].to(self.device, non_blocking=True) for name, value in batch.items()}
 
     def _record_step(self, visit: Visit, step: int, lr: float, loss: Tensor, step_s: float) -> None:
         fields: dict[str, Any] = {"visit": visit.index, "block": visit.blocks[0] if len(visit.blocks) == 1 else None, "step": step}
@@ -228,7 +267,7 @@ class Trainer:
             disk_bytes = sum(record.num_bytes for record in self._files.values()) + sum(record.num_bytes for record in files.values())
             measured = {**state.measured, "disk_bytes": disk_bytes}
             moved = {
-                "traffic": added(self._earlier.traffic, self.stream.traffic()),
+                "traffic": added(self._earlier.traffic, added(self.borders.traffic(), self.stream.traffic())),
                 "transfer_s": added(self._earlier.transfer_s, self.stream.transfer_s()),
             }
             self.run.commit(state.model_copy(update={"files": dict(self._files), "measured": measured, **moved}))
@@ -262,6 +301,17 @@ class Trainer:
         self._files = dict(state.files)
         self._earlier = state  # what earlier processes moved
         return state
+
+    def _open_borders(self) -> Borders:
+        """Where a streamed step keeps activations, as the plan settled it."""
+        settings, recipe = self.plan.settings, self.recipe
+        shape = settings.num_blocks, recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
+        if settings.borders == "device" or (settings.borders == "host" and self.plan.profile.unified):
+            return Borders(*shape)
+        return AwayBorders(*shape, self.device, self.run.path if settings.borders == "disk" else None)
+
+    def _exposed_s(self) -> float:
+        return self.stream.exposed_s + self.borders.exposed_s
 
     def _hold_shared(self, stream: BlockStream) -> None:
         buffer = aligned_buffer(self.shared_layout.total_bytes)

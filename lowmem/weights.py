@@ -8,7 +8,7 @@ from torch import nn
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
 from lowmem.footprint import is_resident, layouts_of, training_device
 from lowmem.hardware import Profile
-from lowmem.models.base import BlockModel, block_slices
+from lowmem.models.base import BlockModel
 from lowmem.plan import Plan
 from lowmem.run_dir import FileRecord, RunDir
 from lowmem.schedule import mix_seed
@@ -25,7 +25,7 @@ def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, File
     """
     layouts, shared_layout = layouts_of(model, plan.settings)
     store = DiskStore(run, layouts_by_key(layouts, shared_layout), {})
-    for block, layers in enumerate(block_slices(len(model.layers), plan.settings.num_blocks)):
+    for block, layers in enumerate(model.block_slices(plan.settings.num_blocks)):
         _create(store, block_key(block), model, [(f"layers.{i}", model.layers[i]) for i in layers], plan.recipe.train.seed)
     shared = [(name, module) for name, module in model.named_children() if name != "layers"]
     if hasattr(model, "reset_parameters"):

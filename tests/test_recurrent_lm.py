@@ -53,24 +53,30 @@ def runs_of_each_layer(model: RecurrentLm, call: Any) -> list[int]:
     return counts
 
 
+def loop_features(model: RecurrentLm, tokens: torch.Tensor, iterations: int) -> torch.Tensor:
+    """[B, L, D] after so many iterations of the loop."""
+    h, cond, kept = model.objective.entered(model, tokens, iterations)
+    return model.features(model.objective.through(model, model.layers, h, cond, kept, False), cond)
+
+
 def test_as_a_denoiser_every_layer_runs_once_and_end_to_end_the_core_runs_its_iterations() -> None:
     model, objective = built()
     batch = model.example_batch(2)
     whole = Interval(NOISE.sigma_min, NOISE.sigma_max)
     assert runs_of_each_layer(model, lambda: objective.block_loss(model, model.layers, batch, whole, NOISE, False)) == [1, 1, 1, 1]
-    assert runs_of_each_layer(model, lambda: objective.loop_features(model, model.layers, batch, 12)) == [1, 12, 12, 1]
+    assert runs_of_each_layer(model, lambda: loop_features(model, batch["tokens"], 12)) == [1, 12, 12, 1]
 
 
 def test_gradients_flow_through_the_last_iterations_alone() -> None:
     """With as many iterations as are back-propagated the start state matters to the gradient's graph, with one more it does not."""
-    model, objective = built()
+    model, _ = built()
     batch = {"tokens": torch.randint(VOCAB, (2, LENGTH))}
     graphs = []
     for iterations in (3, 4, 12):
         torch.manual_seed(1)
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
-            objective.loop_features(model, model.layers, batch, iterations)
+            loop_features(model, batch["tokens"], iterations)
         graphs.append(sum(saved))
     assert graphs[0] == graphs[1] == graphs[2], "what is kept for backward does not grow with the number of iterations"
 
@@ -90,7 +96,7 @@ def test_a_token_changes_only_later_predictions(whole: bool) -> None:
     def features(tokens: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(2)
         if whole:
-            return objective.loop_features(model, model.layers, {"tokens": tokens}, 5)
+            return loop_features(model, tokens, 5)
         return objective.features(model, model.layers, {"tokens": tokens}, z, torch.full((2, LENGTH), 1.0), NOISE)
 
     before = features(tokens)

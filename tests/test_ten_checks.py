@@ -21,7 +21,7 @@ from lowmem.data import describe_data, load_data
 from lowmem.evaluate import evaluate_run
 from lowmem.evaluation.labels import classify_blocks
 from lowmem.models import model_builder
-from lowmem.models.base import BlockModel, block_slices
+from lowmem.models.base import BlockModel
 from lowmem.models.layers import C_NOISE_SCALE, TimeEmbedding
 from lowmem.noise import Interval
 from lowmem.objectives import base as objectives
@@ -71,7 +71,7 @@ def check_block_order() -> None:
         assert noise.block_interval(0, num_blocks, NOISE).high == 80.0, "block 0 owns sigma = 80"
         assert noise.block_interval(num_blocks - 1, num_blocks, NOISE).low == 0.002
         assert noise.block_of(80.0, noise.boundaries(num_blocks, NOISE)) == 0
-    assert block_slices(6, 3)[0] == range(2), "block 0 is the first layers"
+    assert built().block_slices(3)[0] == range(2), "block 0 is the first layers"
 
 
 def test_check_1_a_perfect_denoiser_lands_on_the_next_noise_level_and_block_0_owns_the_highest() -> None:

@@ -8,7 +8,7 @@ runs compare with each other; a figure means little beside another data set's, a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ def sample(frozen: FrozenRun, labels: Tensor, num_steps: int, guidance: float, s
     return made if isinstance(frozen.plan.recipe.data, LatentArraysData) else made.clamp(-1, 1)
 
 
-def _walk(frozen: FrozenRun, blocks: Sequence[int]) -> Iterator[tuple[int, list[nn.Module]]]:
+def _walk(frozen: FrozenRun, blocks: Sequence[int]) -> Iterator[tuple[int, Iterable[nn.Module]]]:
     """Each block with the layers that serve its levels: its own, or all of them in a model trained end to end."""
     if frozen.plan.recipe.method == "end_to_end":
         with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
@@ -132,7 +132,7 @@ def _losses(frozen: FrozenRun, data: Dataset, seed: int) -> dict[str, Any]:
     return {"per_block": per_block, "levels": levels}
 
 
-def _loss(frozen: FrozenRun, layers: list[nn.Module], batches: list[dict[str, Tensor]], sigmas: list[Tensor]) -> float:
+def _loss(frozen: FrozenRun, layers: Iterable[nn.Module], batches: list[dict[str, Tensor]], sigmas: list[Tensor]) -> float:
     objective, noise = frozen.model.objective, frozen.plan.noise
     assert isinstance(objective, ImageDenoising)
     losses = []

@@ -8,6 +8,7 @@ sigma_max it is a plain prediction, comparable with an ordinary model's.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,8 +37,11 @@ def classify_end_to_end(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     objective = frozen.model.objective
     assert isinstance(objective, LabelDenoising)
     batches = test_batches(frozen, data)
-    with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
-        logits = torch.cat([objective.end_to_end_logits(frozen.model, layers, batch) for batch in batches])
+    logits = frozen.whole(
+        batches,
+        lambda batch: objective.enter(frozen.model, batch, frozen.plan.noise),
+        lambda _, h, entered: frozen.model.output_part(h, entered.cond).float(),
+    )
     labels = torch.cat([batch["label"] for batch in batches])
     return {"metric": "accuracy", "value": _accuracy(logits, labels), "cross_entropy": _cross_entropy(logits, labels), "per_block": []}
 
@@ -98,7 +102,7 @@ def classify_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[st
     }
 
 
-def _oracle(frozen: FrozenRun, layers: list[Any], batches: list[Batch], table: Tensor, sigma: float) -> dict[str, float]:
+def _oracle(frozen: FrozenRun, layers: Iterable[Any], batches: list[Batch], table: Tensor, sigma: float) -> dict[str, float]:
     """One level on z made from the true label: with the sample's own image, and with its neighbour's."""
     objective = frozen.model.objective
     assert isinstance(objective, LabelDenoising)

@@ -8,7 +8,7 @@ same masks.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ def sample_tokens(frozen: FrozenRun, num: int, num_steps: int, seed: int, temper
     return tokens
 
 
-def _walk(frozen: FrozenRun) -> Iterator[tuple[int, list[nn.Module]]]:
+def _walk(frozen: FrozenRun) -> Iterator[tuple[int, Iterable[nn.Module]]]:
     """The layers that own each block's interval: the block's own, or all of them in a model trained end to end."""
     blocks = range(frozen.plan.settings.num_blocks)
     if frozen.plan.recipe.method == "diffusion_blocks":
@@ -104,7 +104,7 @@ def _alphas(block: int, num_blocks: int) -> list[float]:
     return [*top, (block + 0.5) / num_blocks, *bottom]
 
 
-def _cross_entropy(frozen: FrozenRun, layers: list[nn.Module], batches: list[Batch], t: float) -> tuple[float, float]:
+def _cross_entropy(frozen: FrozenRun, layers: Iterable[nn.Module], batches: list[Batch], t: float) -> tuple[float, float]:
     """Mean over masked tokens, in nats, with the true unmasked tokens around them, and with another window's."""
     model, objective = _parts(frozen)
     sums, count = [0.0, 0.0], 0.0

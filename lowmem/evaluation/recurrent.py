@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,16 +31,13 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     torch.manual_seed(mix_seed(recipe.train.seed, "evaluate"))
     batches = test_batches(frozen, data)
     by_iterations = []
+    if recipe.method == "end_to_end":
+        by_iterations = [{"iterations": count, "ce": float(_loop(frozen, batches, count).mean())} for count in ITERATIONS]
+        return {**headline(_loop(frozen, batches, objective.config.iterations)), "per_block": [], "iterations": by_iterations}
     with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
         for count in ITERATIONS:
-            if recipe.method == "end_to_end":
-                parts = [_loop(frozen, layers, batch, count) for batch in batches]
-            else:
-                parts = [_chain(frozen, layers, batch, count) for batch in batches]
+            parts = [_chain(frozen, layers, batch, count) for batch in batches]
             by_iterations.append({"iterations": count, "ce": float(torch.cat(parts).mean())})
-        if recipe.method == "end_to_end":
-            losses = torch.cat([_loop(frozen, layers, batch, objective.config.iterations) for batch in batches])
-            return {**headline(losses), "per_block": [], "iterations": by_iterations}
         losses = torch.cat([_chain(frozen, layers, batch, 1) for batch in batches])
     figures = headline(losses)
     per_block = [{"block": 0, "sigma_max_ce": figures["value"]}]
@@ -59,35 +57,43 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
     torch.manual_seed(mix_seed(seed, "states"))
     generator = torch.Generator().manual_seed(mix_seed(seed, "generate"))
     tokens = prompt
-    with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
-        for _ in range(num_tokens):
-            window = tokens[:, max(tokens.shape[1] + 1 - model.seq_len, 0) :]
-            logits = _next_logits(frozen, layers, window)
-            tokens = torch.cat([tokens, draw_token(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
+    for _ in range(num_tokens):
+        window = tokens[:, max(tokens.shape[1] + 1 - model.seq_len, 0) :]
+        logits = _next_logits(frozen, window)
+        tokens = torch.cat([tokens, draw_token(logits / max(temperature, 1e-6), top_p, generator)], dim=1)
     return tokens
 
 
-def _next_logits(frozen: FrozenRun, layers: list[nn.Module], tokens: Tensor) -> Tensor:
+def _next_logits(frozen: FrozenRun, tokens: Tensor) -> Tensor:
     """[B, V], of the token after `tokens` [B, L]."""
     model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.noise
     assert isinstance(model, RecurrentLm) and isinstance(objective, RecurrentDenoising)
     batch = {"tokens": F.pad(tokens, (0, 1))}  # position i is predicted from tokens < i: what stands at the last one does not count
     if frozen.plan.recipe.method == "end_to_end":
-        return objective.logits(model, objective.loop_features(model, layers, batch, objective.config.iterations)[:, -1], None, None)
+        features = frozen.whole(
+            [batch],
+            lambda each: objective.entered(model, each["tokens"], objective.config.iterations),
+            lambda _, h, entered: model.features(h, entered.cond)[:, -1],
+        )
+        return objective.logits(model, features, None, None)
     levels = torch.full(batch["tokens"].shape, noise.sigma_max, device=tokens.device)
     z = initial_noise((*levels.shape, model.head.in_features), noise.sigma_max).to(tokens.device)
-    return objective.logits(model, objective.features(model, layers, batch, z, levels, noise)[:, -1], z[:, -1], levels[:, -1])
+    with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
+        return objective.logits(model, objective.features(model, layers, batch, z, levels, noise)[:, -1], z[:, -1], levels[:, -1])
 
 
-def _loop(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, iterations: int) -> Tensor:
-    """Cross-entropy [B] after so many iterations from a random state."""
-    objective = frozen.model.objective
-    assert isinstance(objective, RecurrentDenoising)
-    features = objective.loop_features(frozen.model, layers, batch, iterations)
-    return _losses(objective.logits(frozen.model, features.flatten(0, 1), None, None), batch["tokens"])
+def _loop(frozen: FrozenRun, batches: list[Batch], iterations: int) -> Tensor:
+    """Cross-entropy [B] after so many iterations."""
+    model, objective = frozen.model, frozen.model.objective
+    assert isinstance(model, RecurrentLm) and isinstance(objective, RecurrentDenoising)
+    return frozen.whole(
+        batches,
+        lambda batch: objective.entered(model, batch["tokens"], iterations),
+        lambda batch, h, entered: _losses(objective.logits(model, model.features(h, entered.cond).flatten(0, 1), None, None), batch["tokens"]),
+    )
 
 
-def _chain(frozen: FrozenRun, layers: list[nn.Module], batch: Batch, iterations: int) -> Tensor:
+def _chain(frozen: FrozenRun, layers: Iterable[nn.Module], batch: Batch, iterations: int) -> Tensor:
     """Cross-entropy [B] of the last call of a chain of so many denoising iterations. One iteration: a plain prediction at sigma_max."""
     model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.noise
     assert isinstance(model, RecurrentLm) and isinstance(objective, RecurrentDenoising)

@@ -49,10 +49,8 @@ def judge_nats(judge: FrozenRun, tokens: Tensor) -> Tensor:
     plan, model = judge.plan, judge.model
     _check_judge(plan)
     assert isinstance(model, CausalLm)
-    with judge.on_device(range(plan.settings.num_blocks)) as layers:
-        parts = torch.split(tokens.to(judge.device), plan.recipe.eval.batch_size)
-        losses = [model.objective.end_to_end_loss(model, layers, {"tokens": part}, plan.recipe.noise, False) for part in parts]
-    return torch.cat(losses).cpu()
+    parts = torch.split(tokens.to(judge.device), plan.recipe.eval.batch_size)
+    return judge.losses([{"tokens": part} for part in parts]).cpu()
 
 
 Curve = Sequence[tuple[float, float]]

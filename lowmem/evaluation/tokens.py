@@ -8,6 +8,7 @@ layers as the ordinary model has, with a perplexity, temperature and top-p.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,7 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     plan, noise = frozen.plan, frozen.plan.noise
     batches = test_batches(frozen, data)
     if plan.recipe.method == "end_to_end":
-        with frozen.on_device(range(plan.settings.num_blocks)) as layers:
-            losses = torch.cat([objective.end_to_end_loss(model, layers, batch, noise, False) for batch in batches])
-        return {**headline(losses), "per_block": []}
+        return {**headline(frozen.losses(batches)), "per_block": []}
 
     num_blocks = plan.settings.num_blocks
     num_steps = num_blocks if plan.recipe.eval.num_steps == "auto" else plan.recipe.eval.num_steps
@@ -99,7 +98,7 @@ class _Call(NamedTuple):
     denoised: list[Tensor]
 
 
-def _call(frozen: FrozenRun, layers: list[nn.Module], batches: list[Batch], noisy: list[Tensor], sigma: float, shuffle: bool = False) -> _Call:
+def _call(frozen: FrozenRun, layers: Iterable[nn.Module], batches: list[Batch], noisy: list[Tensor], sigma: float, shuffle: bool = False) -> _Call:
     """`shuffle`: every sequence is given another one's clean context."""
     model, objective = _parts(frozen)
     losses, cosines, estimates = [], [], []
@@ -114,7 +113,7 @@ def _call(frozen: FrozenRun, layers: list[nn.Module], batches: list[Batch], nois
     return _Call(float(torch.cat(losses).mean()), float(torch.cat(cosines).mean()), estimates)
 
 
-def _oracle(frozen: FrozenRun, layers: list[nn.Module], batches: list[Batch], sigma: float) -> dict[str, float]:
+def _oracle(frozen: FrozenRun, layers: Iterable[nn.Module], batches: list[Batch], sigma: float) -> dict[str, float]:
     """On z made from the true tokens: with the true clean context, and with another sequence's."""
     z = _true_z(frozen, batches, sigma)
     true, shuffled = (_call(frozen, layers, batches, z, sigma, shuffle) for shuffle in (False, True))
@@ -141,14 +140,15 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
     noise = frozen.plan.noise
     generator = torch.Generator().manual_seed(mix_seed(seed, "generate"))
     with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
-        groups: list[list[nn.Module]] = [layers] if model.whole else [[model.layers[i] for i in part] for part in frozen.slices]
-        caches = [[KeyValueCache() for _ in group] for group in groups]
+        groups: list[Iterable[nn.Module]] = [layers] if model.whole else [[model.layers[i] for i in part] for part in frozen.slices]
+        sizes = [len(model.layers)] if model.whole else [len(part) for part in frozen.slices]
+        caches = [[KeyValueCache() for _ in range(size)] for size in sizes]
         start = torch.full((len(prompt), 1), model.vocab_size, device=frozen.device)
         tokens = torch.cat([start, prompt], dim=1) if model.one_stream else prompt
         fed = 0
         for _ in range(num_tokens):
             if not use_cache:
-                caches, fed = [[KeyValueCache() for _ in group] for group in groups], 0
+                caches, fed = [[KeyValueCache() for _ in range(size)] for size in sizes], 0
             logits = torch.zeros(len(prompt), model.vocab_size, device=frozen.device)
             z = torch.randn(len(prompt), 1, model.head.in_features, generator=generator).to(frozen.device) * noise.sigma_max
             for group, cache in zip(groups, caches, strict=True):
@@ -160,7 +160,14 @@ def generate(frozen: FrozenRun, prompt: Tensor, num_tokens: int, temperature: fl
 
 
 def _advance(
-    model: CausalLm, objective: TokenDenoising, layers: list[nn.Module], caches: list[KeyValueCache], tokens: Tensor, fed: int, z: Tensor, noise: Any
+    model: CausalLm,
+    objective: TokenDenoising,
+    layers: Iterable[nn.Module],
+    caches: list[KeyValueCache],
+    tokens: Tensor,
+    fed: int,
+    z: Tensor,
+    noise: Any,
 ) -> Tensor:
     """Feeds the clean tokens from `fed` on into the caches; logits [B, V] of the next token."""
     zero = torch.zeros(len(tokens), device=tokens.device)
@@ -178,7 +185,7 @@ def _advance(
     return objective.logits(model, model.features(h, cond)[:, 0], z[:, 0], sigma[:, 0])
 
 
-def _through(layers: list[nn.Module], caches: list[KeyValueCache], h: Tensor, cond: Tensor, keep: bool) -> Tensor:
+def _through(layers: Iterable[nn.Module], caches: list[KeyValueCache], h: Tensor, cond: Tensor, keep: bool) -> Tensor:
     for layer, cache in zip(layers, caches, strict=True):
         assert isinstance(layer, Layer)
         h = layer(h, cond, cache, keep)

@@ -35,15 +35,14 @@ class BlockModel(nn.Module):
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def block_slices(self, num_blocks: int) -> list[range]:
+        """The layers of each block: contiguous, in order; sizes differ by one at most, larger ones first."""
+        size, larger = divmod(len(self.layers), num_blocks)
+        starts = [b * size + min(b, larger) for b in range(num_blocks + 1)]
+        return [range(starts[b], starts[b + 1]) for b in range(num_blocks)]
+
 
 BuildModel = Callable[[], BlockModel]
-
-
-def block_slices(num_layers: int, num_blocks: int) -> list[range]:
-    """The layers of each block: contiguous, in order, sizes differing by one at most, larger ones first."""
-    size, larger = divmod(num_layers, num_blocks)
-    starts = [b * size + min(b, larger) for b in range(num_blocks + 1)]
-    return [range(starts[b], starts[b + 1]) for b in range(num_blocks)]
 
 
 def named_layer_parameters(model: BlockModel, layers: range) -> Iterator[tuple[str, nn.Parameter]]:

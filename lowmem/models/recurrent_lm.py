@@ -28,10 +28,15 @@ class RecurrentLm(TextModel):
         self.adapter = Linear(2 * config.dim, config.dim)
         self.objective = RecurrentDenoising(config)
 
-    def parts(self, layers: Sequence[nn.Module]) -> tuple[Sequence[nn.Module], Sequence[nn.Module], Sequence[nn.Module]]:
-        """(prelude, core, coda)."""
-        first, last = self.config.prelude_layers, len(layers) - self.config.coda_layers
-        return layers[:first], layers[first:last], layers[last:]
+    def parts(self, layers: Sequence[nn.Module]) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
+        """Those of `layers` that are in the prelude, in the core and in the coda."""
+        prelude, core, coda = ([self.layers[i] for i in part] for part in self.block_slices(3))
+        return [each for each in layers if each in prelude], [each for each in layers if each in core], [each for each in layers if each in coda]
+
+    def block_slices(self, num_blocks: int) -> list[range]:
+        """One block, or prelude, core and coda: the core runs its loop while it is on the device."""
+        first, last, end = self.config.prelude_layers, self.config.num_layers - self.config.coda_layers, self.config.num_layers
+        return [range(first), range(first, last), range(last, end)] if num_blocks == 3 else super().block_slices(num_blocks)
 
     def inject(self, state: Tensor, embedded: Tensor) -> Tensor:
         return torch.as_tensor(self.adapter(torch.cat([state, embedded], dim=-1)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,20 @@ if TYPE_CHECKING:
     from lowmem.models.base import Batch, BlockModel
 
 
+class Entered(NamedTuple):
+    """A micro-batch that has passed the input part of the whole model."""
+
+    h: Tensor  # [B, T, D], the residual stream
+    cond: Tensor  # [B, 1 or T, D]
+    kept: dict[str, Any]  # what was drawn, for the layers and the loss: no gradient flows through it
+
+
 class Objective(Protocol):
-    """How a block, and the whole, is scored. `layers` are those on the device; with `recompute` their activations are not kept."""
+    """How a block, and the whole, is scored. `layers` are those on the device; with `recompute` their activations are not kept.
+
+    The loss of the whole is `leave(through(enter))`: three steps, so that its layers may also pass a few at a time. Whatever draws at
+    random takes torch's default generator; the same state of it gives the same draws.
+    """
 
     def interval(self, block: int, num_blocks: int, noise: NoiseConfig, gamma: float) -> Interval:
         """The levels that a block is trained on (sigma, or whatever the objective calls its level)."""
@@ -29,6 +41,18 @@ class Objective(Protocol):
         """[B]: the block's denoising loss of one micro-batch, at levels drawn from `interval`."""
         ...
 
+    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
+        """The input part, and all that the loss of the whole model draws."""
+        ...
+
+    def through(self, model: BlockModel, layers: Iterable[nn.Module], h: Tensor, cond: Tensor, kept: dict[str, Any], recompute: bool) -> Tensor:
+        """h [B, T, D] after some of the layers, in their order: one block, or all of them."""
+        ...
+
+    def leave(self, model: BlockModel, h: Tensor, cond: Tensor, kept: dict[str, Any], batch: Batch, noise: NoiseConfig) -> Tensor:
+        """[B]: the output part and the loss, from h after all layers."""
+        ...
+
     def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
         """[B]: the loss of the whole model trained by exact back-propagation."""
         ...
@@ -36,6 +60,23 @@ class Objective(Protocol):
     def health(self, model: BlockModel) -> dict[str, float]:
         """Figures logged after each visit."""
         ...
+
+
+class WholeLoss:
+    """The loss of the whole model, made of an objective's three steps."""
+
+    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
+        raise NotImplementedError
+
+    def through(self, model: BlockModel, layers: Iterable[nn.Module], h: Tensor, cond: Tensor, kept: dict[str, Any], recompute: bool) -> Tensor:
+        return run_layers(layers, h, cond, recompute)
+
+    def leave(self, model: BlockModel, h: Tensor, cond: Tensor, kept: dict[str, Any], batch: Batch, noise: NoiseConfig) -> Tensor:
+        raise NotImplementedError
+
+    def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
+        h, cond, kept = self.enter(model, batch, noise)
+        return self.leave(model, self.through(model, layers, h, cond, kept, recompute), cond, kept, batch, noise)
 
 
 def mean_cosine(table: Tensor) -> float:

@@ -7,7 +7,7 @@ code's product of [B] by [B, 1] throws the weight away unseen. `noise.weighting:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from lowmem.config import NoiseConfig, NoisyInput, Readout
 from lowmem.noise import Interval, append_dims, block_interval, c_in, c_noise, drawn_levels, loss_weight
-from lowmem.objectives.base import mean_cosine, run_layers, weighted
+from lowmem.objectives.base import Entered, WholeLoss, mean_cosine, run_layers, weighted
 
 if TYPE_CHECKING:
     from lowmem.models.base import Batch, BlockModel
 
 
-class LabelDenoising:
+class LabelDenoising(WholeLoss):
     """Classification as denoising: y = the label's row of a table at length 1, z = y + sigma eps; cross-entropy on logits.
 
     `noisy_input`: what the network sees of z: `scaled` is c_in z (paper), `posterior` the context-free mean E[y | z], `none` neither z nor sigma.
@@ -46,12 +46,11 @@ class LabelDenoising:
         loss = F.cross_entropy(self.logits(model, layers, seen, z, sigma, noise, recompute), label, reduction="none")
         return weighted(loss, loss_weight(sigma, noise.sigma_data)) if noise.weighting == "edm" else loss
 
-    def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
-        return F.cross_entropy(self.end_to_end_logits(model, layers, batch, recompute), batch["label"], reduction="none")
+    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
+        return Entered(*model.input_part(batch, None, None), {})
 
-    def end_to_end_logits(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, recompute: bool = False) -> Tensor:
-        h, cond = model.input_part(batch, None, None)
-        return model.output_part(run_layers(layers, h, cond, recompute), cond).float()
+    def leave(self, model: BlockModel, h: Tensor, cond: Tensor, kept: dict[str, Any], batch: Batch, noise: NoiseConfig) -> Tensor:
+        return F.cross_entropy(model.output_part(h, cond).float(), batch["label"], reduction="none")
 
     @staticmethod
     def noised(y: Tensor, sigma: Tensor) -> Tensor:

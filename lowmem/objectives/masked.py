@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lowmem.config import NoiseConfig
 from lowmem.noise import Interval, c_noise
-from lowmem.objectives.base import in_chunks, run_layers, weighted
+from lowmem.objectives.base import Entered, WholeLoss, in_chunks, run_layers, weighted
 
 if TYPE_CHECKING:
     from lowmem.models.base import Batch, BlockModel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 T_MIN = 1e-4
 
 
-class MaskedDenoising:
+class MaskedDenoising(WholeLoss):
     """`mask_token`: what stands for a masked token in the model's input, one past the vocabulary."""
 
     def __init__(self, schedule: Literal["linear", "cosine"], mask_token: int, head_chunk: int) -> None:
@@ -76,40 +76,58 @@ class MaskedDenoising:
         Each sample has its own t. The samples' t lie evenly over the interval, one random shift for all (MD4's low-discrepancy draw):
         each is uniform in it, and their mean varies less.
         """
+        h, cond, kept = self.enter_interval(model, batch, interval)
+        return self.leave(model, run_layers(layers, h, cond, recompute), cond, kept, batch, noise)
+
+    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
+        """The same model as one denoiser of the whole range."""
+        return self.enter_interval(model, batch, Interval(0.0, 1.0))
+
+    def enter_interval(self, model: BlockModel, batch: Batch, interval: Interval) -> Entered:
         tokens = batch["tokens"]
         size, length = len(tokens), interval.high - interval.low
         shift = torch.rand(1, device=tokens.device)
         t = interval.low + length * ((shift + torch.arange(size, device=tokens.device) / size) % 1)
         t = t.clamp(min=T_MIN)
         mask = torch.rand(tokens.shape, device=tokens.device) < self.masked_share(t)[:, None]
-        return length * self.density(model, layers, tokens, mask, t, recompute)
+        return Entered(*self.input(model, tokens, mask, t), {"mask": mask, "t": t, "length": length})
 
-    def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
-        """[B]: the same model as one denoiser of the whole range, in nats per token."""
-        return self.block_loss(model, layers, batch, Interval(0.0, 1.0), noise, recompute)
+    def leave(self, model: BlockModel, h: Tensor, cond: Tensor, kept: dict[str, Any], batch: Batch, noise: NoiseConfig) -> Tensor:
+        loss = self.head_losses(model, model.output_part(h, cond), batch["tokens"])
+        return torch.as_tensor(kept["length"] * self.weighted_mean(loss, kept["mask"], kept["t"]))
 
     def density(self, model: BlockModel, layers: Iterable[nn.Module], tokens: Tensor, mask: Tensor, t: Tensor, recompute: bool = False) -> Tensor:
         """w(t) / L times the cross-entropy summed over masked tokens, [B]: the integrand of the NELBO.
 
         For tokens [B, L], mask [B, L] (true: masked) and t [B].
         """
-        loss = self.losses(model, layers, tokens, mask, t, tokens, recompute)
+        return self.weighted_mean(self.losses(model, layers, tokens, mask, t, tokens, recompute), mask, t)
+
+    def weighted_mean(self, loss: Tensor, mask: Tensor, t: Tensor) -> Tensor:
+        """[B], of a loss per token [B, L]."""
         return weighted((loss * mask).mean(1), self.weight(t))  # a product, not a selection: the planner needs shapes that no data decide
 
     def losses(
         self, model: BlockModel, layers: Iterable[nn.Module], context: Tensor, mask: Tensor, t: Tensor, tokens: Tensor, recompute: bool = False
     ) -> Tensor:
         """Cross-entropy of each of `tokens` [B, L], masked or not, from the unmasked ones of `context` [B, L]; logits in chunks."""
+        return self.head_losses(model, self.features(model, layers, context, mask, t, recompute), tokens)
+
+    def head_losses(self, model: BlockModel, features: Tensor, tokens: Tensor) -> Tensor:
+        """[B, L], from features [B, L, D]."""
 
         def loss(part: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(model, part), target, reduction="none")
 
-        features = self.features(model, layers, context, mask, t, recompute)
         return in_chunks(loss, self.head_chunk, features.flatten(0, -2), tokens.flatten()).view(tokens.shape)
 
+    def input(self, model: BlockModel, tokens: Tensor, mask: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The input part. The model sees t as EDM's c_noise = ln(t) / 4: small t differ by their ratio."""
+        return model.input_part({"tokens": tokens}, tokens.masked_fill(mask, self.mask_token), c_noise(t))
+
     def features(self, model: BlockModel, layers: Iterable[nn.Module], tokens: Tensor, mask: Tensor, t: Tensor, recompute: bool = False) -> Tensor:
-        """[B, L, D] before the head, at all positions. The model sees t as EDM's c_noise = ln(t) / 4: small t differ by their ratio."""
-        h, cond = model.input_part({"tokens": tokens}, tokens.masked_fill(mask, self.mask_token), c_noise(t))
+        """[B, L, D] before the head, at all positions."""
+        h, cond = self.input(model, tokens, mask, t)
         return model.output_part(run_layers(layers, h, cond, recompute), cond)
 
     def logits(self, model: BlockModel, features: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowmem.config import NoiseConfig, RecurrentLmModel
 from lowmem.noise import Interval, append_dims, c_noise, drawn_levels, loss_weight
-from lowmem.objectives.base import run_layers, weighted
+from lowmem.objectives.base import Entered, run_layers, weighted
 from lowmem.objectives.tokens import TokenDenoising
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RecurrentDenoising(TokenDenoising):
-    """Losses in nats per token, [B]. Needs `num_blocks: 1`: prelude, core and coda are trained together."""
+    """Losses in nats per token, [B]. A block is trained alone only where it is all of the model: prelude, core and coda together."""
 
     def __init__(self, config: RecurrentLmModel) -> None:
         super().__init__(config.noisy_input, config.readout, config.head_chunk)
@@ -54,25 +54,31 @@ class RecurrentDenoising(TokenDenoising):
         state = lm.noisy(self.network_input(model, z, sigma, noise))
         return lm.features(run_layers([*core, *coda], lm.inject(state, embedded), cond, recompute), cond)
 
-    def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
-        iterations = self.fixed_iterations or self.drawn_iterations(random.Random(torch.initial_seed()))
-        features = self.loop_features(model, layers, batch, iterations, recompute)
-        return self._chunked(model, features, batch["tokens"], None, None).mean(1)
+    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
+        return self.entered(model, batch["tokens"], self.fixed_iterations or self.drawn_iterations(random.Random(torch.initial_seed())))
 
-    def loop_features(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, iterations: int, recompute: bool = False) -> Tensor:
-        """Features [B, L, D] after the loop; gradients flow through its last `backprop_iterations`."""
+    def entered(self, model: BlockModel, tokens: Tensor, iterations: int) -> Entered:
+        lm: RecurrentLm = model  # type: ignore[assignment]
+        return Entered(lm.shifted(tokens), self._still(lm, tokens), {"iterations": iterations})
+
+    def through(self, model: BlockModel, layers: Iterable[nn.Module], h: Tensor, cond: Tensor, kept: dict[str, Any], recompute: bool) -> Tensor:
+        """The core, all of it, runs the whole loop; gradients flow through its last `backprop_iterations`."""
         lm: RecurrentLm = model  # type: ignore[assignment]
         prelude, core, coda = lm.parts(list(layers))
-        cond = self._still(lm, batch["tokens"])
-        embedded = run_layers(prelude, lm.shifted(batch["tokens"]), cond, recompute)
-        state = torch.randn_like(embedded)
-        free = max(iterations - self.config.backprop_iterations, 0)
-        with torch.no_grad():
-            for _ in range(free):
-                state = run_layers(core, lm.inject(state, embedded), cond)
-        for _ in range(iterations - free):
-            state = run_layers(core, lm.inject(state, embedded), cond, recompute)
-        return lm.features(run_layers(coda, state, cond, recompute), cond)
+        h = run_layers(prelude, h, cond, recompute)
+        if core:
+            embedded, h = h, torch.randn_like(h)
+            free = max(kept["iterations"] - self.config.backprop_iterations, 0)
+            with torch.no_grad():
+                for _ in range(free):
+                    h = run_layers(core, lm.inject(h, embedded), cond)
+            for _ in range(kept["iterations"] - free):
+                h = run_layers(core, lm.inject(h, embedded), cond, recompute)
+        return run_layers(coda, h, cond, recompute)
+
+    def leave(self, model: BlockModel, h: Tensor, cond: Tensor, kept: dict[str, Any], batch: Batch, noise: NoiseConfig) -> Tensor:
+        lm: RecurrentLm = model  # type: ignore[assignment]
+        return self._chunked(model, lm.features(h, cond), batch["tokens"], None, None).mean(1)
 
     def drawn_iterations(self, generator: random.Random) -> int:
         """At least 1; Poisson with mean `iterations`, by counting unit-rate arrivals."""

@@ -10,7 +10,7 @@ Logits exist for `head_chunk` tokens at a time: forward and again in backward.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowmem.config import NoiseConfig, NoisyInput, Readout
 from lowmem.noise import Interval, append_dims, block_interval, c_in, c_noise, drawn_levels, loss_weight
-from lowmem.objectives.base import in_chunks, mean_cosine, run_layers, weighted
+from lowmem.objectives.base import Entered, WholeLoss, in_chunks, mean_cosine, run_layers, weighted
 
 if TYPE_CHECKING:
     from lowmem.models.base import Batch, BlockModel
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 HEALTH_ROWS = 4096  # of the table, for its mean cosine
 
 
-class TokenDenoising:
+class TokenDenoising(WholeLoss):
     """Losses are means over a sequence's tokens, in nats per token, [B]."""
 
     def __init__(self, noisy_input: NoisyInput, readout: Readout, head_chunk: int) -> None:
@@ -49,10 +49,11 @@ class TokenDenoising:
             loss = weighted(loss, loss_weight(sigma, noise.sigma_data))
         return loss.mean(1)
 
-    def end_to_end_loss(self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, noise: NoiseConfig, recompute: bool) -> Tensor:
-        h, cond = model.input_part(batch, None, None)
-        features = model.output_part(run_layers(layers, h, cond, recompute), cond)
-        return self._chunked(model, features, batch["tokens"], None, None).mean(1)
+    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
+        return Entered(*model.input_part(batch, None, None), {})
+
+    def leave(self, model: BlockModel, h: Tensor, cond: Tensor, kept: dict[str, Any], batch: Batch, noise: NoiseConfig) -> Tensor:
+        return self._chunked(model, model.output_part(h, cond), batch["tokens"], None, None).mean(1)
 
     def losses(
         self, model: BlockModel, layers: Iterable[nn.Module], batch: Batch, z: Tensor, sigma: Tensor, noise: NoiseConfig, recompute: bool = False
