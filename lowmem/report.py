@@ -209,11 +209,12 @@ def _advice(plan: dict[str, Any], state: RunState, share: float, moving: float) 
         return f"waiting is {share:.1%} of compute: set offload.prefetch: true, so that a block is read while the last one trains"
     steps = recipe["blocks"]["visit_steps"]
     cures = [f"raise blocks.visit_steps from {steps} to {max(steps + 1, math.ceil(steps * moving))}, or the tokens of a step as much"]
-    if settings["optimizer"] == "adamw":
+    on_cpu = plan["profile"]["device"]["type"] == "cpu"
+    if settings["optimizer"] == "adamw" and not on_cpu:  # on a CPU 8-bit state costs more time than it saves
         cures.append("take optimizer.name: adamw8bit (half the bytes of a block)")
     room = plan["budget"]["host_bytes"] - plan["predicted"]["host_peak_bytes"]
     if settings["tier"] == "disk" and room > sum(record.num_bytes for record in state.files.values()):
-        cures.append(f"keep blocks in RAM (offload.tier: {'device' if plan['profile']['device']['type'] == 'cpu' else 'host'})")
+        cures.append(f"keep blocks in RAM (offload.tier: {'device' if on_cpu else 'host'})")
     return f"waiting is {share:.1%} of compute: {'; or '.join(cures)}"
 
 

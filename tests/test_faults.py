@@ -168,7 +168,7 @@ def test_a_slow_disk_changes_the_time_and_not_the_digest_and_the_report_says_wha
     assert state.transfer_s["disk_read_s"] >= (traffic["disk_read_bytes"] - headers) / read_rate  # type: ignore[operator]
     assert stream["disk_written_bytes_per_s"] <= 1.1 * write_rate  # type: ignore[operator]
     assert stream["exposed_share"] > 0.01
-    assert "raise blocks.visit_steps from 1 to" in stream["advice"] and "adamw8bit" in stream["advice"]
+    assert "raise blocks.visit_steps from 1 to" in stream["advice"] and "offload.tier: device" in stream["advice"]
     assert stream["advice"] in read_report(tmp_path / "slow").table()
 
 
