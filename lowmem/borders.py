@@ -178,6 +178,8 @@ class AwayBorders(Borders):
         if self._rest is None:
             self._like, self._slot_bytes = torch.empty_like(h, device="meta"), round_up(h.numel() * h.element_size(), PAGE)
             self._rest = aligned_buffer(self._slot_bytes * (1 if self._file is not None else (self.num_blocks + 1) * self.parts))
+        self.device_to_host_bytes += h.numel() * h.element_size() if self._streams else 0
+        self.disk_written_bytes += self._slot_bytes if self._file is not None else 0
         self._at_hand.append((place, h, self._thread.submit(self._out, place, h, self._now())))
         if len(self._at_hand) > AT_HAND:
             self._waited(self._at_hand.pop(0)[2])
@@ -192,6 +194,8 @@ class AwayBorders(Borders):
 
     def _fetch(self, place: Place) -> Future[Tensor]:
         target = torch.empty_like(self._like, device=self._device)  # made here: its memory belongs to the stream that computes
+        self.host_to_device_bytes += target.numel() * target.element_size() if self._streams else 0
+        self.disk_read_bytes += self._slot_bytes if self._file is not None else 0
         return self._thread.submit(self._in, place, target, self._now())
 
     def close(self) -> None:
@@ -207,13 +211,11 @@ class AwayBorders(Borders):
         self._copy(slot[: len(flat)], flat, ready, 1)
         if self._file is not None:
             self._request(os.pwrite(self._file, memoryview(slot.numpy().data), self._offset(place)))
-            self.disk_written_bytes += len(slot)
 
     def _in(self, place: Place, target: Tensor, ready: torch.cuda.Event | None) -> Tensor:
         slot, flat = self._slot(place), target.flatten().view(torch.uint8)
         if self._file is not None:
             self._request(os.preadv(self._file, [memoryview(slot.numpy().data)], self._offset(place)))
-            self.disk_read_bytes += len(slot)
         self._copy(flat, slot[: len(flat)], ready, 0)
         return target
 
@@ -227,10 +229,6 @@ class AwayBorders(Borders):
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
         stream.synchronize()
-        if way == 0:
-            self.host_to_device_bytes += len(source)
-        else:
-            self.device_to_host_bytes += len(source)
 
     # -----------------------------------------------------------------------------------------------------------------
 

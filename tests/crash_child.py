@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 from conftest import recipe_with
 
 
-def train_short(folder: str, overrides: dict[str, Any], die_at_fsync: int | None = None) -> None:
-    """Trains to the end; with `die_at_fsync` kills itself, as `kill -9` does, at that call of fsync (0 is the first)."""
+def train_short(folder: str, overrides: dict[str, Any], die_at: tuple[str, int] | None = None) -> None:
+    """Trains to the end; with `die_at` kills itself, as `kill -9` does, at that call of fsync, or of write to a block's file (0 is the first)."""
     import torch
 
     from lowmem.data import describe_data, load_data
@@ -22,15 +23,26 @@ def train_short(folder: str, overrides: dict[str, Any], die_at_fsync: int | None
     from lowmem.trainer import Trainer
 
     torch.set_num_threads(1)
-    if die_at_fsync is not None:
-        real_fsync, calls = os.fsync, iter(range(1_000_000))
+    if die_at is not None:
+        call, moment = die_at
+        calls = iter(range(1_000_000))
+
+        def count(name: str) -> None:
+            if name == call and next(calls) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        real_fsync, real_file = os.fsync, io.FileIO
 
         def fsync(handle: int) -> None:
-            if next(calls) == die_at_fsync:
-                os.kill(os.getpid(), signal.SIGKILL)
+            count("fsync")
             real_fsync(handle)
 
-        os.fsync = fsync
+        class File(real_file):  # type: ignore[misc,valid-type]
+            def write(self, data: Any) -> Any:
+                count("write")
+                return super().write(data)
+
+        os.fsync, io.FileIO = fsync, File  # type: ignore[misc]
     recipe = recipe_with(**overrides)
     build = model_builder(recipe, describe_data(recipe))
     run = RunDir(Path(folder))

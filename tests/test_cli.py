@@ -85,7 +85,11 @@ def test_a_budget_too_small_exits_3_with_the_table_the_largest_part_and_the_cure
         (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "optimizer.name=adam8bit"], "did you mean 'adamw8bit'?"),
         (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.lr=3e-4"], "write 3.0e-4"),
         (["train", "digits-vit", "--profile", "rtx-3060-12gb"], "needs a CUDA device"),
-        (["train", "digits-vit-end-to-end", "--profile", "cpu-4gib", "--set", "offload.tier=disk"], "allowed with method end_to_end"),
+        (
+            ["train", "digits-vit-end-to-end", "--profile", "cpu-4gib", "--set", "offload.tier=disk", "--set", "blocks.num_blocks=1"],
+            "allowed with method end_to_end and blocks.num_blocks 1: device",
+        ),
+        (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "optimizer.clip=global"], "allowed with method diffusion_blocks: block"),
         (["report", "nowhere"], "no plan.json"),
         (["status", "nowhere"], "no plan.json"),
         (["eval", "nowhere"], "no plan.json"),

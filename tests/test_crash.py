@@ -25,6 +25,7 @@ RUN = {
     "optimizer__name": "adamw8bit",
     "offload__tier": "disk",
 }
+WHOLE = {**RUN, "method": "end_to_end"}  # streamed: block after block in every step
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +36,15 @@ def processes() -> Any:
     return context
 
 
-def start(processes: Any, folder: Path, overrides: dict[str, Any], die_at_fsync: int | None = None) -> Any:
-    process = processes.Process(target=train_short, args=(str(folder), overrides, die_at_fsync))
+def start(processes: Any, folder: Path, overrides: dict[str, Any], die_at: tuple[str, int] | None = None) -> Any:
+    process = processes.Process(target=train_short, args=(str(folder), overrides, die_at))
     process.start()
     return process
 
 
-def final_digest(folder: Path) -> str | None:
+def final_digest(folder: Path, visits: int = 15) -> str | None:
     state = RunDir(folder).read_state()
-    assert state is not None and state.visits_done == 15
+    assert state is not None and state.visits_done == visits
     return digest(state)
 
 
@@ -61,16 +62,21 @@ def repeated_steps(folder: Path) -> list[int]:
     return repeated
 
 
-@pytest.mark.parametrize("write_back, kills", [("auto", 30), ("beside", 10)])
-def test_killed_at_random_moments_a_run_ends_with_the_unbroken_digest(tmp_path: Path, processes: Any, write_back: str, kills: int) -> None:
-    overrides = {**RUN, "offload__write_back": write_back}
+@pytest.mark.parametrize(
+    "run, write_back, kills",
+    [(RUN, "auto", 30), (RUN, "beside", 10), (WHOLE, "auto", 8), pytest.param(WHOLE, "auto", 30, marks=pytest.mark.slow)],
+)
+def test_killed_at_random_moments_a_run_ends_with_the_unbroken_digest(
+    tmp_path: Path, processes: Any, run: dict[str, Any], write_back: str, kills: int
+) -> None:
+    overrides, visits = {**run, "offload__write_back": write_back}, 5 if run is WHOLE else 15
     for name in ("warm-up", "unbroken"):  # the first also starts the server
         started = time.monotonic()
         process = start(processes, tmp_path / name, overrides)
         process.join()
         whole_s = time.monotonic() - started
         assert process.exitcode == 0
-    expected = final_digest(tmp_path / "unbroken")
+    expected = final_digest(tmp_path / "unbroken", visits)
 
     moments = random.Random(1)
     killed = runs = 0
@@ -88,8 +94,8 @@ def test_killed_at_random_moments_a_run_ends_with_the_unbroken_digest(tmp_path: 
                 continue
             assert process.exitcode == 0
             break
-        assert final_digest(folder) == expected
-        most = VISIT_STEPS if write_back == "auto" else 2 * VISIT_STEPS  # beside: also what was made while the file was being written
+        assert final_digest(folder, visits) == expected
+        most = VISIT_STEPS if write_back == "auto" and run is RUN else 2 * VISIT_STEPS  # beside: also what was made while the file was being written
         assert all(repeated <= most for repeated in repeated_steps(folder))
         assert len(list(folder.glob("*.safetensors"))) == 4, "nothing but the committed files is left"
 
@@ -104,7 +110,7 @@ def test_killed_at_every_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_
     deaths = 0
     for moment in range(24):
         folder = tmp_path / f"dies-at-{moment}"
-        first = start(processes, folder, overrides, moment)
+        first = start(processes, folder, overrides, ("fsync", moment))
         first.join()
         deaths += first.exitcode == -9
         second = start(processes, folder, overrides)
@@ -113,3 +119,29 @@ def test_killed_at_every_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_
         resumed = RunDir(folder).read_state()
         assert resumed is not None and digest(resumed) == digest(state)
     assert deaths == 24
+
+
+@pytest.mark.parametrize("call, moments", [("write", range(8, 24, 3)), pytest.param("write", range(36), marks=pytest.mark.slow)])
+def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_of_the_others(
+    tmp_path: Path, processes: Any, call: str, moments: range
+) -> None:
+    """Two visits of two steps: 8 writes (headers and data) make the first files, then each step writes 3 blocks and each commit the shared part."""
+    overrides = {**WHOLE, "train__num_steps": 4, "blocks__visit_steps": 2}
+    start(processes, tmp_path / "unbroken", overrides).join()
+    for moment in moments:
+        folder = tmp_path / f"dies-at-{moment}"
+        first = start(processes, folder, overrides, (call, moment))
+        first.join()
+        assert first.exitcode == -9
+        second = start(processes, folder, overrides)
+        second.join()
+        assert second.exitcode == 0
+        assert final_digest(folder, 2) == final_digest(tmp_path / "unbroken", 2)
+        assert len(list(folder.glob("*.safetensors"))) == 4, "nothing but the committed files is left"
+    assert start_and_exit(processes, tmp_path / "none", overrides, (call, 36)) == 0, "a run makes no more writes than those"
+
+
+def start_and_exit(*arguments: Any) -> int | None:
+    process = start(*arguments)
+    process.join()
+    return process.exitcode  # type: ignore[no-any-return]

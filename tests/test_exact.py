@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowmem import trainer as trainer_module
-from lowmem.borders import BorderBytes
+from lowmem.borders import AwayBorders, BorderBytes, Borders, border_bytes, border_calls
 from lowmem.config import Recipe
+from lowmem.evaluation import images, labels, masked, recurrent, tokens
 from lowmem.footprint import ActivationCounter
 from lowmem.hardware import load_profile
 from lowmem.models.base import Batch, BlockModel, BuildModel
@@ -28,6 +29,7 @@ from lowmem.objectives.tokens import TokenDenoising
 from lowmem.plan import Plan, make_plan
 from lowmem.report import digest
 from lowmem.run_dir import RunDir, RunState
+from lowmem.sampler import FrozenRun
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.store import HostStore
 from lowmem.stream import BlockStream
@@ -77,11 +79,16 @@ class TiedLoss(TokenDenoising):
         return (features @ model.words.weight.T).float()  # type: ignore[union-attr,operator]
 
 
+def short(num_steps: int, micro_batch_size: int = 4) -> dict[str, Any]:
+    warmup_steps = min(3, num_steps - 1)
+    sizes = {"batch_size": BATCH, "micro_batch_size": micro_batch_size, "seq_len": LENGTH}
+    return {"num_steps": num_steps, "lr": 1e-2, "warmup_steps": warmup_steps, **sizes}
+
+
 def setting(name: str, **overrides: Any) -> tuple[Recipe, BuildModel]:
     """A recipe of ten steps in visits of three, and its model."""
-    train = {"num_steps": STEPS, "batch_size": BATCH, "micro_batch_size": 4, "lr": 1e-2, "warmup_steps": 3, "seq_len": LENGTH}
     model = {"name": "custom"} if name == "tied" else {"name": name, **MODELS[name][0]}
-    changes: dict[str, Any] = {"method": "end_to_end", "data": {"name": "custom"}, "model": model, "train": train}
+    changes: dict[str, Any] = {"method": "end_to_end", "data": {"name": "custom"}, "model": model, "train": short(STEPS)}
     recipe = recipe_with(**{**changes, "blocks__num_blocks": 3, "blocks__visit_steps": 3, **overrides})
     return recipe, Tied if name == "tied" else lambda: MODELS[name][1](recipe.model)
 
@@ -294,15 +301,81 @@ def test_a_global_clip_is_torchs_clip_grad_norm(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class HeldOut:
+    """What the evaluations ask of a data set."""
+
+    num_test = 12
+
+    def test_batches(self, size: int) -> Iterator[dict[str, Any]]:
+        for start in range(0, self.num_test, size):
+            whole = {name: torch.cat([value, value.flip(0)]).numpy() for name, value in batches(99).items()}
+            yield {name: value[start : min(start + size, self.num_test)] for name, value in whole.items()}
+
+
+def read(name: str, frozen: FrozenRun) -> list[Any]:
+    data: Any = HeldOut()
+    prompt = torch.zeros(2, 1, dtype=torch.long)
+    if name == "vit":
+        return [labels.evaluate(frozen, data)]
+    if name == "dit":
+        return [images.sample(frozen, torch.arange(6), 4, 2.0, 0).tolist(), images._losses(frozen, data, 0)]
+    if name == "masked_lm":
+        return [masked.evaluate(frozen, data), masked.sample_tokens(frozen, 2, 4, 0).tolist()]
+    if name == "causal_lm":
+        return [tokens.evaluate(frozen, data), tokens.generate(frozen, prompt, 4, 1.0, 0.9, 0).tolist()]
+    return [recurrent.evaluate(frozen, data), recurrent.generate(frozen, prompt, 4, 1.0, 0.9, 0).tolist()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_that_streams_is_read_with_the_figures_of_a_resident_one(tmp_path: Path, name: str) -> None:
+    eval_config = {"batch_size": 4}
+    _, plan = trained(tmp_path, name, offload__tier="disk", train=short(2), eval=eval_config)
+    figures = []
+    for resident in (False, True):
+        with FrozenRun(RunDir(tmp_path), plan, lambda: setting_model(plan), resident) as frozen, torch.no_grad():
+            assert frozen.stream.resident == resident
+            figures.append(read(name, frozen))
+    assert figures[0] == figures[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Borders
+
+
+@pytest.mark.parametrize("num_blocks, parts", [(2, 1), (2, 2), (3, 3), (4, 7)])
+@pytest.mark.parametrize("two_passes", [False, True])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_borders_away_from_the_device_give_back_what_was_put_last(tmp_path: Path, num_blocks: int, parts: int, two_passes: bool, tier: str) -> None:
+    shape = num_blocks, parts, two_passes
+    away = AwayBorders(*shape, torch.device("cpu"), tmp_path if tier == "disk" else None)
+    near = Borders(*shape)
+    for _ in range(2):  # steps
+        for borders in (near, away):
+            borders.begin()
+        for is_put, place in border_calls(*shape):
+            if is_put:
+                h = torch.randn(2, 700)
+                for borders in (near, away):
+                    borders.put(place, h)
+            else:
+                assert torch.equal(away.get(place), near.get(place))
+    away.close()
+    assert list(tmp_path.iterdir()) == []
+    counted = border_bytes(tier, True, 5600, 0, *shape)  # type: ignore[arg-type]
+    assert (away.disk_read_bytes, away.disk_written_bytes) == (2 * counted.disk_read, 2 * counted.disk_written)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Bytes
 
 
 @pytest.mark.parametrize("clip", ["block", "global"])
 @pytest.mark.parametrize("micro_batch_size", [8, 4, 1])
 def test_the_bytes_moved_are_those_of_the_plan_with_borders_on_disk(tmp_path: Path, clip: str, micro_batch_size: int) -> None:
-    changes = {"offload__tier": "disk", "offload__borders": "disk", "optimizer__clip": clip}
-    recipe, _ = setting("masked_lm")
-    changes["train"] = {**recipe.train.model_dump(), "micro_batch_size": micro_batch_size, "num_steps": 3}
+    changes = {"offload__tier": "disk", "offload__borders": "disk", "optimizer__clip": clip, "train": short(3, micro_batch_size)}
     state, plan = trained(tmp_path / "run", "masked_lm", **changes)
     traffic = plan.predicted.traffic
     assert traffic is not None

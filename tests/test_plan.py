@@ -25,7 +25,7 @@ def machine(memory_gib: float) -> Profile:
 
 
 def planned(memory_gib: float, **changes: Any) -> Plan:
-    recipe = recipe_with(method="end_to_end", train__batch_size=1024, train__recompute=False, model__dim=128, **changes)
+    recipe = recipe_with(method="end_to_end", train__batch_size=1024, train__recompute=False, model__dim=128, offload__tier="device", **changes)
     return make_plan(model_builder(recipe, describe_data(recipe)), recipe, machine(memory_gib))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,9 @@ def test_it_trains_by_either_method_from_every_tier(tmp_path: Path, method: str)
     model = {**CONFIG.model_dump(), "head_chunk": 64, "dim": 32}
     changes = {"model": model, "data": {"name": "custom"}, "train__seq_len": LENGTH, "train__num_steps": 4, "blocks__visit_steps": 2}
     digests = set()
-    for tier in ["device"] if method == "end_to_end" else ["device", "disk"]:
-        recipe = recipe_with(**changes, method=method, blocks__num_blocks=1, train__batch_size=8, train__warmup_steps=0, offload__tier=tier)
+    for tier in ["device", "disk"]:
+        num_blocks = 3 if method == "end_to_end" else 1
+        recipe = recipe_with(**changes, method=method, blocks__num_blocks=num_blocks, train__batch_size=8, train__warmup_steps=0, offload__tier=tier)
         settings = recipe.model
         assert isinstance(settings, RecurrentLmModel)
 
@@ -148,6 +150,7 @@ def test_greedy_text_goes_on_as_the_training_text_did_and_past_the_length_traine
         assert nothing.shape == (2, 4) and torch.equal(nothing, (nothing[:, :1] + torch.arange(4)) % VOCAB)
 
 
-def test_more_than_one_block_is_refused() -> None:
-    with pytest.raises(ConfigError, match="allowed with model recurrent_lm: 1"):
-        recipe_with(model=CONFIG.model_dump(), data={"name": "custom"}, blocks__num_blocks=2)
+def test_blocks_that_would_cut_its_core_are_refused() -> None:
+    for method, num_blocks, allowed in (("diffusion_blocks", 3, "1 (its core"), ("end_to_end", 2, "1 or 3 (prelude, core, coda)")):
+        with pytest.raises(ConfigError, match=re.escape(f"allowed with model recurrent_lm: {allowed}")):
+            recipe_with(model=CONFIG.model_dump(), method=method, data={"name": "custom"}, blocks__num_blocks=num_blocks)
