@@ -326,7 +326,7 @@ def _advice(plan: Plan) -> str:
         cures.append("optimizer.name: adamw8bit")
     if settings.weights == "float32" and settings.precision == "bfloat16" and largest in ("weights", "shared_part", "staging", "blocks"):
         cures.append("train.weights: bfloat16")
-    if 4 * parts.get("gradients", 0) >= parts[largest]:
+    if 4 * parts.get("gradients", 0) >= parts[largest] and (together or plan.recipe.method != "end_to_end"):
         cures.append("optimizer.grad_clip: null (with one micro-batch updates then run during backward, and no gradients gather)")
     if largest == "staging" and plan.recipe.offload.prefetch:
         cures.append("offload.prefetch: false")

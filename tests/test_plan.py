@@ -99,6 +99,7 @@ def test_weights_kept_in_bf16_take_two_bytes_each_and_no_copy() -> None:
 
 def test_a_plan_that_does_not_fit_offers_bf16_weights_and_updates_during_backward() -> None:
     common = {"method": "end_to_end", "train__batch_size": 1, "train__precision": "bfloat16", "model__dim": 2048, "optimizer__name": "adamw8bit"}
+    common["offload__tier"] = "device"
     recipe, taken = recipe_with(**common), recipe_with(**common, optimizer__grad_clip=None, train__weights="bfloat16")
     build = model_builder(recipe, describe_data(recipe))
     with pytest.raises(BudgetError, match=r"Largest part: weights .* train\.weights: bfloat16, or optimizer\.grad_clip: null"):
