@@ -30,10 +30,12 @@ from lowmem.data_npz import open_npz
 from lowmem.data_text import load_text
 from lowmem.data_tokenizer import Tokenizer
 from lowmem.errors import ConfigError, DataError
+from lowmem.units import MIB
 
 DIGITS_TRAIN, DIGITS_TEST = 1437, 360
 DIGITS_SPLIT_SEED = 0  # the split (stratified by class) is part of the data set, not of the run
 DIGITS_LEVEL = 255 / 16  # its pixels are 0 to 16
+DIGITS_BYTES = 45 * MIB  # measured: the import of scikit-learn; the digits themselves are 0.1 MiB
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class DataSpec:
     num_classes: int | None = None
     vocab_size: int | None = None
     seq_len: int | None = None  # tokens
+    host_bytes: int = 0  # held in memory while training; text and folders of images are read where they lie
 
 
 ArrayBatch = dict[str, "np.ndarray[Any, Any]"]
@@ -90,7 +93,7 @@ def describe_data(recipe: Recipe, tokenizer: Tokenizer | None = None) -> DataSpe
     """
     data = recipe.data
     if isinstance(data, DigitsData):
-        return DataSpec(image_shape=(1, 8, 8), num_classes=10)
+        return DataSpec(image_shape=(1, 8, 8), num_classes=10, host_bytes=DIGITS_BYTES)
     if isinstance(data, TextConfig):
         seq_len, declared = _seq_len(recipe), getattr(data, "vocab_size", None)
         return DataSpec(vocab_size=declared or load_text(data, seq_len, tokenizer).vocab_size, seq_len=seq_len)
@@ -99,7 +102,7 @@ def describe_data(recipe: Recipe, tokenizer: Tokenizer | None = None) -> DataSpe
             channels, height, width = data.known_shape
             return DataSpec(image_shape=(channels, height, width), num_classes=data.num_classes)
         images = _open_images(data)
-        return DataSpec(image_shape=images.image_shape, num_classes=images.num_classes)
+        return DataSpec(image_shape=images.image_shape, num_classes=images.num_classes, host_bytes=images.host_bytes)
     raise _custom()
 
 

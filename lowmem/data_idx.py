@@ -36,7 +36,8 @@ def open_idx(config: IdxImagesData) -> ImageSet:
     def load(part: str) -> Part:
         return {"image": _read(paths[part]).reshape(-1, *image_shape), "label": labels[part]}
 
-    return ImageSet(image_shape, num_classes, lambda: (load("train"), load("test")))
+    held_bytes = sum(math.prod(shape) for shape in shapes.values())
+    return ImageSet(image_shape, num_classes, lambda: (load("train"), load("test")), held_bytes)
 
 
 def _find(config: IdxImagesData, part: str, kind: str) -> Path:

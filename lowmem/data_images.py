@@ -34,6 +34,7 @@ class ImageSet:
     image_shape: tuple[int, int, int]  # channels, height, width
     num_classes: int
     load: Callable[[], tuple[Part, Part]]
+    host_bytes: int = 0  # that both parts hold once loaded
 
 
 class DecodedRows:

@@ -48,7 +48,8 @@ def open_npz(config: NpzImagesData) -> ImageSet:
                 images = _channels_first(archive.read(f"{part}_images"))
         return {"image": images, "label": labels[part].astype(np.int64)}
 
-    return ImageSet((train[0], train[1], train[2]), num_classes, lambda: (load("train"), load("test")))
+    held_bytes = sum(int(offsets[part][-1]) if part in offsets else math.prod(pixels[part]) for part in PARTS)
+    return ImageSet((train[0], train[1], train[2]), num_classes, lambda: (load("train"), load("test")), held_bytes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from lowmem.traffic import StreamedTraffic, streamed_traffic
 from lowmem.units import MIB, from_gib
 
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CPU_HEAP_SLACK_BYTES = 96 * MIB  # freed chunks below glibc's 32 MiB threshold stay in its heap; seen: 35 to 118 MiB, never more than activations
+BITSANDBYTES_BYTES = 44 * MIB  # what its import takes on the host, measured
 HOST_RUNTIME_GIB = 1.2  # a process that uses CUDA, on the host: libraries and driver; typical, not measured here
 
 
@@ -249,7 +249,8 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings, counter: ActivationCounter) -> Predicted:
+def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings, counter: ActivationCounter, data_bytes: int = 0) -> Predicted:
+    """`data_bytes`: what the data hold in host memory."""
     layouts, shared = layouts_of(model, settings)
     slices = model.block_slices(settings.num_blocks)
     whole = recipe.method == "end_to_end"
@@ -272,8 +273,6 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
         dtypes = COMPUTE_DTYPE[settings.weights], COMPUTE_DTYPE[settings.precision]
         workspace = max(workspace_bytes(group.stop - group.start, group.quantized, *dtypes) for group in groups)
     activations = [max(peak, workspace) for peak in passes]
-    if profile.device.type == "cpu":
-        activations = [peak + min(peak, CPU_HEAP_SLACK_BYTES) for peak in activations]
     slots, ring = staging_bytes(slot_bytes, resident, recipe.offload.prefetch, copied=profile.device.type == "cuda")
     host_staging = shared.total_bytes + ring + (slots if profile.unified else 0)
     device_staging = host_staging if profile.unified else slots
@@ -293,12 +292,22 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
         "staging": device_staging,
         "runtime_floor": profile.runtime_floor_bytes,
     }
+    if profile.unified:
+        category["data"] = data_bytes
+        if settings.optimizer == "adamw8bit" and profile.device.type == "cpu":
+            category["runtime_floor"] += BITSANDBYTES_BYTES
     device_peak = sum(category.values())
     if profile.unified:
         host_category = category
     else:
         host_copies = sum(layout.total_bytes for layout in (*layouts, shared)) if settings.tier == "host" else 0
-        host_category = {"blocks": host_copies, "borders": borders.host, "staging": host_staging, "runtime_floor": from_gib(HOST_RUNTIME_GIB)}
+        host_category = {
+            "blocks": host_copies,
+            "borders": borders.host,
+            "staging": host_staging,
+            "data": data_bytes,
+            "runtime_floor": from_gib(HOST_RUNTIME_GIB),
+        }
     files = sum(layout.total_bytes + len(layout.header()) for layout in (*layouts, shared))
     written = layouts if whole else visited  # between two commits, beside the files of the last one
     return Predicted(

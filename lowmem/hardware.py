@@ -25,7 +25,7 @@ from lowmem.errors import ProfileError
 from lowmem.strict import Section, find_file, names_in, parse, read_yaml
 from lowmem.units import GIB, MIB, from_gib
 
-RUNTIME_FLOOR_GIB = {"cpu": 0.33, "mps": 0.33, "cuda": 0.45}  # process and driver, before the first tensor
+RUNTIME_FLOOR_GIB = {"cpu": 0.233, "mps": 0.233, "cuda": 0.45}  # process and driver, before the first tensor
 LANE_GIB_PER_S = {1: 0.233, 2: 0.466, 3: 0.917, 4: 1.834, 5: 3.668, 6: 7.043}  # PCIe generation: one lane, one direction, in theory
 LINK_FRACTION, LINK_UNKNOWN_GIB_PER_S = 0.8, 12.0  # what a pinned copy reaches, of the theoretical rate; the rate where NVML does not tell
 MEASURE_BYTES = 256 * MIB
@@ -242,7 +242,7 @@ def _measure_disk(folder: Path) -> dict[str, float]:
 
 
 _RUNTIME_CHILD = """
-import bitsandbytes, psutil, sys, torch
+import lowmem.trainer, psutil, sys, torch
 from lowmem.hardware import open_nvml
 nvml = open_nvml() if sys.argv[1] == "cuda" else None
 before = nvml("nvmlDeviceGetMemoryInfo").used if nvml else 0

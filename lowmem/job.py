@@ -26,7 +26,8 @@ def plan_recipe(
     """The plan of a recipe on a machine (None: this one). Fits or not: see `Plan.fits`."""
     settled = load_recipe(recipe, overrides)
     machine: Profile = detect_profile() if profile is None else load_profile(profile)
-    return make_plan(model_builder(settled, describe_data(settled)), settled, machine, folder)
+    spec = describe_data(settled)
+    return make_plan(model_builder(settled, spec), settled, machine, folder, spec.host_bytes)
 
 
 def plan_run(recipe: str | os.PathLike[str], profile: str | os.PathLike[str] | None, overrides: Sequence[str], run_dir: Path) -> Plan:

@@ -93,11 +93,11 @@ class Plan(Section):
         return text_table(title, ("device memory", "predicted", "share"), rows, notes)
 
 
-def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder: Path | None = None) -> Plan:
+def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder: Path | None = None, data_bytes: int = 0) -> Plan:
     """The first candidate that fits: fewest blocks, then the fastest tier, no recompute, the largest micro-batch.
 
     If none fits, the smallest candidate, with `fits` false. `folder`: where the run will be (its disk's free space is the
-    disk budget); None: unknown. Nothing is allocated: the model is built on the meta device.
+    disk budget); None: unknown. `data_bytes`: what the data hold in host memory. Nothing is allocated: the model is built on the meta device.
     """
     with torch.device("meta"):
         model = build_model()
@@ -125,7 +125,7 @@ def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder:
             noise=noise,
             settings=settings,
             budget=budget,
-            predicted=predict(model, recipe, profile, settings, counter),
+            predicted=predict(model, recipe, profile, settings, counter, data_bytes),
             num_parameters=sum(p.numel() for p in model.parameters()),
             choices=_choices(recipe, profile, settings, noise),
         )

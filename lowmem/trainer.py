@@ -23,6 +23,7 @@ from lowmem.environment import read_environment
 from lowmem.errors import ResumeError, StoreError, TrainingError
 from lowmem.exact import StreamedStep
 from lowmem.footprint import COMPUTE_DTYPE, check_model, layouts_of, training_device
+from lowmem.heap import give_back_freed
 from lowmem.models.base import Batch, BuildModel
 from lowmem.optim import whole_factor
 from lowmem.plan import Plan, read_plan
@@ -87,6 +88,8 @@ class Trainer:
         Raises ResumeError if the folder belongs to another plan or process, StoreError if a file is torn or cannot be written.
         """
         self.run.acquire()
+        if self.plan.profile.unified:
+            give_back_freed()  # the plan counts on it
         recorder = stream = borders = None
         try:
             # the run folder: a new one, or what is committed
