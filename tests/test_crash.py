@@ -126,7 +126,7 @@ def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_o
     tmp_path: Path, processes: Any, call: str, moments: range
 ) -> None:
     """Two visits of two steps: 8 writes (headers and data) make the first files, then each step writes 3 blocks and each commit the shared part."""
-    overrides = {**WHOLE, "train__num_steps": 4, "blocks__visit_steps": 2}
+    overrides = {**WHOLE, "train__num_steps": 4, "train__warmup_steps": 0, "blocks__visit_steps": 2}
     start(processes, tmp_path / "unbroken", overrides).join()
     for moment in moments:
         folder = tmp_path / f"dies-at-{moment}"
