@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SETTINGS = [
     "model.num_layers=8",
     "model.dim=256",
@@ -43,3 +45,14 @@ def test_check_9_blocks_take_less_than_end_to_end_even_with_recompute_and_as_muc
     assert all(block["steps"] == 2 for block in arms["blocks"]["blocks"]), "every block has optimizer state"
     for arm in arms.values():
         assert 0.85 < arm["measured"]["device_peak_bytes"] / arm["predicted"]["device_peak_bytes"] < 1.1
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_streamed_model_does_not_grow_with_its_depth(tmp_path: Path) -> None:
+    peaks = {}
+    for num_layers in (4, 64):
+        size = [f"model.num_layers={num_layers}", f"blocks.num_blocks={num_layers}", "train.micro_batch_size=16"]
+        report = report_of(tmp_path / str(num_layers), "digits-vit-end-to-end", *size, "offload.tier=disk", "offload.borders=disk")
+        peaks[num_layers] = report["measured"]["device_peak_bytes"]
+        assert report["settings"]["tier"] == "disk" and report["predicted"]["by_category"]["borders"] > 0
+    assert peaks[64] == pytest.approx(peaks[4], rel=0.02)
