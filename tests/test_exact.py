@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lowmem.models.layers import Layer, Table, TimeEmbedding
 from lowmem.models.masked_lm import MaskedLm
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
+from lowmem.noise import Interval, sample_sigma
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.plan import Plan, make_plan
 from lowmem.report import digest
@@ -211,21 +213,40 @@ def plain(recipe: Recipe, build: BuildModel, plan: Plan, folder: Path) -> nn.Mod
 
 
 def whole_loss(model: Any, batch: Batch, recipe: Recipe) -> Tensor:
-    """[B], written out for the models of next tokens and of labels."""
+    """[B], written out for each model."""
     if isinstance(model, Vit):
         h, cond = model.input_part(batch, None, None)
         for layer in model.layers:
             h = layer(h, cond)
         return nn.functional.cross_entropy(model.output_part(h, cond).float(), batch["label"], reduction="none")
-    tokens = batch["tokens"]
+    if isinstance(model, Dit):
+        noise, image = recipe.noise, batch["image"]
+        y = image * noise.sigma_data
+        sigma = sample_sigma(torch.rand(len(y)), Interval(noise.sigma_min, noise.sigma_max), noise)
+        level, sd = sigma[:, None, None, None], noise.sigma_data
+        z = y + level * torch.randn_like(y)
+        label = torch.where(torch.rand(len(y)) < 0.1, CLASSES, batch["label"])
+        h, cond = model.input_part({"label": label}, 1 / (level**2 + sd**2).sqrt() * z, sigma.log() / 4)
+        for layer in model.layers:
+            h = layer(h, cond)
+        denoised = sd**2 / (level**2 + sd**2) * z + level * sd / (level**2 + sd**2).sqrt() * model.output_part(h, cond).float()
+        return (denoised - y).square().flatten(1).mean(1) * ((sigma**2 + sd**2) / (sigma * sd) ** 2)
+    words = batch["tokens"]
+    if isinstance(model, MaskedLm):
+        t = ((torch.rand(1) + torch.arange(len(words)) / len(words)) % 1).clamp(min=1e-4)
+        mask = torch.rand(words.shape) < t[:, None]
+        h, cond = model.input_part({"tokens": words}, words.masked_fill(mask, VOCAB), t.log() / 4)
+        for layer in model.layers:
+            h = layer(h, cond)
+        rows = model.output_part(h, cond).flatten(0, 1).split(17)
+        losses = [nn.functional.cross_entropy(model.head(x), y, reduction="none") for x, y in zip(rows, words.flatten().split(17), strict=True)]
+        return (torch.cat(losses).view(words.shape) * mask).mean(1) / t
     if isinstance(model, RecurrentLm):
-        import random
-
         generator = random.Random(torch.initial_seed())
         iterations, clock = 0, generator.expovariate(1.0)
         while clock < model.config.iterations:
             iterations, clock = iterations + 1, clock + generator.expovariate(1.0)
-        cond, e = model.time(torch.zeros(len(tokens))), model.shifted(tokens)
+        cond, e = model.time(torch.zeros(len(words))), model.shifted(words)
         for layer in model.layers[:2]:
             e = layer(e, cond)
         h = torch.randn_like(e)
@@ -243,11 +264,11 @@ def whole_loss(model: Any, batch: Batch, recipe: Recipe) -> Tensor:
         features = model.output_part(h, cond)
     rows = features.flatten(0, 1).split(17)
     head = (lambda x: x @ model.words.weight.T) if isinstance(model, Tied) else model.head
-    losses = [nn.functional.cross_entropy(head(x), y, reduction="none") for x, y in zip(rows, tokens.flatten().split(17), strict=True)]
-    return torch.cat(losses).view(tokens.shape).mean(1)
+    losses = [nn.functional.cross_entropy(head(x), y, reduction="none") for x, y in zip(rows, words.flatten().split(17), strict=True)]
+    return torch.cat(losses).view(words.shape).mean(1)
 
 
-@pytest.mark.parametrize("name", ["vit", "causal_lm", "recurrent_lm", "tied"])
+@pytest.mark.parametrize("name", [*MODELS, "tied"])
 def test_ten_streamed_steps_leave_the_weights_and_moments_of_plain_autograd(tmp_path: Path, name: str) -> None:
     changes = {"optimizer__grad_clip": None, "offload__tier": "disk", **({"train__micro_batch_size": 8} if name == "tied" else {})}
     state, plan = trained(tmp_path / "ours", name, **changes)

@@ -60,9 +60,19 @@ def test_bf16_weights_and_updates_during_backward_take_what_is_planned_and_less(
     }
     reports = {name: report_of(tmp_path / name, "digits-vit-end-to-end", *wide, *settings) for name, settings in arms.items()}
     planned, measured = ({name: report[kind]["device_peak_bytes"] for name, report in reports.items()} for kind in ("predicted", "measured"))
-    print({name: (planned[name], measured[name]) for name in arms})
     for name in arms:
         assert 0.85 < measured[name] / planned[name] < 1.1, name
         if name != "plain":
             saved, foreseen = measured["plain"] - measured[name], planned["plain"] - planned[name]
             assert saved > 0.8 * foreseen > 0, name
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_streamed_model_does_not_grow_with_its_depth(tmp_path: Path) -> None:
+    peaks = {}
+    for num_layers in (4, 64):
+        size = [f"model.num_layers={num_layers}", f"blocks.num_blocks={num_layers}", "train.micro_batch_size=16"]
+        report = report_of(tmp_path / str(num_layers), "digits-vit-end-to-end", *size, "offload.tier=disk", "offload.borders=disk")
+        peaks[num_layers] = report["measured"]["device_peak_bytes"]
+        assert report["settings"]["tier"] == "disk" and report["predicted"]["by_category"]["borders"] > 0
+    assert peaks[64] == pytest.approx(peaks[4], rel=0.02)

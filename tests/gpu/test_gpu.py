@@ -142,3 +142,34 @@ def test_every_architecture_gives_the_same_digest_from_device_and_disk(tmp_path:
         digests.add(train(tmp_path / tier, settled, profile)["digest"])
     record(f"digests of {recipe}", distinct=len(digests))
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("clip", ["block", "global"])
+def test_a_streamed_model_trained_end_to_end_has_the_resident_digest(tmp_path: Path, profile: Profile, precision: str, clip: str) -> None:
+    """Blocks from host memory and from disk, activations at their borders on the device, in host memory and on disk, two micro-batches."""
+    common = {
+        **SHORT,
+        "method": "end_to_end",
+        "train__micro_batch_size": 32,
+        "train__precision": precision,
+        "optimizer__clip": clip,
+        "model__dropout": 0.1,
+    }
+    arms = {"device": {"offload__tier": "device"}}
+    for tier, borders in (("host", "device"), ("host", "host"), ("disk", "host"), ("disk", "disk")):
+        arms[f"{tier}, borders {borders}"] = {"offload__tier": tier, "offload__borders": borders}
+    arms["host, no prefetch"] = {"offload__tier": "host", "offload__prefetch": False}  # type: ignore[dict-item]
+    digests = {name: train(tmp_path / name, recipe_with(**{**common, **changes}), profile)["digest"] for name, changes in arms.items()}
+    record(f"end to end, streamed, {precision}, clip {clip}", arms=len(digests), distinct=len(set(digests.values())))
+    assert len(set(digests.values())) == 1 and None not in digests.values(), digests
+
+
+@pytest.mark.parametrize("tier, borders", [("host", "host"), ("disk", "disk")])
+def test_a_streamed_model_moves_the_bytes_of_the_plan(tmp_path: Path, profile: Profile, tier: str, borders: str) -> None:
+    recipe = recipe_with(**SHORT, method="end_to_end", train__micro_batch_size=16, offload__tier=tier, offload__borders=borders)
+    content = train(tmp_path / "run", recipe, profile)
+    traffic = RunDir(tmp_path / "run").read_plan()["predicted"]["traffic"]
+    for name, counted in content["traffic"].items():
+        assert counted == traffic["start"][name] + 12 * traffic["step"][name] + 3 * traffic["commit"][name], name
+    record(f"streamed traffic, tier {tier}, borders {borders}", **content["traffic"])
