@@ -34,6 +34,7 @@ setup(
         "rich>=13",
         "typer>=0.15",
         "filelock>=3.13",
+        "xxhash>=3.4",
     ],
     extras_require={
         "data": DATA,

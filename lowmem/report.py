@@ -160,7 +160,7 @@ def digest(state: RunState) -> str | None:
     if not state.files:
         return None
     keys = sorted((key for key in state.files if key != "shared"), key=lambda key: int(key.partition("-")[2]))
-    return hashlib.sha256("".join(state.files[key].sha256 for key in [*keys, "shared"]).encode()).hexdigest()
+    return hashlib.sha256("".join(state.files[key].digest for key in [*keys, "shared"]).encode()).hexdigest()
 
 
 def queue_totals(plan: dict[str, Any]) -> tuple[int, int]:

@@ -28,11 +28,11 @@ LOCK_WAIT_S = 0.5  # a look at the lock by `lowmem status` holds it for an insta
 
 
 class FileRecord(Section):
-    """A committed file: its name in the run folder, its whole size, the sha256 of its data section."""
+    """A committed file: its name in the run folder, its whole size, the digest of its data section (see `store`)."""
 
     name: str = Field(pattern=r"^[a-z0-9.-]+\.safetensors$")
     num_bytes: int
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class BlockRecord(Section):

@@ -27,7 +27,7 @@ time.sleep(120)
 
 def add_file(run: RunDir, name: str, num_bytes: int = 8) -> FileRecord:
     (run.path / name).write_bytes(bytes(num_bytes))
-    return FileRecord(name=name, num_bytes=num_bytes, sha256="0" * 64)
+    return FileRecord(name=name, num_bytes=num_bytes, digest="0" * 64)
 
 
 def state_with(*records: FileRecord, visits_done: int = 0) -> RunState:
@@ -150,7 +150,7 @@ def test_a_folder_without_a_plan_is_not_a_run(run: RunDir) -> None:
 def test_file_names_sort_by_block_and_visit_and_are_accepted_in_a_state(run: RunDir) -> None:
     names = [run.file_name("block-3", 12), run.file_name("shared", 0)]
     assert names == ["block-0003.000012.safetensors", "shared.000000.safetensors"]
-    assert [FileRecord(name=name, num_bytes=0, sha256="0" * 64).name for name in names] == names
+    assert [FileRecord(name=name, num_bytes=0, digest="0" * 64).name for name in names] == names
 
 
 def test_first_difference_names_the_first_dotted_key_with_both_values() -> None:
