@@ -94,6 +94,15 @@ class Report:
                 f"disk read {format_bytes(traffic['disk_read_bytes'])}, written {format_bytes(traffic['disk_written_bytes'])}",
             ),
         ]
+        planned = content["predicted"]["traffic"]
+        if planned:
+            rows.append(
+                (
+                    "planned",
+                    f"link in {format_bytes(planned['host_to_device_bytes'])}, out {format_bytes(planned['device_to_host_bytes'])}; disk read "
+                    f"{format_bytes(planned['disk_read_bytes'])}, written {format_bytes(planned['disk_written_bytes'])} (one process, to the end)",
+                )
+            )
         rows += _stream_rows(content["stream"])
         metrics = content["metrics"]
         if metrics:
@@ -116,7 +125,10 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
         "settings": settings,
         "num_parameters": plan["num_parameters"],
         "budget": plan["budget"],
-        "predicted": {name: predicted[name] for name in ("device_peak_bytes", "host_peak_bytes", "disk_bytes", "by_category", "host_by_category")},
+        "predicted": {
+            **{name: predicted[name] for name in ("device_peak_bytes", "host_peak_bytes", "disk_bytes", "by_category", "host_by_category")},
+            "traffic": unbroken_traffic(predicted.get("traffic"), recipe, visits_total),
+        },
         "measured": {name: state.measured.get(name, 0) for name in ("device_peak_bytes", "host_peak_bytes", "disk_bytes")},
         "blocks": [{**record.model_dump(), "predicted_peak_bytes": predicted["block_peak_bytes"][record.block]} for record in state.blocks],
         "time": {name: state.time.get(name, 0.0) for name in ("total_s", "compute_s", "exposed_transfer_s", "commit_s")},
@@ -153,6 +165,14 @@ def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         **{k: report[k] for k in ("method", "progress", "blocks", "measured", "budget", "metrics")},
         "last": last,
     }
+
+
+def unbroken_traffic(traffic: dict[str, Any] | None, recipe: dict[str, Any], visits: int) -> dict[str, int] | None:
+    """What the plan of a model that streams says of a whole run made by one process; None for other runs."""
+    if traffic is None:
+        return None
+    steps = recipe["train"]["num_steps"]
+    return {name: start + steps * traffic["step"][name] + visits * traffic["commit"][name] for name, start in traffic["start"].items()}
 
 
 def digest(state: RunState) -> str | None:

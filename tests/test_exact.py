@@ -29,7 +29,7 @@ from lowmem.models.vit import Vit
 from lowmem.noise import Interval, sample_sigma
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.plan import Plan, make_plan
-from lowmem.report import digest
+from lowmem.report import digest, read_report
 from lowmem.run_dir import RunDir, RunState
 from lowmem.sampler import FrozenRun
 from lowmem.schedule import learning_rate, mix_seed
@@ -413,6 +413,8 @@ def test_the_bytes_moved_are_those_of_the_plan(tmp_path: Path, tier: str, clip: 
     if tier == "host":
         through_ram(monkeypatch)
     state, plan = trained(tmp_path / "run", "causal_lm", offload__tier="disk", optimizer__clip=clip)
+    content = read_report(tmp_path / "run").content
+    assert tier == "host" or content["predicted"]["traffic"] == content["traffic"]
     assert plan.predicted.traffic is not None
     traffic = plan.predicted.traffic
     if tier == "host":
