@@ -88,21 +88,11 @@ class Report:
                 f"{format_seconds(time['total_s'])} training: compute {format_seconds(time['compute_s'])}, "
                 f"exposed transfer {format_seconds(time['exposed_transfer_s'])}, commits {format_seconds(time['commit_s'])}",
             ),
-            (
-                "traffic",
-                f"link in {format_bytes(traffic['host_to_device_bytes'])}, out {format_bytes(traffic['device_to_host_bytes'])}; "
-                f"disk read {format_bytes(traffic['disk_read_bytes'])}, written {format_bytes(traffic['disk_written_bytes'])}",
-            ),
+            ("traffic", _traffic_text(traffic)),
         ]
         planned = content["predicted"]["traffic"]
         if planned:
-            rows.append(
-                (
-                    "planned",
-                    f"link in {format_bytes(planned['host_to_device_bytes'])}, out {format_bytes(planned['device_to_host_bytes'])}; disk read "
-                    f"{format_bytes(planned['disk_read_bytes'])}, written {format_bytes(planned['disk_written_bytes'])} (one process, to the end)",
-                )
-            )
+            rows.append(("planned", f"{_traffic_text(planned)} (one process, to the end)"))
         rows += _stream_rows(content["stream"])
         metrics = content["metrics"]
         if metrics:
@@ -236,6 +226,11 @@ def _advice(plan: dict[str, Any], state: RunState, share: float, moving: float) 
     if settings["tier"] == "disk" and room > sum(record.num_bytes for record in state.files.values()):
         cures.append(f"keep blocks in RAM (offload.tier: {'device' if on_cpu else 'host'})")
     return f"waiting is {share:.1%} of compute: {'; or '.join(cures)}"
+
+
+def _traffic_text(traffic: dict[str, int]) -> str:
+    into, out, read, written = (format_bytes(traffic[f"{way}_bytes"]) for way in WAYS)
+    return f"link in {into}, out {out}; disk read {read}, written {written}"
 
 
 def _stream_rows(stream: dict[str, Any]) -> list[tuple[str, str]]:
