@@ -9,6 +9,7 @@ import base64
 import io
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,24 +71,12 @@ class History:
 
 def write_page(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> Path:
     """Writes the page of these runs. Raises ResumeError or StoreError for a folder that is no run, ConfigError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("report --html: needs matplotlib, which is not installed; allowed: any 3.8 or newer: pip install 'lowmem[plots]'") from None
     from jinja2 import Environment
 
     reports = [read_report(run_dir) for run_dir in run_dirs]
     histories = [_history(Path(run_dir), report.content) for run_dir, report in zip(run_dirs, reports, strict=True)]
     names = [Path(run_dir).resolve().name for run_dir in run_dirs]
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "lowmem",
-        "text.parse_math": False,
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(style):
+    with _style():
         runs = [_run(Path(folder), name, *parts) for folder, name, parts in zip(run_dirs, names, zip(reports, histories, strict=True), strict=True)]
         comparison = None
         if len(runs) > 1:
@@ -96,11 +85,30 @@ def write_page(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLik
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
     columns = {"memory_columns": MEMORY_COLUMNS, "block_columns": BLOCK_COLUMNS}
     text = Environment(autoescape=True).from_string(TEMPLATE).render(title=f"lowmem: {title}", runs=runs, comparison=comparison, **columns)
-    path = Path(out)
+    return _written(Path(out), text)
+
+
+def write_curves(run_dirs: Sequence[str | os.PathLike[str]], names: Sequence[str], out: str | os.PathLike[str]) -> Path:
+    """Writes the learning curves of these runs as one SVG. Raises as `write_page`."""
+    histories = [_history(Path(run_dir), read_report(run_dir).content) for run_dir in run_dirs]
+    with _style():
+        return _written(Path(out), _losses_plot(names, histories))
+
+
+def _style() -> AbstractContextManager[None]:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("plots: need matplotlib, which is not installed; allowed: any 3.8 or newer: pip install 'lowmem[plots]'") from None
+    fixed: Any = {"svg.fonttype": "none", "svg.hashsalt": "lowmem", "text.parse_math": False}
+    return matplotlib.rc_context({**fixed, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def _written(path: Path, text: str) -> Path:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as problem:
-        raise ConfigError(f"--html: {path}: {problem.strerror}; give a file in a folder that can be written") from None
+        raise ConfigError(f"{path}: {problem.strerror}; give a file in a folder that can be written") from None
     return path
 
 
