@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -46,7 +46,7 @@ class DataSpec:
     num_classes: int | None = None
     vocab_size: int | None = None
     seq_len: int | None = None  # tokens
-    host_bytes: int = 0  # held in memory while training; text and folders of images are read where they lie
+    host_bytes: int = field(default=0, compare=False)  # held in memory while training; text and folders of images are read where they lie
 
 
 ArrayBatch = dict[str, "np.ndarray[Any, Any]"]

@@ -67,4 +67,5 @@ def _other_data(recipe: Recipe, spec: DataSpec, overrides: Sequence[str]) -> Dat
 
 
 def _words(spec: DataSpec) -> str:
-    return ", ".join(f"{name} {value}" for name, value in vars(spec).items() if value is not None)
+    said = [field.name for field in fields(spec) if field.compare and getattr(spec, field.name) is not None]
+    return ", ".join(f"{name} {getattr(spec, name)}" for name in said)
