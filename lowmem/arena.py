@@ -159,7 +159,13 @@ def bind(model: nn.Module, weights: Mapping[str, Tensor], grads: Mapping[str, Te
 def unbind(model: nn.Module, layout: ArenaLayout) -> None:
     """Gives the parameters back to the meta device: no memory, no gradient."""
     for slot in layout.slots:
-        _set_parameter(model, slot.name, nn.Parameter(torch.empty(slot.shape, device="meta"), requires_grad=False))
+        _set_parameter(model, slot.name, _on_meta(slot.name, slot.shape))
+
+
+@functools.cache
+def _on_meta(name: str, shape: tuple[int, ...]) -> nn.Parameter:
+    """Made once: a small object that outlives each visit would lie amid freed activations, and the C library's heap grow around it."""
+    return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

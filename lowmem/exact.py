@@ -18,7 +18,7 @@ The bits are those of plain autograd through the whole model:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.arena import unbind
-from lowmem.borders import Borders
+from lowmem.borders import RANDOM_STATE_BYTES, Borders
 from lowmem.models.base import Batch, BlockModel
 from lowmem.optim import whole_factor
 from lowmem.plan import Plan
@@ -34,8 +34,6 @@ from lowmem.stream import BlockStream
 from lowmem.telemetry import Monitor
 from lowmem.traffic import fetches
 from lowmem.trainable import Scratch, Trainable
-
-RandomState = tuple[Tensor, Tensor | None]
 
 
 @dataclass
@@ -46,7 +44,6 @@ class Part:
     batch: Batch
     cond: Tensor
     kept: dict[str, Any]
-    states: dict[int, RandomState] = field(default_factory=dict)  # at each block's entry
     cond_grad: Tensor | None = None  # as far as the backward pass has come
     loss: Tensor | None = None
 
@@ -69,6 +66,7 @@ class StreamedStep:
         self.slices, self.recompute = model.block_slices(plan.settings.num_blocks), plan.settings.recompute
         self.num_blocks, self.recipe = plan.settings.num_blocks, plan.recipe
         self.fetches = fetches(self.num_blocks, plan.recipe.optimizer.clips_whole)
+        self.states = RandomStates(self.num_blocks, borders.parts, stream.device)
         self._stays: Tensor | None = None  # block 0, from the end of a step to the forward pass of the next
 
     def step(self, micro: Sequence[tuple[int, Batch]], step: int, lr: float, visits_done: int, durable: bool, more: bool) -> Tensor:
@@ -140,17 +138,18 @@ class StreamedStep:
         torch.manual_seed(seed)
         h, cond, kept = self.model.objective.enter(self.model, batch, self.noise)
         self.borders.put((0, index), h)
-        return Part(seed, batch, cond, kept, {0: self._random_state()})
+        self.states.save(0, index)
+        return Part(seed, batch, cond, kept)
 
     @torch.no_grad()
     def _forward(self, block: int, buffer: Tensor, parts: list[Part]) -> None:
         self.scratch.trainable(0, self.stream.layouts[block], buffer).bind(self.model, frozen=True)
         for index, part in enumerate(parts):
-            self._set_random_state(part.states[block])
+            self.states.restore(block, index)
             h = self.borders.get((block, index))
             out = self.model.objective.through(self.model, self._layers(block), h, part.cond, part.kept, False)
             self.borders.put((block + 1, index), out)
-            part.states[block + 1] = self._random_state()
+            self.states.save(block + 1, index)
         self._let_go(block, buffer)
 
     def _backward(self, block: int, buffer: Tensor, parts: list[Part]) -> Trainable:
@@ -159,7 +158,7 @@ class StreamedStep:
         trainable.bind(self.model)
         objective, last = self.model.objective, block == self.num_blocks - 1
         for index, part in enumerate(parts):
-            self._set_random_state(part.states[block])
+            self.states.restore(block, index)
             h, cond = self.borders.get((block, index)).detach().requires_grad_(), part.cond.detach().requires_grad_()
             roots = [objective.through(self.model, self._layers(block), h, cond, part.kept, self.recompute)]
             grads: list[Tensor | None] = [None]
@@ -187,14 +186,24 @@ class StreamedStep:
             if roots:
                 torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Randomness
 
-    def _random_state(self) -> RandomState:
-        device = self.stream.device
-        return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+class RandomStates:
+    """The generators' states at the entry of every block, for every micro-batch, in memory of their own for the whole run.
 
-    def _set_random_state(self, state: RandomState) -> None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], self.stream.device)
+    A tensor for each would stay in the midst of freed activations, and the C library's heap would grow around it.
+    """
+
+    def __init__(self, num_blocks: int, parts: int, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._host = torch.empty(num_blocks, parts, RANDOM_STATE_BYTES, dtype=torch.uint8)
+        self._cuda = torch.empty(num_blocks, parts, len(torch.cuda.get_rng_state(device)), dtype=torch.uint8) if self._device else None
+
+    def save(self, block: int, part: int) -> None:
+        self._host[block, part] = torch.get_rng_state()
+        if self._cuda is not None and self._device is not None:
+            self._cuda[block, part] = torch.cuda.get_rng_state(self._device)
+
+    def restore(self, block: int, part: int) -> None:
+        torch.set_rng_state(self._host[block, part].clone())  # it reads a storage from its start
+        if self._cuda is not None and self._device is not None:
+            torch.cuda.set_rng_state(self._cuda[block, part].clone(), self._device)

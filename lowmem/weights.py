@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
 from lowmem.footprint import is_resident, layouts_of, training_device
@@ -25,19 +25,20 @@ def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, File
     """
     layouts, shared_layout = layouts_of(model, plan.settings)
     store = DiskStore(run, layouts_by_key(layouts, shared_layout), {})
+    buffer = aligned_buffer(max(layout.total_bytes for layout in (*layouts, shared_layout)))  # one for all: freed ones stay in the C library's heap
     for block, layers in enumerate(model.block_slices(plan.settings.num_blocks)):
-        _create(store, block_key(block), model, [(f"layers.{i}", model.layers[i]) for i in layers], plan.recipe.train.seed)
+        _create(store, block_key(block), buffer, model, [(f"layers.{i}", model.layers[i]) for i in layers], plan.recipe.train.seed)
     shared = [(name, module) for name, module in model.named_children() if name != "layers"]
     if hasattr(model, "reset_parameters"):
         shared.append(("model", model))  # parameters that the model owns itself; its layers' are on meta here
-    _create(store, "shared", model, shared, plan.recipe.train.seed)
+    _create(store, "shared", buffer, model, shared, plan.recipe.train.seed)
     store.close()
     return store.files
 
 
-def _create(store: DiskStore, key: str, model: BlockModel, modules: list[tuple[str, nn.Module]], seed: int) -> None:
+def _create(store: DiskStore, key: str, buffer: Tensor, model: BlockModel, modules: list[tuple[str, nn.Module]], seed: int) -> None:
     layout = store.layouts[key]
-    arena = Arena(layout, aligned_buffer(layout.total_bytes))
+    arena = Arena(layout, buffer.zero_())
     views = parameter_views(layout, arena.weights)
     with torch.no_grad():
         for name, module in modules:
