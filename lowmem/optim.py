@@ -118,6 +118,11 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return torch.as_tensor((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
+def clip_gradients(grads: Tensor, max_norm: float) -> None:
+    """Scales `grads` to an L2 norm of at most `max_norm`."""
+    grads.mul_(clip_factor(gradient_norm(grads), max_norm).to(grads.dtype))
+
+
 def whole_factor(norms: Sequence[Tensor], config: OptimizerConfig) -> Tensor:
     """The factor of a whole model's gradients, from the norms of its parts."""
     assert config.grad_clip is not None
@@ -138,10 +143,10 @@ def update(arena: Arena, grads: Tensor, step: Step, factor: Tensor | None = None
 
     `factor`: of the gradients, where the whole model's norm decides (`optimizer.clip: global`); None: their own norm does.
     """
-    if factor is None and step.config.grad_clip is not None:
-        factor = clip_factor(gradient_norm(grads), step.config.grad_clip)
     if factor is not None:
         grads.mul_(factor.to(grads.dtype))
+    elif step.config.grad_clip is not None:
+        clip_gradients(grads, step.config.grad_clip)
     for group in arena.layout.groups:
         update_rows(arena, group, group.start, grads[group.start : group.stop], step)
 
