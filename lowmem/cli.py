@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -62,7 +63,7 @@ def train(
     if status and status["visits_done"] == status["visits_total"]:
         print(f"{folder}: this run is finished; choose another --run-dir to train again", file=sys.stderr)
     with live_view(folder) as listener:
-        job.train_plan(plan, folder, [] if quiet else [listener])
+        job.train_plan(plan, folder, [_stop_if_interrupted] if quiet else [_stop_if_interrupted, listener])
     report = read_report(folder)
     print(json.dumps(report.content, indent=1) if as_json else report.table())
 
@@ -227,8 +228,23 @@ def env(as_json: JsonOption = False) -> None:
         print(f"{name:<16} {value}")
 
 
+_interrupted = threading.Event()
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _stop_if_interrupted(record: dict[str, Any]) -> None:
+    """A listener. Python drops a KeyboardInterrupt that meets it within a finalizer or a weak reference's callback: the next step raises it again."""
+    if _interrupted.is_set() and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+
+
 def main() -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a shutdown is an interrupt: finish the write under way, then stop
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shutdown is an interrupt: finish the write under way, then stop
+        signal.signal(number, _interrupt)
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:

@@ -171,6 +171,40 @@ def test_status_shows_blocks_and_memory_of_a_finished_run(run: Any, trained: Pat
     assert json.loads(run("status", str(trained), "--json")[1])["state"] == "finished"
 
 
+SWALLOWING = """
+import os, signal, sys, weakref
+import lowmem.trainer
+record_step = lowmem.trainer.Trainer._record_step
+
+class Thing:
+    pass
+
+def swallow(_):
+    os.kill(os.getpid(), signal.SIGINT)  # arrives in a callback whose exceptions Python prints and drops
+
+def once(self, visit, step, *rest):
+    if visit.index == 1 and step == visit.first_step:
+        thing = Thing()
+        reference = weakref.ref(thing, swallow)
+        del thing
+    record_step(self, visit, step, *rest)
+
+lowmem.trainer.Trainer._record_step = once
+from lowmem.cli import main
+main()
+"""
+
+
+def test_an_interrupt_that_python_drops_in_a_callback_stops_the_run_all_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SWALLOWING, "train", "digits-vit", "--profile", "cpu-4gib", "--run-dir", str(tmp_path / "run"), "--quiet"]
+    command += ["--set", "blocks.visit_steps=5", "--set", "optimizer.name=adamw"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert "Exception ignored" in done.stderr
+    assert done.returncode == 130
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["visits_done"] == 1
+
+
 def test_ctrl_c_keeps_what_is_committed_and_exits_130(tmp_path: Path) -> None:
     import signal
 
