@@ -137,13 +137,13 @@ def uncounted_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [*MODELS, "tied"])
 def test_every_tier_gives_the_same_digest(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, and two micro-batches but for a tied table (see `exact`)."""
-    common = {"train__micro_batch_size": 8} if name == "tied" else {}
+    common = {"train": short(4, 8 if name == "tied" else 4)}
     arms: dict[str, dict[str, Any]] = {
         "device": {"offload__tier": "device"},
         "disk": {"offload__tier": "disk"},
-        "recompute": {"offload__tier": "disk", "train__recompute": True},
+        "recompute": {"offload__tier": "disk", "train": {**common["train"], "recompute": True}},
     }
-    digests = {arm: digest(trained(tmp_path / arm, name, **common, **changes)[0]) for arm, changes in arms.items()}
+    digests = {arm: digest(trained(tmp_path / arm, name, **{**common, **changes})[0]) for arm, changes in arms.items()}
     through_ram(monkeypatch)
     digests["host"] = digest(trained(tmp_path / "host", name, **common, offload__tier="disk")[0])
     assert len(set(digests.values())) == 1 and None not in digests.values(), digests
@@ -152,7 +152,7 @@ def test_every_tier_gives_the_same_digest(tmp_path: Path, name: str, monkeypatch
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_both_optimizers_and_precisions_give_the_resident_digest(tmp_path: Path, optimizer: str, precision: str) -> None:
-    common = {"optimizer__name": optimizer, "train__precision": precision, "optimizer__ema": 0.9, "model__dim": 64}
+    common = {"optimizer__name": optimizer, "train": {**short(4), "precision": precision}, "optimizer__ema": 0.9, "model__dim": 64}
     resident = trained(tmp_path / "device", "causal_lm", **common, offload__tier="device")[0]
     for name, changes in {"disk": {}, "waiting": {"offload__prefetch": False, "offload__write_back": "wait"}}.items():
         assert digest(trained(tmp_path / name, "causal_lm", **common, offload__tier="disk", **changes)[0]) == digest(resident)
@@ -161,7 +161,7 @@ def test_both_optimizers_and_precisions_give_the_resident_digest(tmp_path: Path,
 @pytest.mark.parametrize("num_blocks", [2, 5])
 @pytest.mark.parametrize("clip", ["block", "global"])
 def test_any_number_of_blocks_gives_the_resident_digest(tmp_path: Path, num_blocks: int, clip: str) -> None:
-    common = {"blocks__num_blocks": num_blocks, "optimizer__clip": clip, "optimizer__grad_clip": 0.01}
+    common = {"train": short(4), "blocks__num_blocks": num_blocks, "optimizer__clip": clip, "optimizer__grad_clip": 0.01}
     digests = {digest(trained(tmp_path / tier, "dit", **common, offload__tier=tier)[0]) for tier in ("device", "disk")}
     assert len(digests) == 1 and None not in digests
 
