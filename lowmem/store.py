@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -192,16 +193,9 @@ class DiskStore:
 class HostStore(DiskStore):
     """The same, with every block also in RAM, so that reads cost a copy. Files are written all the same: they are the checkpoint."""
 
-    def __init__(
-        self,
-        run_dir: RunDir,
-        layouts: Mapping[str, ArenaLayout],
-        files: Mapping[str, FileRecord],
-        ring: Ring | None = None,
-        paces: tuple[Pace, Pace] | None = None,
-    ) -> None:
-        super().__init__(run_dir, layouts, files, ring, paces)
-        self._copies: dict[str, Tensor] = {}
+    @functools.cached_property
+    def _copies(self) -> dict[str, Tensor]:
+        return {}
 
     def read(self, key: str, buffer: Tensor) -> None:
         if key not in self._copies:
