@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -174,7 +175,12 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 
 def aligned_buffer(num_bytes: int) -> Tensor:
-    """Host memory, uint8, zeros, that starts on a page."""
-    whole = torch.zeros(num_bytes + PAGE, dtype=torch.uint8)
+    """Host memory, uint8, zeros, that starts on a page.
+
+    NumPy's, not torch's: that would fill it with a team of threads, and where a reader or writer thread asks for the buffer it would get a
+    team of its own. OpenMP's teams then outnumber the cores, so they sleep instead of spinning between operations, for the rest of the run.
+    NumPy also asks for huge pages.
+    """
+    whole = torch.from_numpy(np.zeros(num_bytes + PAGE, dtype=np.uint8))
     first = -whole.data_ptr() % PAGE
     return whole[first : first + num_bytes]
