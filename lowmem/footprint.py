@@ -1,56 +1,31 @@
-"""What a run with given settings will take, in bytes, by category and by tier.
+"""What a run with given settings will take: bytes by category and by tier, traffic, and time.
 
-State is counted to the byte from the block layouts. Activations are counted by running one forward and backward pass of a
-block under fake tensors, following every storage from birth to death: the peak is the peak, with what autograd keeps, what
-recompute frees and what backward needs for a moment. The runtime floor is a constant of the device type or of the profile.
+State is counted to the byte from the block layouts, activations by a pass of each block (see `passes`). The runtime floor is a constant
+of the device type or of the profile.
 """
 
 from __future__ import annotations
 
-import contextlib
-import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
-from lowmem.arena import ArenaLayout, bind, parameter_views, unbind
+from lowmem.arena import ArenaLayout
+from lowmem.block_queue import BlockQueue
 from lowmem.borders import BorderBytes, border_bytes
-from lowmem.config import OptimizerName, Precision, Recipe, Tier
-from lowmem.errors import ConfigError, ProfileError
+from lowmem.config import Recipe
+from lowmem.duration import EIGHT_BIT_S, Duration, Work, moving_s, pass_s, run_duration, update_work
 from lowmem.hardware import Profile
-from lowmem.models.base import Batch, BlockModel, named_layer_parameters, named_shared_parameters
-from lowmem.objectives.base import Entered
-from lowmem.objectives.recurrent import RecurrentDenoising
+from lowmem.models.base import BlockModel
 from lowmem.optim import workspace_bytes
+from lowmem.passes import Pass, PassCounter
+from lowmem.settings import COMPUTE_DTYPE, Settings, is_resident, layouts_of
 from lowmem.stream import staging_bytes
 from lowmem.strict import Section
 from lowmem.traffic import StreamedTraffic, streamed_traffic
 from lowmem.units import MIB, from_gib
 
-COMPUTE_DTYPE: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BITSANDBYTES_BYTES = 44 * MIB  # what its import takes on the host, measured
+CPU_BFLOAT16_BYTES = 20 * MIB  # of kernels that a CPU makes for bf16 products at run time, measured
 HOST_RUNTIME_GIB = 1.2  # a process that uses CUDA, on the host: libraries and driver; typical, not measured here
-
-
-class Settings(Section):
-    """Everything that a recipe may leave `auto`, settled."""
-
-    num_blocks: int
-    micro_batch_size: int
-    precision: Precision
-    weights: Precision = "float32"  # as they are kept
-    recompute: bool
-    optimizer: OptimizerName
-    during_backward: bool = False  # each parameter is updated, and its gradient freed, as soon as that is whole
-    ema: bool = False  # an average of the weights is kept
-    tier: Tier
-    borders: Tier = "device"  # where activations at block borders rest, while a model trained end to end streams
-    write_back: Literal["beside", "wait"]
+HEADROOM_SHARE, HEADROOM_BYTES = 0.02, 32 * MIB  # the larger of the two
+NO_PASS = Pass(0, Work(), Work())
 
 
 class Predicted(Section):
@@ -63,196 +38,30 @@ class Predicted(Section):
     host_by_category: dict[str, int]
     block_peak_bytes: list[int]  # the device's peak while each block is visited
     traffic: StreamedTraffic | None = None  # of a model trained end to end that streams
+    time: Duration | None = None  # None: the profile lacks a rate
+
+    @property
+    def device_needed_bytes(self) -> int:
+        return with_headroom(self.device_peak_bytes)
+
+    @property
+    def host_needed_bytes(self) -> int:
+        return with_headroom(self.host_peak_bytes)
 
 
-def check_model(model: BlockModel) -> None:
-    """Raises ConfigError for a model that cannot be given weights block by block."""
-    if not len(model.layers):
-        raise ConfigError("build_model: the model has no layers; put its residual layers in `layers`, an nn.ModuleList")
-    for name, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) and not hasattr(module, "reset_parameters"):
-            raise ConfigError(f"build_model: module '{name}' ({type(module).__name__}) owns parameters but has no reset_parameters(); add one")
-    for name, buffer in model.named_buffers():
-        raise ConfigError(f"build_model: buffer '{name}' {tuple(buffer.shape)} would not stream with its block; compute it, or make it a parameter")
+def with_headroom(peak_bytes: int) -> int:
+    """What a budget must allow for a predicted peak: the prediction may be off by as much, as measured (`scripts/calibrate`)."""
+    return peak_bytes + max(round(HEADROOM_SHARE * peak_bytes), HEADROOM_BYTES)
 
 
-def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout], ArenaLayout]:
-    """The arenas of the blocks, and of the shared part."""
-
-    def layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> ArenaLayout:
-        return ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
-
-    blocks = [layout(named_layer_parameters(model, layers)) for layers in model.block_slices(settings.num_blocks)]
-    return blocks, layout(named_shared_parameters(model))
+def queue_of(recipe: Recipe, settings: Settings) -> BlockQueue:
+    blocks, train = recipe.blocks, recipe.train
+    return BlockQueue(recipe.method, settings.num_blocks, train.num_steps, blocks.visit_steps, blocks.order, train.seed)
 
 
-def training_device(profile: Profile) -> torch.device:
-    """The device to train on. Raises ProfileError if this machine has none of the profile's type."""
-    kind = profile.device.type
-    if kind == "mps":
-        raise ProfileError(f"profile {profile.name}: training on device type 'mps' is not supported; use a cpu profile on this machine")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ProfileError(
-            f"profile {profile.name}: needs a CUDA device and none is found here; use --dry-run, or a cpu profile (`lowmem profiles` lists them)"
-        )
-    return torch.device(kind)
-
-
-def is_resident(settings: Settings, unified: bool) -> bool:
-    return settings.tier == "device" or (settings.tier == "host" and unified)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Counting
-
-
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of all storages born under the mode and still alive, and their peak. `existing` tensors, and views of them, do not count."""
-
-    def __init__(self, *existing: Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live: int = 0
-        self.peak: int = 0
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        for tensor in existing:
-            storage = tensor.untyped_storage()
-            self._storages[storage._cdata] = weakref.ref(storage)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._born(leaf.untyped_storage())
-        return out
-
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._storages:
-            return
-        nbytes = storage.nbytes()
-
-        def died(_: object) -> None:
-            self.live -= nbytes
-            self._storages.pop(key, None)
-
-        self._storages[key] = weakref.ref(storage, died)
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
-
-
-class ActivationCounter:
-    """Peak bytes of one forward and backward pass beyond weights and gradients, remembered per kind of pass.
-
-    Updated during backward, parameters have gradients that come and go: they, and the updates' temporaries, count here.
-    """
-
-    def __init__(self, model: BlockModel, recipe: Recipe) -> None:
-        self._model, self._recipe = model, recipe
-        self._known: dict[Any, int] = {}
-
-    def __call__(self, layers: range, settings: Settings) -> int:
-        shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
-        key: tuple[object, ...] = (shapes, settings.micro_batch_size, settings.precision, settings.recompute)
-        if settings.during_backward:
-            key = (*key, settings.optimizer, settings.weights)
-        if key not in self._known:
-            self._known[key] = self._count(layers, settings)
-        return self._known[key]
-
-    def streamed(self, layers: range, settings: Settings) -> int:
-        """The same of one block of a model that is trained end to end and streams, its micro-batch waiting at the border (see `waiting`).
-
-        Input and output part belong to the first and the last block's pass.
-        """
-        ends = layers.start == 0, layers.stop == len(self._model.layers)
-        shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
-        key = ("streamed", ends, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
-        if key not in self._known:
-            self._known[key] = self._count_streamed(layers, settings, *ends)
-        return self._known[key]
-
-    def waiting(self, settings: Settings) -> tuple[int, int]:
-        """(bytes of one micro-batch at one border, bytes of what else of it waits on the device for the whole step)."""
-        with self._bound(range(0), settings):
-            entered, batch = self._enter(settings)
-            others = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors([entered.cond, entered.kept, batch])}
-            return entered.h.numel() * entered.h.element_size(), sum(others.values())
-
-    @contextlib.contextmanager
-    def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-        """Fake weights of some layers and of the shared part, and their gradients or what updates them, in the compute dtype."""
-        parameters = [*named_layer_parameters(self._model, layers), *named_shared_parameters(self._model)]
-        layout = ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer)
-        slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
-        if isinstance(self._model.objective, RecurrentDenoising):  # more iterations than are back-propagated take no more memory
-            self._model.objective.fixed_iterations = self._model.objective.config.backprop_iterations + 1
-
-        def updated(name: str, parameter: nn.Parameter) -> None:
-            slot = slots[name]
-            torch.empty(workspace_bytes(slot.numel, layout.group_of(slot).quantized, COMPUTE_DTYPE[settings.weights], dtype), dtype=torch.uint8)
-            parameter.grad = None
-            torch.autograd.graph.increment_version(parameter)
-
-        with FakeTensorMode():
-            flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
-            bind(self._model, parameter_views(layout, flat), updated if settings.during_backward else parameter_views(layout, grads))
-            yield flat, grads
-            unbind(self._model, layout)
-
-    @torch.no_grad()
-    def _enter(self, settings: Settings) -> tuple[Entered, Batch]:
-        batch = self._model.example_batch(settings.micro_batch_size)
-        return self._model.objective.enter(self._model, batch, self._recipe.noise), batch
-
-    def _count(self, layers: range, settings: Settings) -> int:
-        model, recipe = self._model, self._recipe
-        block = [model.layers[i] for i in layers]
-        with self._bound(layers, settings) as weights, LiveBytes(*weights) as bytes_:
-            batch = model.example_batch(settings.micro_batch_size)
-            if recipe.method == "end_to_end":
-                loss = model.objective.end_to_end_loss(model, block, batch, recipe.noise, settings.recompute)
-            else:
-                interval = model.objective.interval(0, 1, recipe.noise, 0.0)
-                loss = model.objective.block_loss(model, block, batch, interval, recipe.noise, settings.recompute)
-            try:
-                loss.mean().backward()  # type: ignore[no-untyped-call]
-            except RuntimeError as problem:
-                if not settings.during_backward or "inplace" not in str(problem):
-                    raise
-                raise ConfigError(
-                    "optimizer.during_backward: found true; allowed with this model, which needs a weight again after its gradient is whole: "
-                    "false; set optimizer.during_backward: false"
-                ) from None
-            del loss, batch
-        return int(bytes_.peak)
-
-    def _count_streamed(self, layers: range, settings: Settings, first: bool, last: bool) -> int:
-        model, objective, noise = self._model, self._model.objective, self._recipe.noise
-        with self._bound(layers, settings) as weights:
-            (h, cond, kept), batch = self._enter(settings)
-            h, cond = h.detach().requires_grad_(), cond.detach().requires_grad_()
-            h_grad, cond_grad = torch.zeros_like(h), torch.zeros_like(cond)
-            with LiveBytes(*weights, *_tensors([h, cond, kept, batch, h_grad, cond_grad])) as bytes_:
-                out = objective.through(model, [model.layers[i] for i in layers], h, cond, kept, settings.recompute)
-                if last:
-                    objective.leave(model, out, cond, kept, batch, noise).mean().backward()  # type: ignore[no-untyped-call]
-                else:
-                    torch.autograd.backward([out, cond], [h_grad, cond_grad])
-                del out
-                if first:
-                    roots = [root for root in objective.enter(model, batch, noise)[:2] if root.requires_grad]
-                    torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
-        return int(bytes_.peak)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings, counter: ActivationCounter, data_bytes: int = 0) -> Predicted:
-    """`data_bytes`: what the data hold in host memory."""
+def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings, counter: PassCounter | None, data_bytes: int = 0) -> Predicted:
+    """`data_bytes`: what the data hold in host memory. Without `counter`, what is needed before the first activation: quick, and a lower bound."""
     layouts, shared = layouts_of(model, settings)
-    slices = model.block_slices(settings.num_blocks)
     whole = recipe.method == "end_to_end"
     resident = is_resident(settings, profile.unified)
     together = whole and resident  # all blocks are trained at once
@@ -263,21 +72,20 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
     on_device = layouts if resident else visited
     slot_bytes = max(layout.total_bytes for layout in layouts)
 
-    if together:
-        passes = [counter(range(len(model.layers)), settings)]
-    else:
-        passes = [(counter.streamed if whole else counter)(layers, settings) for layers in slices]
+    passes = [NO_PASS]
+    if counter is not None:
+        slices = [range(len(model.layers))] if together else model.block_slices(settings.num_blocks)
+        passes = [(counter.streamed if whole and not together else counter)(layers, settings) for layers in slices]
     workspace = 0  # of an update, while no activation is alive
     if not settings.during_backward:
         groups = [group for layout in (*layouts, shared) for group in layout.groups]
         dtypes = COMPUTE_DTYPE[settings.weights], COMPUTE_DTYPE[settings.precision]
         workspace = max(workspace_bytes(group.stop - group.start, group.quantized, *dtypes) for group in groups)
-    activations = [max(peak, workspace) for peak in passes]
-    slots, ring = staging_bytes(slot_bytes, resident, recipe.offload.prefetch, copied=profile.device.type == "cuda")
+    activations = [max(taken.peak_bytes, workspace) for taken in passes]
+    slots, ring = staging_bytes(slot_bytes, resident, recipe.offload.prefetch, copied=profile.device.type == "cuda", num_blocks=len(layouts))
     host_staging = shared.total_bytes + ring + (slots if profile.unified else 0)
-    device_staging = host_staging if profile.unified else slots
     borders, traffic = BorderBytes(), None
-    if whole and not resident:
+    if whole and not resident and counter is not None:
         parts, two_passes = recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
         borders = border_bytes(settings.borders, profile.unified, *counter.waiting(settings), settings.num_blocks, parts, two_passes)
         traffic = streamed_traffic(layouts, shared, profile, settings.tier, two_passes, settings.recompute, borders)
@@ -289,35 +97,89 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
         "activations": max(activations),
         "borders": borders.device + (borders.host if profile.unified else 0),
         "shared_part": shared.total_bytes + (grad_bytes + copies) * shared.numel,
-        "staging": device_staging,
+        "staging": host_staging if profile.unified else slots,
         "runtime_floor": profile.runtime_floor_bytes,
     }
     if profile.unified:
         category["data"] = data_bytes
-        if settings.optimizer == "adamw8bit" and profile.device.type == "cpu":
-            category["runtime_floor"] += BITSANDBYTES_BYTES
+        if profile.device.type == "cpu":
+            category["runtime_floor"] += BITSANDBYTES_BYTES if settings.optimizer == "adamw8bit" else 0
+            category["runtime_floor"] += CPU_BFLOAT16_BYTES if settings.precision == "bfloat16" else 0
     device_peak = sum(category.values())
     if profile.unified:
         host_category = category
     else:
-        host_copies = sum(layout.total_bytes for layout in (*layouts, shared)) if settings.tier == "host" else 0
         host_category = {
-            "blocks": host_copies,
+            "blocks": sum(layout.total_bytes for layout in (*layouts, shared)) if settings.tier == "host" else 0,
             "borders": borders.host,
             "staging": host_staging,
             "data": data_bytes,
             "runtime_floor": from_gib(HOST_RUNTIME_GIB),
         }
-    files = sum(layout.total_bytes + len(layout.header()) for layout in (*layouts, shared))
     written = layouts if whole else visited  # between two commits, beside the files of the last one
     return Predicted(
         device_peak_bytes=device_peak,
         host_peak_bytes=sum(host_category.values()),
-        disk_bytes=files + sum(layout.total_bytes + len(layout.header()) for layout in (*written, shared)) + borders.disk,
+        disk_bytes=file_bytes([*layouts, shared]) + file_bytes([*written, shared]) + borders.disk,
         by_category=category,
         host_by_category=host_category,
         block_peak_bytes=[
-            device_peak - category["activations"] + (activations[0] if together else activations[block]) for block in range(settings.num_blocks)
+            device_peak - category["activations"] + activations[0 if len(activations) == 1 else block] for block in range(settings.num_blocks)
         ],
         traffic=traffic,
+        time=None if counter is None else _duration(recipe, profile, settings, layouts, shared, passes, traffic),
     )
+
+
+def file_bytes(layouts: list[ArenaLayout]) -> int:
+    return sum(layout.total_bytes + len(layout.header()) for layout in layouts)
+
+
+def _duration(
+    recipe: Recipe,
+    profile: Profile,
+    settings: Settings,
+    layouts: list[ArenaLayout],
+    shared: ArenaLayout,
+    passes: list[Pass],
+    traffic: StreamedTraffic | None,
+) -> Duration | None:
+    """Of the run. `passes`: one of each block, or one of all together."""
+    parts, two_passes = recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
+    grad_bytes, clipped = COMPUTE_DTYPE[settings.precision].itemsize, recipe.optimizer.grad_clip is not None
+    eight_bit_s = EIGHT_BIT_S[profile.device.type] if settings.optimizer == "adamw8bit" else 0.0
+
+    def update_s(updated: list[ArenaLayout]) -> float:
+        updates = [pass_s(update_work(layout, grad_bytes, clipped), profile) or 0.0 for layout in updated]
+        return sum(updates) + eight_bit_s * sum(layout.numel for layout in updated)
+
+    forward_s, backward_s = [pass_s(taken.forward_work, profile) for taken in passes], [pass_s(taken.work, profile) for taken in passes]
+    if forward_s[0] is None or backward_s[0] is None:
+        return None
+    passes_s = [
+        parts * ((forward or 0.0) + (backward or 0.0) * (2 if two_passes and traffic else 1))
+        for forward, backward in zip(forward_s, backward_s, strict=True)
+    ]
+    queue, on_disk = queue_of(recipe, settings), settings.tier == "disk"
+    steps = min(queue.visit_steps, queue.num_steps)
+
+    def moved(read_bytes: int, written_bytes: int) -> tuple[float, float]:
+        """Seconds of a visit's transfers, and of those that compute waits for."""
+        return moving_s(read_bytes, written_bytes, profile, on_disk), 0.0 if beside else moving_s(0, written_bytes, profile, on_disk)
+
+    beside, everything = settings.write_back == "beside", [*layouts, shared]
+    if traffic:
+        step, steps_s = traffic.step, [sum(passes_s) + update_s(everything)]
+        link_s = moving_s(step.host_to_device_bytes, step.device_to_host_bytes, profile, False)
+        a_step_s = max(link_s, moving_s(step.disk_read_bytes, step.disk_written_bytes, profile, on_disk))
+        moves = [(steps * a_step_s, 0.0)]
+        written = queue.num_steps * step.disk_written_bytes + queue.num_visits * traffic.commit.disk_written_bytes
+    elif recipe.method == "end_to_end":
+        steps_s, moves = [sum(passes_s) + update_s(everything)], [moved(0, file_bytes(everything))]
+        written = queue.num_visits * file_bytes(everything)
+    else:
+        steps_s = [taken + update_s([layout, shared]) for taken, layout in zip(passes_s, layouts, strict=True)]
+        fetched = 0 if is_resident(settings, profile.unified) else 1
+        moves = [moved(fetched * layout.total_bytes, file_bytes([layout, shared])) for layout in layouts]
+        written = queue.num_visits // settings.num_blocks * (file_bytes(layouts) + settings.num_blocks * file_bytes([shared]))
+    return run_duration(queue, steps_s, moves, written, recipe.train.batch_size, recipe.train.seq_len)

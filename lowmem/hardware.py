@@ -25,12 +25,12 @@ from lowmem.errors import ProfileError
 from lowmem.strict import Section, find_file, names_in, parse, read_yaml
 from lowmem.units import GIB, MIB, from_gib
 
-RUNTIME_FLOOR_GIB = {"cpu": 0.233, "mps": 0.233, "cuda": 0.45}  # process and driver, before the first tensor
+RUNTIME_FLOOR_GIB = {"cpu": 0.241, "mps": 0.241, "cuda": 0.45}  # process and driver, before the first tensor
 LANE_GIB_PER_S = {1: 0.233, 2: 0.466, 3: 0.917, 4: 1.834, 5: 3.668, 6: 7.043}  # PCIe generation: one lane, one direction, in theory
 LINK_FRACTION, LINK_UNKNOWN_GIB_PER_S = 0.8, 12.0  # what a pinned copy reaches, of the theoretical rate; the rate where NVML does not tell
 MEASURE_BYTES = 256 * MIB
+LEAST_RUNTIME_BYTES = 32 * MIB
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-CGROUP_FILE, CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class DeviceSpec(Section):
@@ -39,6 +39,7 @@ class DeviceSpec(Section):
     reserve_gib: NonNegativeFloat = 0.0  # for the desktop, the system and other processes
     compute_dtype: Literal["float32", "bfloat16", "float16"]
     peak_tflops: PositiveFloat | None = None  # 10^12 dense floating-point operations per second in compute_dtype
+    memory_gib_per_s: PositiveFloat | None = None  # of the device's memory, read and written
     runtime_gib: NonNegativeFloat | None = None  # taken before the first tensor; None: RUNTIME_FLOOR_GIB of the type
     unified: bool | None = None  # one memory for device and host; None: by type (all but cuda)
 
@@ -47,6 +48,7 @@ class HostSpec(Section):
     memory_gib: PositiveFloat
     reserve_gib: NonNegativeFloat
     pinned_max_gib: NonNegativeFloat = 0.5
+    min_available_gib: NonNegativeFloat | None = None  # with less left on the machine a run stops at its next commit; None: see min_available_bytes
 
 
 class DiskSpec(Section):
@@ -106,6 +108,12 @@ class Profile(Section):
         return from_gib(self.host.pinned_max_gib)
 
     @property
+    def min_available_bytes(self) -> int:
+        """A quarter of the host's reserve, at most 1 GiB, where the profile does not say: the rest of the machine has then used up the others."""
+        host = self.host
+        return from_gib(min(host.reserve_gib / 4, 1.0) if host.min_available_gib is None else host.min_available_gib)
+
+    @property
     def link_rates(self) -> tuple[float | None, float | None]:
         """Bytes per second to the device and from it; None: unknown, or nothing to cross."""
         link = self.link
@@ -143,14 +151,17 @@ def detect_profile(measure: bool = False, folder: Path | None = None) -> Profile
 
     Raises ProfileError: neither driver nor torch tells the device's memory, or `folder` cannot be written.
     """
-    host_bytes = _host_memory_bytes()
-    host = {"memory_gib": _gib(host_bytes), "reserve_gib": _gib(host_bytes / 4)}
+    from lowmem import cgroup  # psutil
+
+    host_bytes = cgroup.total_bytes()
+    in_use = host_bytes - cgroup.available_bytes()  # by others: this process has hardly begun
+    host = {"memory_gib": _gib(host_bytes), "reserve_gib": _gib(max(host_bytes / 4, in_use))}
     found = _detect_cuda(host) or {"device": {"type": "cpu", **host, "compute_dtype": "float32"}, "source": f"{os.cpu_count()} CPU threads"}
     raw = {"schema": 1, "name": "detected", "host": host, "disk": {"reserve_gib": 10.0}, **found}
     how = "detected"
     if measure:
         raw["disk"].update(_measure_disk(folder or Path.cwd()))
-        how = "measured" if _measure_device(raw) else "disk measured"
+        how = "measured" if _measure_device(raw, folder or Path.cwd()) else "disk measured"
     raw["source"] = f"{how} {datetime.date.today().isoformat()}, {raw['source']}"
     return profile_from_dict(raw, "detect")
 
@@ -159,22 +170,8 @@ def _gib(num_bytes: float) -> float:
     return num_bytes * 1000 // GIB / 1000
 
 
-def _host_memory_bytes() -> int:
-    """Physical memory, or less where a memory cgroup (version 1 or 2) or a parent of it allows less."""
-    import psutil
-
-    limits = [int(psutil.virtual_memory().total)]  # "no limit" is a number far above this one, or the word max
-    for line in CGROUP_FILE.read_text().splitlines() if CGROUP_FILE.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        group = CGROUP_ROOT / ("memory" if "memory" in controllers.split(",") else "") / path.strip("/")
-        for file in (folder / name for folder in (group, *group.parents) for name in ("memory.max", "memory.limit_in_bytes")):
-            with contextlib.suppress(OSError, ValueError):
-                limits.append(int(file.read_text()))
-    return min(limits)
-
-
-def open_nvml() -> Callable[[str], Any] | None:
-    """`ask(call)` of the first visible NVIDIA device, None where that call is not answered; None without driver or device."""
+def open_nvml() -> Callable[..., Any] | None:
+    """`ask(call, ...)` of the first visible NVIDIA device, None where that call is not answered; None without driver or device."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
         nvml: Any = importlib.import_module("pynvml")
@@ -183,9 +180,9 @@ def open_nvml() -> Callable[[str], Any] | None:
     except Exception:  # no package, library, driver, permission or device: all mean none to use
         return None
 
-    def ask(call: str) -> Any:
+    def ask(call: str, *given: Any) -> Any:
         with contextlib.suppress(nvml.NVMLError, AttributeError):
-            return getattr(nvml, call)(handle)
+            return getattr(nvml, call)(handle, *given)
 
     return ask
 
@@ -242,26 +239,34 @@ def _measure_disk(folder: Path) -> dict[str, float]:
 
 
 _RUNTIME_CHILD = """
-import lowmem.trainer, psutil, sys, torch
-from lowmem.hardware import open_nvml
-nvml = open_nvml() if sys.argv[1] == "cuda" else None
-before = nvml("nvmlDeviceGetMemoryInfo").used if nvml else 0
-(torch.ones(256, 256, device=sys.argv[1]) @ torch.ones(256, 256, device=sys.argv[1])).sum().item()
-mine = psutil.Process().memory_info()
-print(nvml("nvmlDeviceGetMemoryInfo").used - before - torch.cuda.memory_reserved() if nvml else mine.rss - getattr(mine, "shared", 0))
+import sys, tempfile
+from lowmem import job, report
+from lowmem.hardware import detect_profile
+small = ["model.num_layers=2", "model.dim=384", "model.num_heads=6", "blocks.num_blocks=2", "blocks.visit_steps=1", "optimizer.name=adamw"]
+small += ["train.num_steps=2", "train.batch_size=8", "train.seq_len=128", "train.warmup_steps=0", "train.micro_batch_size=8"]
+small += ["eval.num_batches=1", "eval.batch_size=1", "train.precision=float32"]
+with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
+    run = job.train("stdlib-causal", None, folder + "/run", small)
+    content = report.read_report(run).content
+predicted = content["predicted"]
+print(content["measured"]["device_peak_bytes"] - predicted["device_peak_bytes"] + predicted["by_category"]["runtime_floor"])
 """
 
 
-def _measure_device(raw: dict[str, Any]) -> bool:
-    """Adds peak_tflops, runtime_gib and the link's rates to `raw`. False, and nothing added, where torch cannot use the device."""
+def _measure_device(raw: dict[str, Any], folder: Path) -> bool:
+    """Adds peak_tflops, the memory's and the link's rates, and runtime_gib (a small run's peak less what it holds) to `raw`.
+
+    False, and nothing added, where torch cannot use the device.
+    """
     import torch
 
     device, cuda = raw["device"], raw["device"]["type"] == "cuda"
     if cuda and not torch.cuda.is_available():
         return False
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):  # then RUNTIME_FLOOR_GIB stands
-        child = subprocess.run([sys.executable, "-c", _RUNTIME_CHILD, device["type"]], capture_output=True, text=True, timeout=300, check=True)
-        device["runtime_gib"] = max(0.0, _gib(int(child.stdout)))
+        child = subprocess.run([sys.executable, "-c", _RUNTIME_CHILD, str(folder)], capture_output=True, text=True, timeout=300, check=True)
+        if int(child.stdout) >= LEAST_RUNTIME_BYTES:  # less: NVML tells no process's memory here
+            device["runtime_gib"] = _gib(int(child.stdout))
 
     def best_s(run: Callable[[], object]) -> float:  # of 3, after one that warms up
         return min(timeit.repeat(lambda: (run(), cuda and torch.cuda.synchronize()), number=1, repeat=4)[1:])  # type: ignore[func-returns-value]
@@ -269,6 +274,8 @@ def _measure_device(raw: dict[str, Any]) -> bool:
     size = MATMUL_SIZE[device["type"]]
     a = torch.randn(size, size, device=device["type"], dtype=getattr(torch, device["compute_dtype"]))
     device["peak_tflops"] = round(2 * size**3 / best_s(lambda: a @ a) / 1e12, 6)
+    memory = [torch.ones(MEASURE_BYTES, dtype=torch.uint8, device=device["type"]) for _ in range(2)]
+    device["memory_gib_per_s"] = round(2 * MEASURE_BYTES / GIB / best_s(lambda: memory[1].copy_(memory[0])), 2)
     with contextlib.suppress(RuntimeError):  # pinned memory may be refused: then the link keeps its rule of thumb
         if "link" in raw:
             host = torch.ones(MEASURE_BYTES, dtype=torch.uint8, pin_memory=True)

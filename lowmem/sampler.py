@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
 from lowmem.errors import ResumeError
-from lowmem.footprint import COMPUTE_DTYPE, layouts_of, training_device
 from lowmem.models.base import Batch, BuildModel
 from lowmem.noise import block_of, boundaries, sampler_grid
 from lowmem.objectives.base import Entered
 from lowmem.plan import Plan
 from lowmem.run_dir import RunDir
+from lowmem.settings import COMPUTE_DTYPE, layouts_of, training_device
 from lowmem.weights import open_stream
 
 TOGETHER = 8  # batches that wait at one border

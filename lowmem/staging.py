@@ -34,7 +34,7 @@ IN, OUT = 0, 1  # host to device, device to host
 
 
 class SlotPool:
-    """At most `size` buffers, made when first needed; `take` waits for a free one."""
+    """At most `size` buffers, made when first needed; `take` waits for a free one. In turn, so that all are soon made, as the plan counts."""
 
     def __init__(self, size: int, make: Callable[[], Tensor]) -> None:
         self._free: queue.Queue[Tensor | None] = queue.Queue()

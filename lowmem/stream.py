@@ -32,14 +32,17 @@ def block_key(block: int) -> str:
     return f"block-{block}"
 
 
-def num_slots(copied: bool, prefetch: bool) -> int:
-    """Slots in the device's memory; `copied`: blocks pass a ring on their way. The plan counts the same number."""
-    return (DEVICE_SLOTS if copied else HOST_SLOTS) - (0 if prefetch else 1)
+def num_slots(copied: bool, prefetch: bool, num_blocks: int) -> int:
+    """Slots in the device's memory; `copied`: blocks pass a ring on their way. The plan counts the same number.
+
+    No more than blocks: one is not read before its last write has ended, so it never takes two.
+    """
+    return min((DEVICE_SLOTS if copied else HOST_SLOTS) - (0 if prefetch else 1), num_blocks)
 
 
-def staging_bytes(slot_bytes: int, resident: bool, prefetch: bool, copied: bool) -> tuple[int, int]:
+def staging_bytes(slot_bytes: int, resident: bool, prefetch: bool, copied: bool, num_blocks: int) -> tuple[int, int]:
     """What streaming takes of (device, host) memory beside the block in compute. On unified memory both are the same pool."""
-    slots = 0 if resident else (num_slots(copied, prefetch) - 1) * slot_bytes
+    slots = 0 if resident else (num_slots(copied, prefetch, num_blocks) - 1) * slot_bytes
     return slots, ring_bytes(slot_bytes) if copied else 0
 
 
@@ -54,7 +57,7 @@ class BlockStream:
         self.exposed_s = 0.0  # seconds that compute stood waiting for a block
         slot_bytes = max(layout.total_bytes for layout in layouts)
         copied = store.ring is not None
-        self._slots = SlotPool(num_slots(copied, prefetch), lambda: self._buffer(slot_bytes))
+        self._slots = SlotPool(num_slots(copied, prefetch, len(layouts)), lambda: self._buffer(slot_bytes))
         if copied and not resident:  # made here: memory taken from the allocator on a thread could still be in use by the default stream
             self._slots.fill()
             self._wait_for_kernels()

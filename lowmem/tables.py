@@ -12,7 +12,7 @@ from rich.table import Table
 WIDTH = 110
 
 
-def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = (), width: int = WIDTH) -> str:
     """The title, the table (first column to the left, the others to the right), notes as lines below."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
@@ -20,5 +20,5 @@ def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*row)
     buffer = io.StringIO()
-    Console(file=buffer, width=WIDTH, color_system=None, markup=False, highlight=False).print(table)
+    Console(file=buffer, width=width, color_system=None, markup=False, highlight=False).print(table)
     return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()), *notes])

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from lowmem import hardware
+from lowmem import cgroup, hardware
 from lowmem.errors import ProfileError
 from lowmem.hardware import Profile, detect_profile, profile_from_dict, profile_to_yaml
 from lowmem.units import GIB, MIB
@@ -77,11 +77,11 @@ def fake_torch(available: bool, integrated: bool = False, total_bytes: int = 0) 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same machine for every test: 16 GiB, no driver, no memory cgroup."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=13 * GIB))
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(driver=False))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(hardware, "CGROUP_FILE", tmp_path / "cgroup")
-    monkeypatch.setattr(hardware, "CGROUP_ROOT", tmp_path / "sys")
+    monkeypatch.setattr(cgroup, "CGROUP_FILE", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroup, "CGROUP_ROOT", tmp_path / "sys")
 
 
 def assert_round_trip(profile: Profile) -> None:
@@ -97,6 +97,17 @@ def test_without_a_driver_the_device_is_the_processor() -> None:
     assert profile.device_budget_bytes == profile.host_budget_bytes == 12 * GIB
     assert re.fullmatch(r"detected \d{4}-\d\d-\d\d, .*", profile.source)
     assert_round_trip(profile)
+
+
+def test_what_other_programs_hold_now_is_reserved_where_it_is_more_than_a_quarter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=5 * GIB))
+    assert detect_profile().host_budget_bytes == pytest.approx(5 * GIB, abs=GIB / 1000)
+    (tmp_path / "cgroup").write_text("0::/box\n")
+    (tmp_path / "sys" / "box").mkdir(parents=True)
+    for name, text in {"memory.max": f"{8 * GIB}", "memory.current": f"{7 * GIB}", "memory.stat": f"anon 1\ninactive_file {2 * GIB}\n"}.items():
+        (tmp_path / "sys" / "box" / name).write_text(text)
+    assert cgroup.available_bytes() == 3 * GIB
+    assert detect_profile().host_budget_bytes == pytest.approx(3 * GIB, abs=GIB / 1000)
 
 
 def test_detection_works_on_the_real_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +234,6 @@ def test_a_device_that_torch_cannot_use_is_not_called_measured(tmp_path: Path, s
     assert profile.source.startswith("disk measured ") and profile.device.peak_tflops is None
 
 
-def test_the_runtime_of_a_real_child_is_plausible() -> None:
-    child = subprocess.run([sys.executable, "-c", hardware._RUNTIME_CHILD, "cpu"], capture_output=True, text=True, check=True)
+def test_the_runtime_of_a_real_child_is_plausible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = subprocess.run([sys.executable, "-c", hardware._RUNTIME_CHILD, str(tmp_path)], capture_output=True, text=True, check=True)
     assert 32 * MIB < int(child.stdout) < 4 * GIB

@@ -14,7 +14,6 @@ from lowmem import optim
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer
 from lowmem.config import OptimizerConfig, Recipe
 from lowmem.data import describe_data, load_data
-from lowmem.footprint import layouts_of
 from lowmem.hardware import load_profile
 from lowmem.models import model_builder
 from lowmem.models.base import BuildModel
@@ -22,6 +21,7 @@ from lowmem.plan import Plan, make_plan
 from lowmem.report import digest
 from lowmem.run_dir import RunDir, RunState
 from lowmem.sampler import FrozenRun
+from lowmem.settings import layouts_of
 from lowmem.trainer import Trainer
 from lowmem.weights import create_weights
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lowmem import trainer as trainer_module
 from lowmem.borders import AwayBorders, BorderBytes, Borders, border_bytes, border_calls
 from lowmem.config import Recipe
+from lowmem.duration import Work
 from lowmem.evaluation import images, labels, masked, recurrent, tokens
-from lowmem.footprint import ActivationCounter
 from lowmem.hardware import load_profile
 from lowmem.models.base import Batch, BlockModel, BuildModel
 from lowmem.models.causal_lm import CausalLm
@@ -28,6 +28,7 @@ from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
 from lowmem.noise import Interval, sample_sigma
 from lowmem.objectives.tokens import TokenDenoising
+from lowmem.passes import Pass, PassCounter
 from lowmem.plan import Plan, make_plan
 from lowmem.report import digest, read_report
 from lowmem.run_dir import RunDir, RunState
@@ -114,7 +115,7 @@ def through_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that rest in RAM apart from the device's memory, as beside a CUDA device."""
 
     def opened(run: RunDir, plan: Plan, model: BlockModel, files: Any) -> BlockStream:
-        from lowmem.footprint import layouts_of
+        from lowmem.settings import layouts_of
 
         layouts, shared = layouts_of(model, plan.settings)
         store = HostStore(run, layouts_by_key(layouts, shared), files)
@@ -127,7 +128,7 @@ def through_ram(monkeypatch: pytest.MonkeyPatch) -> None:
 def uncounted_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     """To count them takes longer than the runs do, and every run here fits."""
     for name in ("_count", "_count_streamed"):
-        monkeypatch.setattr(ActivationCounter, name, lambda *_: 1)
+        monkeypatch.setattr(PassCounter, name, lambda *_: Pass(1, Work(), Work()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def test_the_bytes_moved_are_those_of_the_plan(tmp_path: Path, tier: str, clip: 
     assert plan.predicted.traffic is not None
     traffic = plan.predicted.traffic
     if tier == "host":
-        from lowmem.footprint import layouts_of
+        from lowmem.settings import layouts_of
         from lowmem.traffic import streamed_traffic
 
         traffic = streamed_traffic(*layouts_of(setting_model(plan), plan.settings), plan.profile, "host", clip == "global", False, BorderBytes())

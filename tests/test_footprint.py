@@ -8,10 +8,11 @@ from conftest import recipe_with
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem.data import describe_data
-from lowmem.footprint import ActivationCounter, LiveBytes, layouts_of
 from lowmem.hardware import load_profile
 from lowmem.models import model_builder
+from lowmem.passes import LiveBytes, PassCounter
 from lowmem.plan import make_plan
+from lowmem.settings import layouts_of
 from lowmem.staging import CHUNK_BYTES, RING_CHUNKS
 from lowmem.units import MIB
 
@@ -34,6 +35,16 @@ def test_storages_count_from_birth_to_death_and_views_not_at_all() -> None:
         assert (counter.live, counter.peak) == (0, 2 * 1024)
 
 
+def test_small_storages_count_with_the_gaps_between_them_in_the_heap_and_large_ones_as_they_are() -> None:
+    with FakeTensorMode(), LiveBytes(in_heap=True) as counter:
+        small = torch.empty(1000, dtype=torch.uint8)
+        assert counter.live == 1330
+        large = torch.empty(MIB, dtype=torch.uint8)
+        assert counter.live == 1330 + MIB
+        del small, large
+    assert counter.live == 0
+
+
 def test_weights_and_gradients_are_not_counted_as_activations() -> None:
     """One sample through wide layers: what is alive is a few temporary weight gradients, far below the weights themselves."""
     recipe = recipe_with(model__dim=512, train__micro_batch_size=1)
@@ -41,7 +52,7 @@ def test_weights_and_gradients_are_not_counted_as_activations() -> None:
     plan = make_plan(build, recipe, load_profile("cpu-16gib"))
     with torch.device("meta"):
         model = build()
-    activations = ActivationCounter(model, recipe)(range(2), plan.settings)
+    activations = PassCounter(model, recipe)(range(2), plan.settings).peak_bytes
     block = layouts_of(model, plan.settings)[0][0]
     largest = max(slot.numel for slot in block.slots) * 4
     assert largest < activations < 3 * largest < block.weights_bytes
@@ -52,11 +63,11 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_recompute() -> No
     build = model_builder(recipe, describe_data(recipe))
     with torch.device("meta"):
         model = build()
-    counter = ActivationCounter(model, recipe)
+    counter = PassCounter(model, recipe)
     settings = make_plan(build, recipe, load_profile("cpu-16gib")).settings
-    small, large = (counter(range(6), settings.model_copy(update={"micro_batch_size": size})) for size in (64, 256))
+    small, large = (counter(range(6), settings.model_copy(update={"micro_batch_size": size})).peak_bytes for size in (64, 256))
     assert large == pytest.approx(4 * small, rel=0.05)
-    assert counter(range(6), settings.model_copy(update={"micro_batch_size": 256, "recompute": True})) < large / 3
+    assert counter(range(6), settings.model_copy(update={"micro_batch_size": 256, "recompute": True})).peak_bytes < large / 3
     assert large > 50 * MIB
 
 

@@ -16,15 +16,15 @@ import lowmem
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = """
     errors units tables strict heap
-    data_config config noise schedule hardware environment
+    data_config config noise schedule cgroup hardware environment
     data_cache data_images data_augment data_idx data_npz data_folder data_latents data_huggingface data_tokenizer data_text data block_queue
     optim arena models.base objectives objectives.base objectives.labels objectives.images objectives.masked objectives.tokens objectives.recurrent
     models.layers models.vit models.dit models.masked_lm models.text models.causal_lm models.recurrent_lm models
     run_dir telemetry staging store stream borders traffic
-    footprint plan weights trainable exact trainer sampler
+    settings duration passes footprint choose plan guard weights trainable exact trainer sampler
     evaluation evaluation.common evaluation.labels evaluation.images evaluation.tokens evaluation.masked evaluation.recurrent
-    evaluate generate evaluation.text_quality job
-    report page dashboard cli __init__ __main__
+    evaluate generate export evaluation.text_quality job
+    report page dashboard loggers cli __init__ __main__
 """
 ORDER = FLOORS.split()
 LIGHT = ["lowmem", "lowmem.cli", "lowmem.report", "lowmem.dashboard", "lowmem.config", "lowmem.hardware"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowmem import optim
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer, parameter_views
 from lowmem.config import OptimizerConfig
-from lowmem.footprint import LiveBytes
+from lowmem.passes import LiveBytes
 
 SHAPES = [("a.weight", (70, 61)), ("b.bias", (5000,)), ("c.weight", (33, 17)), ("d.bias", (7,)), ("e.weight", (64, 64)), ("f.weight", (1, 4099))]
 STEPS = 5

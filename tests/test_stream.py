@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -145,10 +147,10 @@ def test_no_more_slots_are_made_than_the_plan_counts(
             buffer = stream.load(visit % NUM_BLOCKS)
             stream.prefetch((visit + 1) % NUM_BLOCKS)
             store_block(stream, visit % NUM_BLOCKS, buffer, visit + 1)
-    assert made == [SLOT_BYTES] * num_slots(copied, prefetch)
-    assert num_slots(copied, prefetch) == (DEVICE_SLOTS if copied else HOST_SLOTS) - (not prefetch)
+    assert made == [SLOT_BYTES] * num_slots(copied, prefetch, NUM_BLOCKS)
+    assert num_slots(copied, prefetch, NUM_BLOCKS) == (DEVICE_SLOTS if copied else HOST_SLOTS) - (not prefetch)
     in_compute = SLOT_BYTES
-    assert staging_bytes(SLOT_BYTES, False, prefetch, copied) == (sum(made) - in_compute, RING_CHUNKS * 8192 if copied else 0)
+    assert staging_bytes(SLOT_BYTES, False, prefetch, copied, NUM_BLOCKS) == (sum(made) - in_compute, RING_CHUNKS * 8192 if copied else 0)
 
 
 @every_store
@@ -161,7 +163,7 @@ def test_a_resident_block_is_there_once_and_no_slot_is_made(
         for visit in range(2 * NUM_BLOCKS):
             store_block(stream, visit % NUM_BLOCKS, stream.load(visit % NUM_BLOCKS), visit + 1)
     assert made == [layout.total_bytes for layout in BLOCKS]
-    assert staging_bytes(SLOT_BYTES, True, True, copied)[0] == 0
+    assert staging_bytes(SLOT_BYTES, True, True, copied, NUM_BLOCKS)[0] == 0
 
 
 def test_a_prefetched_block_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
@@ -242,6 +244,42 @@ def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(tmp_path
 def threads_since(before: set[threading.Thread]) -> set[str]:
     """Of this test alone: a store that another test left to the garbage collector may still have its threads."""
     return {thread.name for thread in set(threading.enumerate()) - before}
+
+
+def test_no_thread_of_a_stream_starts_a_team_of_compute_threads(tmp_path: Path) -> None:
+    """OpenMP gives every thread that computes a team of its own, and lets all teams sleep between operations once they outnumber the cores."""
+    code = f"""
+import os, sys, threading
+from pathlib import Path
+sys.path[:0] = {sys.path!r}
+import torch
+torch.set_num_threads(4)
+torch.ones(1 << 20).add_(1)  # the main thread's team
+from lowmem.arena import ArenaLayout, aligned_buffer
+from lowmem.run_dir import RunDir
+from lowmem.store import HostStore
+from lowmem.stream import BlockStream
+layouts = [ArenaLayout([("weight", (1024, 2048))], "adamw") for _ in range(3)]
+shared = ArenaLayout([("table", (1024, 1024))], "adamw")
+store = HostStore(RunDir({str(tmp_path)!r}), {{**{{f"block-{{b}}": layout for b, layout in enumerate(layouts)}}, "shared": shared}}, {{}})
+for b, layout in enumerate(layouts):
+    store.write(f"block-{{b}}", aligned_buffer(layout.total_bytes), 0)
+store._copies.clear()
+stream = BlockStream(store, layouts, shared, torch.device("cpu"), False, True)
+def others():
+    return len(os.listdir("/proc/self/task")) - len(threading.enumerate())
+before = others()
+for visit, b in enumerate([0, 1, 2, 0, 1, 2]):
+    buffer = stream.load(b)
+    stream.prefetch((b + 1) % 3)
+    stream.store({{b: buffer}}, torch.zeros(shared.total_bytes, dtype=torch.uint8), visit + 1, lambda files: None, wait=False)
+stream.finish()
+print(others() - before)
+stream.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 0
 
 
 def test_close_finishes_the_write_under_way_and_ends_every_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

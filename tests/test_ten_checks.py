@@ -291,9 +291,9 @@ def test_check_10_the_time_embedding_tells_noise_levels_apart() -> None:
 
 
 def test_parameter_views_cover_every_parameter_of_the_model() -> None:
-    from lowmem.footprint import layouts_of
     from lowmem.hardware import load_profile
     from lowmem.plan import make_plan
+    from lowmem.settings import layouts_of
 
     recipe = recipe_with()
     plan = make_plan(model_builder(recipe, describe_data(recipe)), recipe, load_profile("cpu-4gib"))

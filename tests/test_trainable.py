@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lowmem.arena import ArenaLayout, aligned_buffer
 from lowmem.config import CausalLmModel, DitModel, MaskedLmModel, NoiseConfig, OptimizerConfig, RecurrentLmModel, VitModel
-from lowmem.footprint import COMPUTE_DTYPE
 from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
 from lowmem.models.causal_lm import CausalLm
 from lowmem.models.dit import Dit
 from lowmem.models.masked_lm import MaskedLm
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
+from lowmem.settings import COMPUTE_DTYPE
 from lowmem.trainable import SHARED, Scratch, Trainable
 
 TRANSFORMER: dict[str, Any] = {"num_layers": 3, "dim": 64, "num_heads": 2, "dropout": 0.1}
