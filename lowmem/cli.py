@@ -5,10 +5,14 @@ Exit codes: 0 done, 1 run failed, 2 bad input, 3 plan does not fit, 130 interrup
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import json
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -33,6 +37,16 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a k
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Half a million objects are imported with torch and none of them dies: to look for garbage among them takes a third of a plan's time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @app.command()
 def train(
     recipe: RecipeArgument,
@@ -42,6 +56,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
+    log_to: Annotated[list[str] | None, typer.Option("--log-to", help="also send telemetry to tensorboard, wandb or trackio")] = None,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
     from lowmem import job
@@ -52,8 +67,9 @@ def train(
         _print_plan(plan, as_json)
         return
     from lowmem.dashboard import live_view
-    from lowmem.footprint import training_device
+    from lowmem.loggers import open_logger
     from lowmem.report import read_report
+    from lowmem.settings import training_device
 
     training_device(plan.profile)
 
@@ -62,18 +78,43 @@ def train(
     status = read_report(folder).content["progress"] if (folder / "plan.json").exists() else None
     if status and status["visits_done"] == status["visits_total"]:
         print(f"{folder}: this run is finished; choose another --run-dir to train again", file=sys.stderr)
-    with live_view(folder) as listener:
-        job.train_plan(plan, folder, [_stop_if_interrupted] if quiet else [_stop_if_interrupted, listener])
+    with contextlib.ExitStack() as opened:
+        listeners = [_stop_if_interrupted, *(opened.enter_context(open_logger(name, folder, plan.recipe.to_dict())) for name in log_to or [])]
+        job.train_plan(plan, folder, listeners if quiet else [*listeners, opened.enter_context(live_view(folder))])
     report = read_report(folder)
     print(json.dumps(report.content, indent=1) if as_json else report.table())
 
 
 @app.command()
-def plan(recipe: RecipeArgument, profile: ProfileOption = None, set_: SetOption = None, as_json: JsonOption = False) -> None:
-    """Predict what a recipe takes on a machine, without training or allocating it."""
-    from lowmem.job import plan_recipe
+@no_collection()
+def plan(
+    recipe: RecipeArgument,
+    profile: Annotated[list[str] | None, typer.Option("--profile", help="as of train; several are compared")] = None,
+    set_: SetOption = None,
+    max_model: Annotated[bool, typer.Option("--max-model", help="the deepest and the widest model of this recipe that fit")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
+    from lowmem.job import largest_models, plan_recipe
+    from lowmem.plan import plans_table
 
-    _print_plan(plan_recipe(recipe, profile, set_ or [], Path("runs") if profile is None else None), as_json)
+    folder = None if profile else Path("runs")
+    if max_model:
+        if profile and len(profile) > 1:
+            raise ConfigError(f"--max-model: found {len(profile)} profiles; allowed: one; give them one after the other")
+        found = largest_models(recipe, profile[0] if profile else None, set_ or [], folder)
+        if as_json:
+            print(json.dumps({name: plan.to_dict() for name, plan in found.items()}, indent=1))
+        for name, plan in found.items() if not as_json else ():
+            model: Any = plan.recipe.model
+            print(f"{name}: {model.num_layers} layers, dim {model.dim}, {model.num_heads} heads\n{plan.table()}\n")
+        return
+    machines: list[str] | list[None] = profile or [None]
+    plans = [plan_recipe(recipe, name, set_ or [], folder) for name in machines]
+    if len(plans) == 1:
+        _print_plan(plans[0], as_json)
+    else:
+        print(json.dumps({"plans": [plan.to_dict() for plan in plans]}, indent=1) if as_json else plans_table(plans))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
@@ -216,6 +257,14 @@ def sample(
 
 
 @app.command()
+def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a new folder")]) -> None:
+    """Write a run's weights as ordinary safetensors files."""
+    from lowmem.export import export_run
+
+    print(f"wrote {export_run(run, out)}")
+
+
+@app.command()
 def env(as_json: JsonOption = False) -> None:
     """Versions and hardware of this machine."""
     from lowmem.environment import read_environment
@@ -245,6 +294,7 @@ def _stop_if_interrupted(record: dict[str, Any]) -> None:
 def main() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):  # a shutdown is an interrupt: finish the write under way, then stop
         signal.signal(number, _interrupt)
+    atexit.register(gc.freeze)  # nor among them at the end
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:

@@ -148,6 +148,7 @@ class TrainConfig(Section):
     precision: Auto | Precision = "auto"  # bfloat16: compute and gradients in bf16
     weights: Auto | Precision = "auto"  # as they are kept; auto: float32; bfloat16: stochastically rounded, with no fp32 copy anywhere
     recompute: Auto | bool = "auto"  # activation checkpointing of each layer
+    on_oom: Literal["stop", "shrink"] = "stop"  # out of memory in a visit; shrink: go on from the last commit with half the micro-batch
     deterministic: bool = False  # on CUDA: only kernels that give the same bits each time (a CPU always does)
 
 

@@ -2,6 +2,7 @@
 
     LowmemError                 exit 1, the run failed
      ├── TrainingError          exit 1, the loss is no longer a number
+     ├── ShortageError          exit 1, the machine's memory ran short; what is committed is kept
      ├── StoreError             exit 1, a block file is missing, torn or not what was committed
      ├── ConfigError            exit 2, a recipe is wrong             (also ValueError)
      ├── ProfileError           exit 2, a machine profile is wrong    (also ValueError)
@@ -25,6 +26,10 @@ class LowmemError(Exception):
 
 
 class TrainingError(LowmemError):
+    pass
+
+
+class ShortageError(LowmemError):
     pass
 
 

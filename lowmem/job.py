@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowmem.config import load_recipe, recipe_name
+from lowmem.config import RecurrentLmModel, TransformerModel, load_recipe, recipe_name
 from lowmem.data import describe_data, load_data
-from lowmem.errors import ResumeError
+from lowmem.errors import ConfigError, ResumeError
 from lowmem.evaluate import evaluate_run
 from lowmem.hardware import Profile, detect_profile, load_profile
 from lowmem.models import model_builder
 from lowmem.plan import Plan, make_plan, read_plan
 from lowmem.run_dir import RunDir, first_difference
+from lowmem.telemetry import Monitor
 from lowmem.trainer import Trainer
 
+MOST_LAYERS = 256  # looked at: a pass of each has to be counted
+MAX_MODEL_PARTS = 32  # the largest model is found to within this part of its size
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -30,6 +34,46 @@ def plan_recipe(
     return make_plan(model_builder(settled, spec), settled, machine, folder, spec.host_bytes)
 
 
+def largest_models(
+    recipe: str | os.PathLike[str], profile: str | os.PathLike[str] | None = None, overrides: Sequence[str] = (), folder: Path | None = None
+) -> dict[str, Plan]:
+    """The plans of the deepest and of the widest model that fit, all else as the recipe has it. Raises BudgetError if not even the least does.
+
+    Width grows by whole heads of the recipe's size. Fit is taken to end once for good as the model grows.
+    """
+    settled = load_recipe(recipe, overrides)
+    model, blocks = settled.model, settled.blocks.num_blocks
+    if not isinstance(model, TransformerModel):
+        raise ConfigError(f"--max-model: found model.name '{model.name}'; allowed: a model with num_layers, dim and num_heads")
+    head = model.dim // model.num_heads
+    least = max(model.prelude_layers + model.coda_layers + 1 if isinstance(model, RecurrentLmModel) else 1, 1 if blocks == "auto" else blocks)
+
+    def deep(size: int) -> list[str]:
+        return [f"model.num_layers={size}"]
+
+    def wide(size: int) -> list[str]:
+        return [f"model.dim={size * head}", f"model.num_heads={size}"]
+
+    def planned(change: list[str]) -> Plan:
+        return plan_recipe(recipe, profile, [*overrides, *change], folder)
+
+    found = {}
+    for name, change, smallest in (("deepest", deep, least), ("widest", wide, 1)):
+        best, fits, refused = planned(change(smallest)), smallest, None
+        best.require_fit()
+        while refused is None or refused - fits > max(fits // MAX_MODEL_PARTS, 1):
+            size = min(2 * fits, MOST_LAYERS if name == "deepest" else 2 * fits) if refused is None else (fits + refused) // 2
+            if size == fits:
+                break
+            plan = planned(change(size))
+            if plan.fits:
+                best, fits = plan, size
+            else:
+                refused = size
+        found[name] = best
+    return found
+
+
 def plan_run(recipe: str | os.PathLike[str], profile: str | os.PathLike[str] | None, overrides: Sequence[str], run_dir: Path) -> Plan:
     """The plan frozen in `run_dir` if there is one, else a new one. Raises ResumeError if the recipe is not the frozen one.
 
@@ -39,7 +83,8 @@ def plan_run(recipe: str | os.PathLike[str], profile: str | os.PathLike[str] | N
     if not run.exists():
         return plan_recipe(recipe, profile, overrides, run_dir)
     plan = read_plan(run)
-    given = {"recipe": load_recipe(recipe, overrides).to_dict()}
+    settled = load_recipe(recipe, overrides)
+    given = {"recipe": settled.to_dict()}
     frozen = {"recipe": plan.recipe.to_dict()}
     if profile is not None:
         given["profile"] = load_profile(profile).model_dump(mode="json", by_alias=True)
@@ -48,7 +93,7 @@ def plan_run(recipe: str | os.PathLike[str], profile: str | os.PathLike[str] | N
     if difference:
         key, was, now = difference
         raise ResumeError(f"run folder {run_dir}: made with {key} = {was}, now {now}; use the same value, or another --run-dir")
-    return plan
+    return plan.model_copy(update={"recipe": settled})
 
 
 def default_run_dir(recipe: str | os.PathLike[str]) -> Path:
@@ -77,6 +122,11 @@ def train_plan(plan: Plan, folder: Path, listeners: Sequence[Listener] = ()) -> 
     data = load_data(plan.recipe)
     train_config = plan.recipe.train
     state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
-    del trainer  # its blocks make room for the evaluation's
+    del trainer
+    gc.collect()  # its blocks make room for the evaluation's
     if state.metrics is None:
-        RunDir(folder).commit(state.model_copy(update={"metrics": evaluate_run(folder)}))
+        with Monitor(plan.profile.unified) as monitor:
+            metrics = evaluate_run(folder)
+        peaks = {"device_peak_bytes": monitor.run_peak.device_bytes, "host_peak_bytes": monitor.run_peak.host_bytes}
+        measured = {**state.measured, **{name: max(peak, state.measured.get(name, 0)) for name, peak in peaks.items()}}
+        RunDir(folder).commit(state.model_copy(update={"metrics": metrics, "measured": measured}))

@@ -88,8 +88,16 @@ class Report:
                 f"{format_seconds(time['total_s'])} training: compute {format_seconds(time['compute_s'])}, "
                 f"exposed transfer {format_seconds(time['exposed_transfer_s'])}, commits {format_seconds(time['commit_s'])}",
             ),
-            ("traffic", _traffic_text(traffic)),
         ]
+        expected = content["predicted"]["time"]
+        if expected:
+            rows.append(
+                (
+                    "expected",
+                    f"{format_seconds(expected['run_s'])} training, {format_seconds(expected['exposed_s'])} exposed in a visit (by the plan)",
+                )
+            )
+        rows.append(("traffic", _traffic_text(traffic)))
         planned = content["predicted"]["traffic"]
         if planned:
             rows.append(("planned", f"{_traffic_text(planned)} (one process, to the end)"))
@@ -106,6 +114,8 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
     run = RunDir(run_dir)
     plan, state = run.read_plan(), run.read_state() or RunState()
     recipe, settings, predicted = plan["recipe"], plan["settings"], plan["predicted"]
+    if state.micro_batch_size is not None:
+        settings = {**settings, "micro_batch_size": state.micro_batch_size}
     visits_total, _ = queue_totals(plan)
     content = {
         "method": recipe["method"],
@@ -118,6 +128,7 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
         "predicted": {
             **{name: predicted[name] for name in ("device_peak_bytes", "host_peak_bytes", "disk_bytes", "by_category", "host_by_category")},
             "traffic": unbroken_traffic(predicted.get("traffic"), recipe, visits_total),
+            "time": predicted.get("time"),
         },
         "measured": {name: state.measured.get(name, 0) for name in ("device_peak_bytes", "host_peak_bytes", "disk_bytes")},
         "blocks": [{**record.model_dump(), "predicted_peak_bytes": predicted["block_peak_bytes"][record.block]} for record in state.blocks],
@@ -153,6 +164,7 @@ def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         "run": str(Path(run_dir)),
         "state": state,
         **{k: report[k] for k in ("method", "progress", "blocks", "measured", "budget", "metrics")},
+        "advice": report["stream"]["advice"],
         "last": last,
     }
 

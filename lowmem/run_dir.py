@@ -56,6 +56,7 @@ class RunState(Section):
     traffic: dict[str, int] = {}  # host_to_device_bytes, device_to_host_bytes, disk_read_bytes, disk_written_bytes
     transfer_s: dict[str, float] = {}  # seconds that the traffic took: host_to_device_s, device_to_host_s, disk_read_s, disk_written_s
     measured: dict[str, int] = {}  # device_peak_bytes, host_peak_bytes, disk_bytes
+    micro_batch_size: int | None = None  # smaller than the plan's where memory ran out
     metrics: dict[str, Any] | None = None  # of the finished run
 
 
@@ -174,12 +175,15 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
+FREE_KEYS = ("recipe.train.on_oom",)  # may differ from one process of a run to the next
+
+
 def first_difference(frozen: Any, given: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key, dotted, at which two nested dictionaries differ, with both values."""
+    """The first key, dotted, at which two nested dictionaries differ, with both values. FREE_KEYS may."""
     if isinstance(frozen, dict) and isinstance(given, dict):
         for name in [*frozen, *(name for name in given if name not in frozen)]:
             difference = first_difference(frozen.get(name), given.get(name), f"{key}.{name}" if key else name)
             if difference:
                 return difference
         return None
-    return None if frozen == given else (key, frozen, given)
+    return None if frozen == given or key in FREE_KEYS else (key, frozen, given)

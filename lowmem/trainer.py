@@ -18,21 +18,22 @@ from torch import Tensor
 
 from lowmem.arena import aligned_buffer, unbind
 from lowmem.block_queue import Visit
-from lowmem.borders import AwayBorders, Borders
+from lowmem.borders import Borders
 from lowmem.environment import read_environment
 from lowmem.errors import ResumeError, StoreError, TrainingError
 from lowmem.exact import StreamedStep
-from lowmem.footprint import COMPUTE_DTYPE, check_model, layouts_of, training_device
+from lowmem.guard import check_available, go_on_smaller, is_out_of_memory, require_available, smaller
 from lowmem.heap import give_back_freed
 from lowmem.models.base import Batch, BuildModel
 from lowmem.optim import whole_factor
 from lowmem.plan import Plan, read_plan
 from lowmem.run_dir import BlockRecord, FileRecord, RunDir, RunState, first_difference
 from lowmem.schedule import learning_rate, mix_seed
+from lowmem.settings import COMPUTE_DTYPE, check_model, layouts_of, training_device
 from lowmem.stream import BlockStream
 from lowmem.telemetry import Monitor, Recorder, sample_fields
 from lowmem.trainable import SHARED, Scratch
-from lowmem.weights import create_weights, open_stream
+from lowmem.weights import create_weights, open_borders, open_stream
 
 COLLAPSE_COSINE = 0.5  # mean pairwise cosine of the target table above which the targets no longer tell classes apart
 Number = TypeVar("Number", int, float)
@@ -69,7 +70,7 @@ class Trainer:
     ) -> None:
         plan.require_fit()
         self.plan, self.recipe, self.run, self.listeners = plan, plan.recipe, RunDir(run_dir), list(listeners)
-        self.queue = plan.queue()
+        self.frozen, self.queue = plan, plan.queue()
         self.device = training_device(plan.profile)
         if self.recipe.train.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -81,19 +82,37 @@ class Trainer:
         self.layouts, self.shared_layout = layouts_of(self.model, plan.settings)
         self.streamed: StreamedStep | None = None  # where a model trained end to end does not fit
         self.borders = Borders(0, 0, False)
+        self.visit: Visit | None = None  # under way
 
     def fit(self, batches: Batches) -> RunState:
         """Trains what is still to train and returns the committed state. `batches(step)`: the batch of that step of every block.
 
-        Raises ResumeError if the folder belongs to another plan or process, StoreError if a file is torn or cannot be written.
+        Raises ResumeError if the folder belongs to another plan or process, StoreError if a file is torn or cannot be written, BudgetError
+        if the machine cannot give now what the plan takes, ShortageError where its memory runs short on the way.
         """
+        while True:
+            try:
+                return self._fit(batches)
+            except (RuntimeError, MemoryError) as problem:
+                if not is_out_of_memory(problem):
+                    raise
+                half = go_on_smaller(self.run, self.plan, self.visit, self.monitor.run_peak, self.listeners)
+            # here, not before: the error held the frames in which it was raised, and their tensors
+            self._use(smaller(self.plan, half))
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _fit(self, batches: Batches) -> RunState:
         self.run.acquire()
         if self.plan.profile.unified:
             give_back_freed()  # the plan counts on it
         recorder = stream = borders = None
         try:
             # the run folder: a new one, or what is committed
+            require_available(self.plan)
             state = self._open()
+            if state.micro_batch_size is not None:
+                self._use(smaller(self.plan, state.micro_batch_size))
             recorder = Recorder(self.run.telemetry_path)
             recorder.listeners += self.listeners
             with Monitor(self.plan.profile.unified) as self.monitor:
@@ -110,12 +129,14 @@ class Trainer:
                 recorder.write("staging", **stream.facts())
                 self.model.train()
                 if self.recipe.method == "end_to_end" and not stream.resident:
-                    self.borders = borders = self._open_borders()
+                    self.borders = borders = open_borders(self.plan, self.device, self.run.path)
                     self.streamed = StreamedStep(self.model, self.plan, stream, self.scratch, self.shared, borders, self.monitor)
 
                 # visit after visit
                 for visit, upcoming in self.queue.pending(state.visits_done):
                     state = self._visit(visit, upcoming, state, batches)
+                    if upcoming is not None:
+                        check_available(self.plan, self.monitor.last, committed=True)
                 stream.finish()
                 recorder.write("trained", visits_done=state.visits_done)
                 return self.run.read_state() or state
@@ -132,6 +153,7 @@ class Trainer:
 
     def _visit(self, visit: Visit, upcoming: Visit | None, state: RunState, batches: Batches) -> RunState:
         """Trains the visit's blocks, hands them to the writer. Returns the state as it will be once committed."""
+        self.visit = visit
         self.recorder.write("visit", visit=visit.index, blocks=list(visit.blocks), first_step=visit.first_step, num_steps=visit.num_steps)
         train = self._streamed_steps if self.streamed else self._resident_steps
         start, exposed_before = time.perf_counter(), self._exposed_s()
@@ -232,6 +254,7 @@ class Trainer:
         if not loss.is_cuda:  # reading it there would make the host wait for the device in every step
             fields["loss"] = round(float(loss), 6)
         self.recorder.write("step", **fields, lr=lr, step_s=round(step_s, 6), **sample_fields(self.monitor.last))
+        check_available(self.plan, self.monitor.last, committed=False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # State
@@ -269,20 +292,23 @@ class Trainer:
             self._files.update(files)
             disk_bytes = sum(record.num_bytes for record in self._files.values()) + sum(record.num_bytes for record in files.values())
             measured = {**state.measured, "disk_bytes": disk_bytes}
-            moved = {
+            moved: dict[str, Any] = {
                 "traffic": added(self._earlier.traffic, added(self.borders.traffic(), self.stream.traffic())),
                 "transfer_s": added(self._earlier.transfer_s, self.stream.transfer_s()),
             }
             self.run.commit(state.model_copy(update={"files": dict(self._files), "measured": measured, **moved}))
-            self.recorder.write("commit", visits_done=state.visits_done)
+            self.recorder.write("commit", visits_done=state.visits_done, disk_bytes=disk_bytes, **moved["traffic"], **moved["transfer_s"])
 
         return commit
+
+    def _use(self, plan: Plan) -> None:
+        self.plan, self.streamed, self.borders = plan, None, Borders(0, 0, False)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Opening
 
     def _open(self) -> RunState:
-        frozen = {key: value for key, value in self.plan.to_dict().items() if key in ("schema", "recipe", "profile", "settings")}
+        frozen = {key: value for key, value in self.frozen.to_dict().items() if key in ("schema", "recipe", "profile", "settings")}
         if self.run.exists():
             old = read_plan(self.run).to_dict()
             difference = first_difference({key: old.get(key) for key in frozen}, frozen)
@@ -290,7 +316,7 @@ class Trainer:
                 key, was, now = difference
                 raise ResumeError(f"run folder {self.run.path}: made with {key} = {was}, now {now}; use the same value, or another --run-dir")
         else:
-            self.run.write_plan(self.plan.to_dict())
+            self.run.write_plan(self.frozen.to_dict())
         state = self.run.read_state()
         if state is None:
             self.run.remove_leftovers(None)
@@ -304,14 +330,6 @@ class Trainer:
         self._files = dict(state.files)
         self._earlier = state  # what earlier processes moved
         return state
-
-    def _open_borders(self) -> Borders:
-        """Where a streamed step keeps activations, as the plan settled it."""
-        settings, recipe = self.plan.settings, self.recipe
-        shape = settings.num_blocks, recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
-        if settings.borders == "device" or (settings.borders == "host" and self.plan.profile.unified):
-            return Borders(*shape)
-        return AwayBorders(*shape, self.device, self.run.path if settings.borders == "disk" else None)
 
     def _exposed_s(self) -> float:
         return self.stream.exposed_s + self.borders.exposed_s

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
 from lowmem.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
-from lowmem.footprint import is_resident, layouts_of, training_device
+from lowmem.borders import AwayBorders, Borders
 from lowmem.hardware import Profile
 from lowmem.models.base import BlockModel
 from lowmem.plan import Plan
 from lowmem.run_dir import FileRecord, RunDir
 from lowmem.schedule import mix_seed
+from lowmem.settings import is_resident, layouts_of, training_device
 from lowmem.staging import RING_CHUNKS, Pace, Ring, lock_pages, probe_lockable_bytes, ring_bytes, unlock_pages
 from lowmem.store import DiskStore, HostStore
 from lowmem.stream import BlockStream, block_key
@@ -65,6 +68,15 @@ def open_stream(run: RunDir, plan: Plan, model: BlockModel, files: dict[str, Fil
     kind = HostStore if plan.settings.tier == "host" and not profile.unified else DiskStore
     store = kind(run, layouts_by_key(layouts, shared_layout), files, _open_ring(plan, device, layouts), _paces(plan, profile.disk_rates))
     return BlockStream(store, layouts, shared_layout, device, resident or is_resident(plan.settings, profile.unified), plan.recipe.offload.prefetch)
+
+
+def open_borders(plan: Plan, device: torch.device, folder: Path) -> Borders:
+    """Where a streamed step keeps activations, as the plan settled it."""
+    settings, recipe = plan.settings, plan.recipe
+    shape = settings.num_blocks, recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
+    if settings.borders == "device" or (settings.borders == "host" and plan.profile.unified):
+        return Borders(*shape)
+    return AwayBorders(*shape, device, folder if settings.borders == "disk" else None)
 
 
 def _open_ring(plan: Plan, device: torch.device, layouts: list[ArenaLayout]) -> Ring | None:

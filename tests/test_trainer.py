@@ -51,6 +51,14 @@ def test_every_tier_prefetch_and_write_back_gives_the_same_digest(tmp_path: Path
     assert len(digests) == 1 and None not in digests
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize("write_back", ["wait", "beside"])
+def test_few_blocks_take_no_more_slots_than_there_are_blocks_and_give_the_same_digest(tmp_path: Path, num_blocks: int, write_back: str) -> None:
+    common = {"blocks__num_blocks": num_blocks, "offload__write_back": write_back, "model__dim": 64}
+    disk, device = (run_short(tmp_path / tier, offload__tier=tier, **common) for tier in ("disk", "device"))
+    assert digest(disk) == digest(device)
+
+
 def test_other_seeds_give_other_digests(tmp_path: Path) -> None:
     digests = {digest(run_short(tmp_path / str(seed), train__seed=seed)) for seed in (0, 1)}
     assert len(digests) == 2
