@@ -8,6 +8,7 @@ DATA = ["scikit-learn>=1.4", "Pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
 TEXT = ["tokenizers>=0.21"]
 HUGGINGFACE = ["transformers>=4.50", "datasets>=4", *TEXT]
+LOGGERS = ["tensorboard>=2.15"]
 DEV = ["pytest>=8", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"]
 
 setup(
@@ -41,8 +42,9 @@ setup(
         "plots": PLOTS,
         "text": TEXT,
         "huggingface": HUGGINGFACE,
+        "loggers": LOGGERS,
         "dev": DEV,
-        "all": DATA + PLOTS + HUGGINGFACE + DEV,
+        "all": DATA + PLOTS + HUGGINGFACE + LOGGERS + DEV,
     },
     entry_points={"console_scripts": ["lowmem = lowmem.cli:main"]},
 )

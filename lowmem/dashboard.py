@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lowmem.report import queue_totals, read_status
+from lowmem.report import queue_totals, read_report, read_status
 from lowmem.run_dir import RunDir
 from lowmem.telemetry import read_records
 from lowmem.units import format_bytes, format_seconds
@@ -42,7 +43,9 @@ class RunView:
         self.current: list[int] = []
         self.last: dict[str, Any] = {}
         self.peak_bytes = 0
-        self.warning = ""
+        self.disk_bytes = 0
+        self.waited_s, self.computed_s = 0.0, 0.0
+        self.warning, self.advice = "", ""
         self._moments: deque[float] = deque(maxlen=RATE_STEPS)
 
     def feed(self, record: dict[str, Any]) -> None:
@@ -62,10 +65,12 @@ class RunView:
         elif event == "visited":
             for block in record["blocks"]:
                 self.losses[block] = record["loss"]
+            self.waited_s, self.computed_s = record["exposed_transfer_s"] + record["commit_s"], record["compute_s"]
         elif event == "warning":
             self.warning = record["message"]
         elif event == "commit":
             self.visits_done = record["visits_done"]
+            self.disk_bytes = record.get("disk_bytes", 0)
 
     @property
     def steps_done(self) -> int:
@@ -79,7 +84,7 @@ class RunView:
         return (len(self._moments) - 1) / (self._moments[-1] - self._moments[0])
 
     def lines(self, width: int) -> list[str]:
-        bar_width = max(10, min(40, width - 48))
+        bar_width = max(10, min(80, width - 48))
         out = [self.headline()[:width]]
         per_block = self.steps_total if self.whole else self.steps_total // self.num_blocks
         for block in range(self.num_blocks):
@@ -95,8 +100,14 @@ class RunView:
         pools = [("memory" if unified else "device", device, budget["device_bytes"])]
         if not unified:
             pools.append(("host", host, budget["host_bytes"]))
+        if budget["disk_bytes"] is not None:
+            pools.append(("disk", self.disk_bytes, budget["disk_bytes"]))
         for name, used, allowed in pools:
             out.append(f"  {name:<9} [{_fill(used, allowed, bar_width)}] {format_bytes(used)} of {format_bytes(allowed)}"[:width])
+        if self.computed_s:
+            waited = f"  waiting   {format_seconds(self.waited_s)} for blocks, {self.waited_s / self.computed_s:.1%} of compute"
+            out.append(waited[:width])
+        out += textwrap.wrap(f"advice: {self.advice}", width, initial_indent="  ", subsequent_indent="          ") if self.advice else []
         return out + ([f"  warning: {self.warning}"[:width]] if self.warning else [])
 
     def headline(self) -> str:
@@ -139,6 +150,8 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Callable[[dict[str, A
 
             def draw(record: dict[str, Any]) -> None:
                 view().feed(record)
+                if record["event"] == "commit":
+                    view().advice = read_report(run_dir).content["stream"]["advice"] or ""
                 live.update(Text("\n".join(view().lines(console.width))))
 
             yield draw
@@ -166,6 +179,7 @@ def status_lines(run_dir: str | os.PathLike[str], width: int) -> tuple[str, list
     for record in read_records(run.telemetry_path):
         view.feed(record)
     status = read_status(run_dir)
+    view.advice = status["advice"] or ""
     view.visits_done = status["progress"]["visits_done"]
     for block in status["blocks"]:
         view.steps[block["block"]] = max(block["steps"], view.steps[block["block"]] if status["state"] == "running" else 0)

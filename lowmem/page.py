@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 800  # of a line over time: each the highest of its share of the records
 MAX_SAMPLE_BYTES = 4 * 1024 * 1024  # of a picture or text put into the page
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d")
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#9d755d", "#eeca3b", "#bab0ac", "#ff9da6")
+FAR = 2.5  # a budget so many times the peak lies above the plot, which would show nothing else
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
@@ -172,7 +173,7 @@ def _memory_plot(content: dict[str, Any], history: History) -> str:
     seconds, device = _thinned(history.seconds, history.device_bytes)
     floor, end = 0.0, max(seconds, default=1.0) or 1.0
     parts = content["predicted"]["by_category"]
-    for colour, category in zip(COLOURS, reversed(parts), strict=False):  # the runtime's floor at the bottom
+    for colour, category in zip(COLOURS[: len(parts)], reversed(parts), strict=True):  # the runtime's floor at the bottom
         num_bytes = parts[category]
         axes.fill_between([0, end], floor / GIB, (floor + num_bytes) / GIB, color=colour, alpha=0.45, linewidth=0, label=category.replace("_", " "))
         floor += num_bytes
@@ -180,8 +181,13 @@ def _memory_plot(content: dict[str, Any], history: History) -> str:
     if content["device_type"] == "cuda":
         seconds, host = _thinned(history.seconds, history.host_bytes)
         axes.plot(seconds, [value / GIB for value in host], color="grey", linewidth=1, label="measured, host")
-    axes.axhline(content["budget"]["device_bytes"] / GIB, color=COLOURS[3], linestyle="--", label="budget")
-    axes.set(xlabel="seconds of training", ylabel="GiB", ylim=(0, None), xlim=(0, end))
+    budget, top = content["budget"]["device_bytes"] / GIB, 1.15 * max([floor / GIB, *(value / GIB for value in device)])
+    if budget > FAR * top:
+        axes.plot([], [], color=COLOURS[3], linestyle="--", label=f"budget {budget:.1f} GiB, above")
+    else:
+        axes.axhline(budget, color=COLOURS[3], linestyle="--", label="budget")
+        top = max(top, 1.05 * budget)
+    axes.set(xlabel="seconds of training", ylabel="GiB", ylim=(0, top), xlim=(0, end))
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return _svg(figure)
 

@@ -13,16 +13,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from lowmem.cgroup import available_bytes
 from lowmem.hardware import open_nvml
 
 SAMPLE_PERIOD_S = 0.02
 SYSTEM_SAMPLES = 25  # the machine's own figures change slowly: read them once in so many samples
+CHILDREN_SAMPLES = 500  # to find children, all processes of the machine are read
 
 
 @dataclass
@@ -35,6 +37,10 @@ class Sample:
     device_reserved_bytes: int | None = None  # held by torch's allocator
     nvml_used_bytes: int | None = None  # the whole card, all processes
     nvml_process_bytes: int | None = None
+    children_bytes: int | None = None  # anonymous resident, of this process's children: loaders, compilers
+    device_alloc_retries: int | None = None  # times that torch's allocator gave back its cache to serve a request
+    temperature_c: int | None = None  # of the card, degrees Celsius
+    power_w: float | None = None
 
 
 @dataclass
@@ -53,6 +59,12 @@ def anonymous_bytes(process: psutil.Process) -> int:
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
+def _of_child(child: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return anonymous_bytes(child)
+    return 0  # it has ended meanwhile
+
+
 class NvmlReader:
     """The memory of the first visible card through NVML, or nothing at all: no driver, no card and unsupported calls are all ordinary."""
 
@@ -67,6 +79,9 @@ class NvmlReader:
         processes = self._ask("nvmlDeviceGetComputeRunningProcesses") or []
         own = [process.usedGpuMemory for process in processes if process.pid == os.getpid() and process.usedGpuMemory]
         sample.nvml_process_bytes = int(own[0]) if own else None
+        sample.temperature_c = self._ask("nvmlDeviceGetTemperature", 0)  # 0: of the chip
+        milliwatts = self._ask("nvmlDeviceGetPowerUsage")
+        sample.power_w = None if milliwatts is None else milliwatts / 1000
 
 
 class Monitor:
@@ -94,9 +109,11 @@ class Monitor:
     def sample(self) -> Sample:
         """One reading now, counted in the peaks. Also called by the trainer where memory is highest, after each forward pass."""
         with self._lock:
-            sample = Sample(host_bytes=anonymous_bytes(self._process), host_available_bytes=self.last.host_available_bytes)
+            sample = replace(self.last, host_bytes=anonymous_bytes(self._process))
             if self._count % SYSTEM_SAMPLES == 0:
-                sample.host_available_bytes = int(psutil.virtual_memory().available)
+                sample.host_available_bytes = available_bytes()
+            if self._count % CHILDREN_SAMPLES == 0:
+                sample.children_bytes = sum(map(_of_child, self._process.children(recursive=True)))
             if not self.unified:
                 self._fill_device(sample)
             self._count += 1
@@ -117,10 +134,9 @@ class Monitor:
 
         sample.device_allocated_bytes = int(torch.cuda.memory_allocated())
         sample.device_reserved_bytes = int(torch.cuda.memory_reserved())
+        sample.device_alloc_retries = int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
         if self._nvml is not None and self._count % SYSTEM_SAMPLES == 0:
             self._nvml.fill(sample)
-        else:
-            sample.nvml_used_bytes, sample.nvml_process_bytes = self.last.nvml_used_bytes, self.last.nvml_process_bytes
 
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_PERIOD_S):
@@ -172,6 +188,6 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def sample_fields(sample: Sample) -> dict[str, int]:
+def sample_fields(sample: Sample) -> dict[str, float]:
     """The readings that exist, for a record."""
     return {name: value for name, value in asdict(sample).items() if value is not None}
