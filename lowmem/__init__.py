@@ -25,6 +25,7 @@ _HOME = {
     "Trainer": "lowmem.trainer",
     "detect_profile": "lowmem.hardware",
     "evaluate_run": "lowmem.evaluate",
+    "export_run": "lowmem.export",
     "list_profiles": "lowmem.hardware",
     "list_recipes": "lowmem.config",
     "load_profile": "lowmem.hardware",
