@@ -95,12 +95,23 @@ class Trainable:
 
 
 class Scratch:
-    """Flat vectors kept for the whole run, one of each use for the shared part and for each place that a block can take on the device."""
+    """Flat vectors kept for the whole run, one of each use for the shared part and for each place that a block can take on the device.
+
+    `together`: all blocks are visited at once, so a place is always the same block's; else every block comes to the same place.
+    """
 
     def __init__(
-        self, layouts: list[ArenaLayout], shared_layout: ArenaLayout, dtype: torch.dtype, device: torch.device, seed: int, during_backward: bool
+        self,
+        layouts: list[ArenaLayout],
+        shared_layout: ArenaLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        during_backward: bool,
+        together: bool = False,
     ) -> None:
-        self._block_numel, self._shared_numel = max(layout.numel for layout in layouts), shared_layout.numel
+        numels = [layout.numel for layout in layouts]
+        self._numels = {SHARED: shared_layout.numel, **dict(enumerate(numels if together else [max(numels)]))}
         self._dtype, self._device, self._seed, self._during_backward = dtype, device, seed, during_backward
         self._kept: dict[tuple[str, int], Tensor] = {}
 
@@ -113,6 +124,5 @@ class Scratch:
 
     def _flat(self, use: str, place: int) -> Tensor:
         if (use, place) not in self._kept:
-            numel = self._shared_numel if place == SHARED else self._block_numel
-            self._kept[use, place] = torch.zeros(numel, dtype=self._dtype, device=self._device)
+            self._kept[use, place] = torch.zeros(self._numels[place], dtype=self._dtype, device=self._device)
         return self._kept[use, place]

@@ -339,6 +339,7 @@ class Trainer:
         stream.block_store.read("shared", buffer)
         settings = self.plan.settings
         dtype, seed = COMPUTE_DTYPE[settings.precision], self.recipe.train.seed
-        self.scratch = Scratch(self.layouts, self.shared_layout, dtype, self.device, seed, settings.during_backward)
+        together = self.recipe.method == "end_to_end" and stream.resident
+        self.scratch = Scratch(self.layouts, self.shared_layout, dtype, self.device, seed, settings.during_backward, together)
         self.shared = self.scratch.trainable(SHARED, self.shared_layout, buffer.to(self.device))
         self.shared.bind(self.model)
