@@ -127,6 +127,5 @@ def train_plan(plan: Plan, folder: Path, listeners: Sequence[Listener] = ()) -> 
     if state.metrics is None:
         with Monitor(plan.profile.unified) as monitor:
             metrics = evaluate_run(folder)
-        peaks = {"device_peak_bytes": monitor.run_peak.device_bytes, "host_peak_bytes": monitor.run_peak.host_bytes}
-        measured = {**state.measured, **{name: max(peak, state.measured.get(name, 0)) for name, peak in peaks.items()}}
+        measured = {**state.measured, "evaluation_peak_bytes": monitor.run_peak.device_bytes}
         RunDir(folder).commit(state.model_copy(update={"metrics": metrics, "measured": measured}))

@@ -17,6 +17,7 @@ from lowmem.units import format_bytes, format_seconds
 
 EXTRA_METRICS = ("value_std_error", "joint_accuracy", "sigma_max_ce", "cross_entropy", "perplexity", "class_accuracy", "frechet_train_test")
 HIDDEN_SHARE = 0.01  # of compute: less waiting than this is not worth a change
+MEASURED = ("device_peak_bytes", "host_peak_bytes", "disk_bytes", "evaluation_peak_bytes")  # the last on the device, after training
 WAYS = ("host_to_device", "device_to_host", "disk_read", "disk_written")
 MEMORY_COLUMNS = ("memory", "budget", "predicted", "measured", "difference")
 BLOCK_COLUMNS = ("block", "visits", "steps", "loss", "predicted peak", "measured peak")
@@ -103,6 +104,8 @@ class Report:
             rows.append(("planned", f"{_traffic_text(planned)} (one process, to the end)"))
         rows += _stream_rows(content["stream"])
         metrics = content["metrics"]
+        if content["measured"]["evaluation_peak_bytes"]:
+            rows.append(("evaluation", f" peak {format_bytes(content['measured']['evaluation_peak_bytes'])} on the device, after training"))
         if metrics:
             extra = [f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in EXTRA_METRICS if metrics.get(name) is not None]
             rows.append(("result", f"{metrics['metric']} {metrics['value']:.4f}" + (f" ({', '.join(extra)})" if extra else "")))
@@ -130,7 +133,7 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
             "traffic": unbroken_traffic(predicted.get("traffic"), recipe, visits_total),
             "time": predicted.get("time"),
         },
-        "measured": {name: state.measured.get(name, 0) for name in ("device_peak_bytes", "host_peak_bytes", "disk_bytes")},
+        "measured": {name: state.measured.get(name, 0) for name in MEASURED},
         "blocks": [{**record.model_dump(), "predicted_peak_bytes": predicted["block_peak_bytes"][record.block]} for record in state.blocks],
         "time": {name: state.time.get(name, 0.0) for name in ("total_s", "compute_s", "exposed_transfer_s", "commit_s")},
         "traffic": {f"{way}_bytes": state.traffic.get(f"{way}_bytes", 0) for way in WAYS},
