@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,8 +121,7 @@ def train_plan(plan: Plan, folder: Path, listeners: Sequence[Listener] = ()) -> 
     data = load_data(plan.recipe)
     train_config = plan.recipe.train
     state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
-    del trainer
-    gc.collect()  # its blocks make room for the evaluation's
+    del trainer  # its blocks make room for the evaluation's
     if state.metrics is None:
         with Monitor(plan.profile.unified) as monitor:
             metrics = evaluate_run(folder)

@@ -53,6 +53,12 @@ class SlotPool:
     def give(self, slot: Tensor) -> None:
         self._free.put(slot)
 
+    def clear(self) -> None:
+        """Lets go of every free slot: for the end."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._free.get_nowait()
+
 
 class Pace:
     """`with pace(num_bytes)` takes at least num_bytes / rate seconds, one after the other over all threads. No rate: as long as it takes."""

@@ -208,6 +208,10 @@ class HostStore(DiskStore):
         kept = self.keep(key, buffer)
         return super().write(key, kept, visits_done) if durable else self.files[key]
 
+    def close(self) -> None:
+        super().close()
+        self._copies.clear()
+
     def keep(self, key: str, buffer: Tensor) -> Tensor:
         if key not in self._copies:
             self._copies[key] = aligned_buffer(buffer.numel())

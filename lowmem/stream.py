@@ -202,9 +202,13 @@ class BlockStream:
             self._shared_write.result()
 
     def close(self) -> None:
+        """Ends the threads, and lets go of the blocks: what comes next in the process has their room at once, not at some later collection."""
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
         self.block_store.close()
+        for held in (self._residents, self._reads, self._writes, self._step_writes, self._kept):
+            held.clear()
+        self._slots.clear()
 
     def facts(self) -> dict[str, Any]:
         """For a record of the run: where blocks pass, and the ring's chunks (fewer, or pageable, where page-locking was refused)."""

@@ -98,24 +98,25 @@ class Trainer:
                     raise
                 half = go_on_smaller(self.run, self.plan, self.visit, self.monitor.run_peak, self.listeners)
             # here, not before: the error held the frames in which it was raised, and their tensors
+            self._let_go()
             self._use(smaller(self.plan, half))
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _fit(self, batches: Batches) -> RunState:
+        self.monitor = Monitor(self.plan.profile.unified)
         self.run.acquire()
         if self.plan.profile.unified:
             give_back_freed()  # the plan counts on it
         recorder = stream = borders = None
         try:
             # the run folder: a new one, or what is committed
-            require_available(self.plan)
             state = self._open()
             if state.micro_batch_size is not None:
                 self._use(smaller(self.plan, state.micro_batch_size))
             recorder = Recorder(self.run.telemetry_path)
             recorder.listeners += self.listeners
-            with Monitor(self.plan.profile.unified) as self.monitor:
+            with self.monitor:
                 self.recorder, self.clock = recorder, Clock(**state.time)
                 if state.visits_done == self.queue.num_visits:
                     return state
@@ -301,6 +302,13 @@ class Trainer:
 
         return commit
 
+    def _let_go(self) -> None:
+        """Of all that a failed attempt had on the device: the next one begins from the files."""
+        for layout in (*self.layouts, self.shared_layout):
+            unbind(self.model, layout)
+        for name in ("stream", "scratch", "shared"):
+            vars(self).pop(name, None)
+
     def _use(self, plan: Plan) -> None:
         self.plan, self.streamed, self.borders = plan, None, Borders(0, 0, False)
 
@@ -315,9 +323,11 @@ class Trainer:
             if difference:
                 key, was, now = difference
                 raise ResumeError(f"run folder {self.run.path}: made with {key} = {was}, now {now}; use the same value, or another --run-dir")
-        else:
-            self.run.write_plan(self.frozen.to_dict())
         state = self.run.read_state()
+        if state is None or state.visits_done < self.queue.num_visits:
+            require_available(self.plan)
+        if not self.run.exists():
+            self.run.write_plan(self.frozen.to_dict())
         if state is None:
             self.run.remove_leftovers(None)
             files = create_weights(self.run, self.plan, self.model)

@@ -55,6 +55,21 @@ def test_a_run_that_asks_for_a_gibibyte_more_than_is_available_is_refused_and_wr
     assert not (tmp_path / "run" / "plan.json").exists()
 
 
+def test_a_finished_run_is_no_run_to_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = run_short(tmp_path)
+    monkeypatch.setattr(guard, "available_bytes", lambda: 0)
+    assert run_short(tmp_path) == finished
+
+
+def test_out_of_memory_before_the_first_visit_is_said_to_be_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("lowmem.trainer.create_weights", failing)
+    with pytest.raises(ShortageError, match="^before the first visit: out of memory"):
+        run_short(tmp_path)
+
+
 def test_memory_taken_by_another_process_stops_the_run_at_a_commit_and_it_resumes_to_the_same_digest(tmp_path: Path) -> None:
     unbroken = run_short(tmp_path / "unbroken")
     machine = load_profile("cpu-4gib")

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -244,6 +246,24 @@ def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(tmp_path
 def threads_since(before: set[threading.Thread]) -> set[str]:
     """Of this test alone: a store that another test left to the garbage collector may still have its threads."""
     return {thread.name for thread in set(threading.enumerate()) - before}
+
+
+@every_store
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_closed_stream_holds_no_block(tmp_path: Path, resident: bool, kind: type[DiskStore], copied: bool) -> None:
+    gc.disable()  # at once, not when the collector comes
+    try:
+        with open_stream(tmp_path, resident, True, kind, copied) as stream:
+            for visit in range(2 * NUM_BLOCKS):
+                buffer = stream.load(visit % NUM_BLOCKS)
+                stream.prefetch((visit + 1) % NUM_BLOCKS)
+                held = weakref.ref(buffer.untyped_storage())
+                store_block(stream, visit % NUM_BLOCKS, buffer, visit + 1)
+            assert held() is not None
+            del buffer
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_no_thread_of_a_stream_starts_a_team_of_compute_threads(tmp_path: Path) -> None:
