@@ -132,6 +132,11 @@ class Arena:
             name: self.buffer[start : start + field.numel * field.dtype.itemsize].view(field.dtype) for name, (field, start) in layout.fields.items()
         }
 
+    @property
+    def result(self) -> Tensor:
+        """What training has come to: the average of the weights where one is kept, else the weights."""
+        return self.state.get("ema", self.weights)
+
 
 def parameter_views(layout: ArenaLayout, flat: Tensor) -> dict[str, Tensor]:
     """Each parameter's view of a flat vector of the layout's length: weights, a bf16 copy of them, or gradients."""

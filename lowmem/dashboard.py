@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from lowmem.report import queue_totals, read_report, read_status
 from lowmem.run_dir import RunDir
-from lowmem.telemetry import read_records
+from lowmem.telemetry import Listener, read_records
 from lowmem.units import format_bytes, format_seconds
 
 HEARTBEAT_S = 10.0  # longest silence of the plain view
@@ -133,7 +133,7 @@ def _fill(done: float, total: float, width: int) -> str:
 
 
 @contextlib.contextmanager
-def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Callable[[dict[str, Any]], None]]:
+def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
     """A listener for the trainer that draws on stderr: redrawn in place in a terminal, else a line every few seconds."""
     run, views = RunDir(run_dir), list[RunView]()
     console = Console(stderr=True, highlight=False)

@@ -43,11 +43,15 @@ class Duration(Section):
         ]
 
 
-def pass_s(work: Work, profile: Profile) -> float | None:
-    """Of a pass on the profile's device; None where it lacks a rate."""
+def has_rates(profile: Profile) -> bool:
+    """Whether the time of a pass can be told."""
+    return profile.device.peak_tflops is not None and profile.device.memory_gib_per_s is not None
+
+
+def pass_s(work: Work, profile: Profile) -> float:
+    """Of a pass on the device of a profile that has rates."""
     kind, peak, memory = profile.device.type, profile.device.peak_tflops, profile.device.memory_gib_per_s
-    if peak is None or memory is None:
-        return None
+    assert peak is not None and memory is not None, "see has_rates"
     operations, traffic = peak * 1e12 * REACHED[kind], memory * GIB
     return sum(count * (START_S[kind] + max(flops / operations, num_bytes / traffic)) for (flops, num_bytes), count in work.items())
 

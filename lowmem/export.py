@@ -16,6 +16,7 @@ from lowmem.models import model_builder
 from lowmem.plan import read_plan
 from lowmem.run_dir import RunDir
 from lowmem.sampler import FrozenRun
+from lowmem.stream import block_key
 
 INDEX, RECIPE = "model.safetensors.index.json", "recipe.json"
 
@@ -35,20 +36,19 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
             raise ConfigError(f"{folder}: {problem.strerror}; it is left as it is; give a folder that is not there yet") from None
         store, blocks = frozen.stream.block_store, range(plan.settings.num_blocks)
 
-        def save(key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
-            arena = Arena(layout, buffer)
-            views = parameter_views(layout, arena.state.get("ema", arena.weights))
-            name = f"model-{len(set(files.values())) + 1:05d}-of-{len(blocks) + 1:05d}.safetensors"
+        def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
+            views = parameter_views(layout, Arena(layout, buffer).result)
+            name = f"model-{number:05d}-of-{len(blocks) + 1:05d}.safetensors"
             save_file({parameter: view.cpu().clone() for parameter, view in views.items()}, folder / name, metadata={"format": "pt", "part": key})
             files.update(dict.fromkeys(views, name))
 
         for block in blocks:
             buffer = frozen.stream.load(block)
-            save(f"block-{block}", frozen.layouts[block], buffer)
+            save(block + 1, block_key(block), frozen.layouts[block], buffer)
             frozen.stream.release(block, buffer)
         shared = aligned_buffer(store.layouts["shared"].total_bytes)
         store.read("shared", shared)
-        save("shared", store.layouts["shared"], shared)
+        save(len(blocks) + 1, "shared", store.layouts["shared"], shared)
         total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": files}, indent=1) + "\n", encoding="utf-8")
         (folder / RECIPE).write_text(json.dumps(plan.recipe.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from lowmem.arena import ArenaLayout
 from lowmem.block_queue import BlockQueue
 from lowmem.borders import BorderBytes, border_bytes
 from lowmem.config import Recipe
-from lowmem.duration import EIGHT_BIT_S, Duration, Work, moving_s, pass_s, run_duration, update_work
+from lowmem.duration import EIGHT_BIT_S, Duration, Work, has_rates, moving_s, pass_s, run_duration, update_work
 from lowmem.hardware import Profile
 from lowmem.models.base import BlockModel
 from lowmem.optim import workspace_bytes
@@ -127,7 +127,7 @@ def predict(model: BlockModel, recipe: Recipe, profile: Profile, settings: Setti
             device_peak - category["activations"] + activations[0 if len(activations) == 1 else block] for block in range(settings.num_blocks)
         ],
         traffic=traffic,
-        time=None if counter is None else _duration(recipe, profile, settings, layouts, shared, passes, traffic),
+        time=None if counter is None or not has_rates(profile) else _duration(recipe, profile, settings, layouts, shared, passes, traffic),
     )
 
 
@@ -143,23 +143,17 @@ def _duration(
     shared: ArenaLayout,
     passes: list[Pass],
     traffic: StreamedTraffic | None,
-) -> Duration | None:
-    """Of the run. `passes`: one of each block, or one of all together."""
-    parts, two_passes = recipe.train.batch_size // settings.micro_batch_size, recipe.optimizer.clips_whole
+) -> Duration:
+    """Of the run, on a profile that has rates. `passes`: one of each block, or one of all together."""
+    parts = recipe.train.batch_size // settings.micro_batch_size
     grad_bytes, clipped = COMPUTE_DTYPE[settings.precision].itemsize, recipe.optimizer.grad_clip is not None
     eight_bit_s = EIGHT_BIT_S[profile.device.type] if settings.optimizer == "adamw8bit" else 0.0
 
     def update_s(updated: list[ArenaLayout]) -> float:
-        updates = [pass_s(update_work(layout, grad_bytes, clipped), profile) or 0.0 for layout in updated]
-        return sum(updates) + eight_bit_s * sum(layout.numel for layout in updated)
+        return sum(pass_s(update_work(layout, grad_bytes, clipped), profile) + eight_bit_s * layout.numel for layout in updated)
 
-    forward_s, backward_s = [pass_s(taken.forward_work, profile) for taken in passes], [pass_s(taken.work, profile) for taken in passes]
-    if forward_s[0] is None or backward_s[0] is None:
-        return None
-    passes_s = [
-        parts * ((forward or 0.0) + (backward or 0.0) * (2 if two_passes and traffic else 1))
-        for forward, backward in zip(forward_s, backward_s, strict=True)
-    ]
+    backward_passes = 2 if recipe.optimizer.clips_whole and traffic else 1
+    passes_s = [parts * (pass_s(taken.forward_work, profile) + backward_passes * pass_s(taken.work, profile)) for taken in passes]
     queue, on_disk = queue_of(recipe, settings), settings.tier == "disk"
     steps = min(queue.visit_steps, queue.num_steps)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -13,7 +12,7 @@ from lowmem.cgroup import available_bytes
 from lowmem.errors import BudgetError, ShortageError
 from lowmem.plan import Plan
 from lowmem.run_dir import RunDir
-from lowmem.telemetry import Peak, Recorder, Sample, anonymous_bytes
+from lowmem.telemetry import Listener, Peak, Recorder, Sample, anonymous_bytes
 from lowmem.units import format_bytes
 
 AT_ONCE = 2  # with less than that part of the memory that should be left, a run does not wait for its next commit
@@ -74,7 +73,7 @@ def shortage(plan: Plan, visit: Visit | None, peak: Peak) -> ShortageError:
     )
 
 
-def go_on_smaller(run: RunDir, plan: Plan, visit: Visit | None, peak: Peak, listeners: Sequence[Callable[[dict[str, Any]], None]]) -> int:
+def go_on_smaller(run: RunDir, plan: Plan, visit: Visit | None, peak: Peak, listeners: Sequence[Listener]) -> int:
     """Commits that a smaller micro-batch goes on from the last commit, and returns it. Raises ShortageError where that is not to be."""
     state, size = run.read_state(), next_smaller(plan.settings.micro_batch_size)
     if plan.recipe.train.on_oom == "stop" or size is None or state is None or plan.recipe.optimizer.during_backward is True:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lowmem.config import RecurrentLmModel, TransformerModel, load_recipe, recipe_name
+from lowmem.config import Recipe, RecurrentLmModel, TransformerModel, load_recipe, recipe_name
 from lowmem.data import describe_data, load_data
 from lowmem.errors import ConfigError, ResumeError
 from lowmem.evaluate import evaluate_run
@@ -15,22 +15,27 @@ from lowmem.hardware import Profile, detect_profile, load_profile
 from lowmem.models import model_builder
 from lowmem.plan import Plan, make_plan, read_plan
 from lowmem.run_dir import RunDir, first_difference
-from lowmem.telemetry import Monitor
+from lowmem.telemetry import Listener, Monitor
 from lowmem.trainer import Trainer
 
 MOST_LAYERS = 256  # looked at: a pass of each has to be counted
 MAX_MODEL_PARTS = 32  # the largest model is found to within this part of its size
-Listener = Callable[[dict[str, Any]], None]
 
 
 def plan_recipe(
     recipe: str | os.PathLike[str], profile: str | os.PathLike[str] | None = None, overrides: Sequence[str] = (), folder: Path | None = None
 ) -> Plan:
     """The plan of a recipe on a machine (None: this one). Fits or not: see `Plan.fits`."""
-    settled = load_recipe(recipe, overrides)
-    machine: Profile = detect_profile() if profile is None else load_profile(profile)
-    spec = describe_data(settled)
-    return make_plan(model_builder(settled, spec), settled, machine, folder, spec.host_bytes)
+    return _plan_on(_machine(profile), load_recipe(recipe, overrides), folder)
+
+
+def _machine(profile: str | os.PathLike[str] | None) -> Profile:
+    return detect_profile() if profile is None else load_profile(profile)
+
+
+def _plan_on(machine: Profile, recipe: Recipe, folder: Path | None) -> Plan:
+    spec = describe_data(recipe)
+    return make_plan(model_builder(recipe, spec), recipe, machine, folder, spec.host_bytes)
 
 
 def largest_models(
@@ -40,7 +45,7 @@ def largest_models(
 
     Width grows by whole heads of the recipe's size. Fit is taken to end once for good as the model grows.
     """
-    settled = load_recipe(recipe, overrides)
+    machine, settled = _machine(profile), load_recipe(recipe, overrides)  # the machine once: what is free on it changes
     model, blocks = settled.model, settled.blocks.num_blocks
     if not isinstance(model, TransformerModel):
         raise ConfigError(f"--max-model: found model.name '{model.name}'; allowed: a model with num_layers, dim and num_heads")
@@ -54,14 +59,14 @@ def largest_models(
         return [f"model.dim={size * head}", f"model.num_heads={size}"]
 
     def planned(change: list[str]) -> Plan:
-        return plan_recipe(recipe, profile, [*overrides, *change], folder)
+        return _plan_on(machine, load_recipe(recipe, [*overrides, *change]), folder)
 
     found = {}
-    for name, change, smallest in (("deepest", deep, least), ("widest", wide, 1)):
+    for name, change, smallest, most in (("deepest", deep, least, MOST_LAYERS), ("widest", wide, 1, sys.maxsize)):
         best, fits, refused = planned(change(smallest)), smallest, None
         best.require_fit()
         while refused is None or refused - fits > max(fits // MAX_MODEL_PARTS, 1):
-            size = min(2 * fits, MOST_LAYERS if name == "deepest" else 2 * fits) if refused is None else (fits + refused) // 2
+            size = min(2 * fits, most) if refused is None else (fits + refused) // 2
             if size == fits:
                 break
             plan = planned(change(size))

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import ConfigError, nearest
+from lowmem.telemetry import Listener
 
 NOT_LOGGED = ("event", "time", "visit", "block", "step", "blocks", "visits_done")
 LOGGERS = ("tensorboard", "trackio", "wandb")
-Listener = Callable[[dict[str, Any]], None]
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -109,13 +109,8 @@ class PassCounter:
         self._known: dict[Any, Pass] = {}
 
     def __call__(self, layers: range, settings: Settings) -> Pass:
-        shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
-        key: tuple[object, ...] = (shapes, settings.micro_batch_size, settings.precision, settings.recompute)
-        if settings.during_backward:
-            key = (*key, settings.optimizer, settings.weights)
-        if key not in self._known:
-            self._known[key] = self._count(layers, settings)
-        return self._known[key]
+        kind = (settings.optimizer, settings.weights) if settings.during_backward else ()
+        return self._remembered(kind, layers, settings, lambda: self._count(layers, settings))
 
     def streamed(self, layers: range, settings: Settings) -> Pass:
         """The same of one block of a model that is trained end to end and streams, its micro-batch waiting at the border (see `waiting`).
@@ -123,10 +118,13 @@ class PassCounter:
         Input and output part belong to the first and the last block's pass.
         """
         ends = layers.start == 0, layers.stop == len(self._model.layers)
+        return self._remembered(("streamed", ends), layers, settings, lambda: self._count_streamed(layers, settings, *ends))
+
+    def _remembered(self, kind: tuple[object, ...], layers: range, settings: Settings, count: Callable[[], Pass]) -> Pass:
         shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
-        key = ("streamed", ends, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
+        key = (kind, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
         if key not in self._known:
-            self._known[key] = self._count_streamed(layers, settings, *ends)
+            self._known[key] = count()
         return self._known[key]
 
     def waiting(self, settings: Settings) -> tuple[int, int]:

@@ -69,6 +69,10 @@ class Plan(Section):
     def to_dict(self) -> dict[str, Any]:
         return {**self.model_dump(mode="json", by_alias=True), "fits": self.fits}
 
+    @property
+    def title(self) -> str:
+        return f"plan: {self.recipe.method}, {self.recipe.model.name}, {self.num_parameters / 1e6:.2f} million parameters"
+
     def table(self) -> str:
         budget, predicted = self.budget, self.predicted
         rows = [
@@ -90,8 +94,7 @@ class Plan(Section):
             *(f"chosen: {choice}" for choice in self.choices if self.fits),
             f"{'fits' if self.fits else 'DOES NOT FIT'} with {format_bytes(headroom)} of headroom, for what a prediction may be off by",
         ]
-        title = f"plan: {self.recipe.method}, {self.recipe.model.name}, {self.num_parameters / 1e6:.2f} million parameters"
-        return text_table(title, ("device memory", "predicted", "share"), rows, notes)
+        return text_table(self.title, ("device memory", "predicted", "share"), rows, notes)
 
 
 def make_plan(build_model: BuildModel, recipe: Recipe, profile: Profile, folder: Path | None = None, data_bytes: int = 0) -> Plan:
@@ -169,8 +172,7 @@ def plans_table(plans: Sequence[Plan]) -> str:
     names = ["fits", "device peak", "host peak", "disk", "blocks, tier", "micro-batch, recompute", "precision, optimizer"]
     names += ["step", per, "waiting for blocks", "run"]
     rows = list(zip(names, *map(column, plans), strict=True))
-    title = f"plan: {plans[0].recipe.method}, {plans[0].recipe.model.name}, {plans[0].num_parameters / 1e6:.2f} million parameters"
-    return text_table(title, ("", *(plan.profile.name for plan in plans)), rows, width=COLUMN * (len(plans) + 1))
+    return text_table(plans[0].title, ("", *(plan.profile.name for plan in plans)), rows, width=COLUMN * (len(plans) + 1))
 
 
 def read_plan(run: RunDir) -> Plan:

@@ -112,8 +112,7 @@ class FrozenRun:
         return calls
 
     def _bind(self, layout: ArenaLayout, buffer: Tensor) -> None:
-        arena = Arena(layout, buffer)
-        bind(self.model, parameter_views(layout, arena.state.get("ema", arena.weights).to(self.dtype)), None)
+        bind(self.model, parameter_views(layout, Arena(layout, buffer).result.to(self.dtype)), None)
 
 
 class _Passing:

@@ -65,13 +65,6 @@ class DiskStore:
         path = self.run_dir.path / record.name
         verify = record.name not in self._verified and buffer.numel() == self.layouts[key].total_bytes
         head = aligned_buffer(len(header))
-
-        def read_chunk(start: int) -> bytes:
-            part = buffer[start : start + CHUNK_BYTES]
-            with self._host(part, reading=True) as chunk, self._read_pace(chunk.numel()):
-                self._request(path, len(header) + start, chunk, reading=True)
-                return _digest(chunk) if verify else b""
-
         began = time.perf_counter()
         with _one_line(path):
             with _open(path, os.O_RDONLY) as file:
@@ -79,7 +72,7 @@ class DiskStore:
             if found != record.num_bytes:
                 raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; restore it from a copy; nothing was overwritten")
             self._request(path, 0, head, reading=True)
-            digests = _in_chunks(self._readers, buffer.numel(), read_chunk)
+            digests = self._move(path, len(header), buffer, reading=True, digested=verify)
         self.read_s += time.perf_counter() - began
         self.read_bytes += len(header) + buffer.numel()
         if bytes(head.numpy()) != header:
@@ -99,20 +92,13 @@ class DiskStore:
             return self.files[key]
         name, header = self.run_dir.file_name(key, visits_done), self.layouts[key].header()
         path = self.run_dir.path / name
-
-        def write_chunk(start: int) -> bytes:
-            part = buffer[start : start + CHUNK_BYTES]
-            with self._host(part, reading=False) as chunk, self._write_pace(chunk.numel()):
-                self._request(path, len(header) + start, chunk, reading=False)
-                return _digest(chunk) if durable else b""
-
         began = time.perf_counter()
         with _one_line(path), _whole_or_gone(path):
             _open(path, os.O_WRONLY | os.O_CREAT).close()
             head = aligned_buffer(len(header))
             head.numpy()[:] = memoryview(header)
             self._request(path, 0, head, reading=False)
-            digests = _in_chunks(self._writers, buffer.numel(), write_chunk)
+            digests = self._move(path, len(header), buffer, reading=False, digested=durable)
             if durable:
                 with _open(path, os.O_WRONLY) as file:
                     os.fsync(file.fileno())
@@ -166,6 +152,17 @@ class DiskStore:
         if first is None or digest_chunk(0) != first:
             return False
         return _whole_digest(_in_chunks(self._writers, buffer.numel(), digest_chunk)) == self.files[key].digest
+
+    def _move(self, path: Path, position: int, buffer: Tensor, reading: bool, digested: bool) -> list[bytes]:
+        """A data section that begins at `position`, into `buffer` or out of it; the digests of its chunks, empty where none are wanted."""
+        pool, pace = (self._readers, self._read_pace) if reading else (self._writers, self._write_pace)
+
+        def move_chunk(start: int) -> bytes:
+            with self._host(buffer[start : start + CHUNK_BYTES], reading) as chunk, pace(chunk.numel()):
+                self._request(path, position + start, chunk, reading)
+                return _digest(chunk) if digested else b""
+
+        return _in_chunks(pool, buffer.numel(), move_chunk)
 
     def _host(self, part: Tensor, reading: bool) -> AbstractContextManager[Tensor]:
         """`part` in host memory: itself, or a chunk of the ring that is copied to it (reading) or from it."""

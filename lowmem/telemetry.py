@@ -22,6 +22,7 @@ import psutil
 from lowmem.cgroup import available_bytes
 from lowmem.hardware import open_nvml
 
+Listener = Callable[[dict[str, Any]], None]  # is given every record as it is written
 SAMPLE_PERIOD_S = 0.02
 SYSTEM_SAMPLES = 25  # the machine's own figures change slowly: read them once in so many samples
 CHILDREN_SAMPLES = 500  # to find children, all processes of the machine are read
@@ -150,7 +151,7 @@ class Recorder:
         self._torn = _last_byte(path) not in (b"", b"\n")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         self._lock = threading.Lock()  # the trainer and the writer's thread both record
-        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        self.listeners: list[Listener] = []
 
     def write(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time": round(time.time(), 4), **fields}

@@ -31,7 +31,7 @@ from lowmem.run_dir import BlockRecord, FileRecord, RunDir, RunState, first_diff
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.settings import COMPUTE_DTYPE, check_model, layouts_of, training_device
 from lowmem.stream import BlockStream
-from lowmem.telemetry import Monitor, Recorder, sample_fields
+from lowmem.telemetry import Listener, Monitor, Recorder, sample_fields
 from lowmem.trainable import SHARED, Scratch
 from lowmem.weights import create_weights, open_borders, open_stream
 
@@ -65,9 +65,7 @@ class Trainer:
     `listeners` are called with each telemetry record (a dict) as it is written: the live view is one.
     """
 
-    def __init__(
-        self, build_model: BuildModel, plan: Plan, run_dir: str | os.PathLike[str], listeners: Sequence[Callable[[dict[str, Any]], None]] = ()
-    ) -> None:
+    def __init__(self, build_model: BuildModel, plan: Plan, run_dir: str | os.PathLike[str], listeners: Sequence[Listener] = ()) -> None:
         plan.require_fit()
         self.plan, self.recipe, self.run, self.listeners = plan, plan.recipe, RunDir(run_dir), list(listeners)
         self.frozen, self.queue = plan, plan.queue()
