@@ -12,7 +12,8 @@ import pytest
 
 from lowmem.config import Recipe, recipe_from_dict
 from lowmem.errors import DataError
-from lowmem.hardware import Profile, detect_profile
+from lowmem.hardware import Profile, detect_profile, load_profile
+from lowmem.run_dir import RunState
 
 TINY = {
     "schema": 1,
@@ -35,6 +36,23 @@ def recipe_with(**overrides: Any) -> Recipe:
         else:
             raw[section] = value
     return recipe_from_dict(raw, "tiny")
+
+
+SHORT = {"model__num_layers": 3, "model__dim": 32, "train__num_steps": 6, "train__warmup_steps": 2, "blocks__visit_steps": 2}
+
+
+def run_short(folder: Path, listeners: Any = (), profile: Profile | None = None, **overrides: Any) -> RunState:
+    """Three blocks, three visits each, of the tiny recipe with changes."""
+    from lowmem.data import describe_data, load_data
+    from lowmem.models import model_builder
+    from lowmem.plan import make_plan
+    from lowmem.trainer import Trainer
+
+    recipe = recipe_with(**{**SHORT, **overrides})
+    build = model_builder(recipe, describe_data(recipe))
+    plan = make_plan(build, recipe, profile or load_profile("cpu-4gib"), folder)
+    data = load_data(recipe)
+    return Trainer(build, plan, folder, listeners).fit(lambda step: data.batch(0, step, recipe.train.batch_size))
 
 
 def as_overrides(**overrides: Any) -> list[str]:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import recipe_with
+from conftest import SHORT, recipe_with
 from racing import race, race_plan
-from test_trainer import SHORT
 
 from lowmem import staging as staging_module
 from lowmem import store as store_module

@@ -13,34 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_overrides, recipe_with
+from conftest import SHORT, as_overrides, recipe_with, run_short
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lowmem import guard
 from lowmem.cgroup import available_bytes, memory_limit
-from lowmem.config import Recipe
-from lowmem.data import describe_data, load_data
+from lowmem.data import describe_data
 from lowmem.errors import BudgetError, ShortageError
-from lowmem.hardware import Profile, load_profile
+from lowmem.hardware import load_profile
 from lowmem.models import model_builder
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.plan import make_plan
 from lowmem.report import digest, read_report
-from lowmem.run_dir import RunDir, RunState
+from lowmem.run_dir import RunDir
 from lowmem.telemetry import read_records
 from lowmem.trainer import Trainer
 from lowmem.units import GIB, MIB
 
-SHORT = {"model__num_layers": 3, "model__dim": 32, "train__num_steps": 6, "train__warmup_steps": 2, "blocks__visit_steps": 2}
 HOG = "import sys; held = b'1' * int(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
-
-
-def run_short(folder: Path, listeners: Any = (), profile: Profile | None = None, **overrides: Any) -> RunState:
-    recipe: Recipe = recipe_with(**{**SHORT, **overrides})
-    build = model_builder(recipe, describe_data(recipe))
-    plan = make_plan(build, recipe, profile or load_profile("cpu-4gib"), folder)
-    data = load_data(recipe)
-    return Trainer(build, plan, folder, listeners).fit(lambda step: data.batch(0, step, recipe.train.batch_size))
 
 
 def test_a_run_that_asks_for_a_gibibyte_more_than_is_available_is_refused_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import recipe_with
+from conftest import SHORT, recipe_with, run_short
 
 from lowmem.data import describe_data, load_data
 from lowmem.errors import BudgetError, ResumeError, StoreError
@@ -22,16 +22,6 @@ from lowmem.report import digest, read_report
 from lowmem.run_dir import RunDir, RunState
 from lowmem.schedule import learning_rate
 from lowmem.trainer import Trainer
-
-SHORT = {"model__num_layers": 3, "model__dim": 32, "train__num_steps": 6, "train__warmup_steps": 2, "blocks__visit_steps": 2}
-
-
-def run_short(folder: Path, listeners: Any = (), **overrides: Any) -> RunState:
-    recipe = recipe_with(**{**SHORT, **overrides})
-    build = model_builder(recipe, describe_data(recipe))
-    plan = make_plan(build, recipe, load_profile("cpu-4gib"), folder)
-    data = load_data(recipe)
-    return Trainer(build, plan, folder, listeners).fit(lambda step: data.batch(0, step, recipe.train.batch_size))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
