@@ -16,9 +16,9 @@ from lowmem.strict import Section
 from lowmem.units import GIB, format_bytes, format_seconds
 
 Work = Counter[tuple[int, int]]  # (floating-point operations, bytes read and written) of an operation -> how many such
-REACHED = {"cpu": 0.8, "cuda": 0.5, "mps": 0.5}  # of peak_tflops, by the products of a layer; on CUDA a rule of thumb
-START_S = {"cpu": 6e-6, "cuda": 5e-6, "mps": 5e-6}  # of one operation
-EIGHT_BIT_S = {"cpu": 22e-9, "cuda": 0.0, "mps": 0.0}  # of an 8-bit update beyond its traffic, per weight; measured on 2 cores
+REACHED = {"cpu": 0.8, "cuda": 0.5, "mps": 0.5}  # of peak_tflops, by the products of a layer: rules of thumb
+START_S = {"cpu": 6e-6, "cuda": 5e-6, "mps": 5e-6}  # of one operation: a rule of thumb
+EIGHT_BIT_S = {"cpu": 7.4e-9, "cuda": 0.0, "mps": 0.0}  # of an 8-bit update beyond its traffic, per weight; measured on 2 cores
 
 
 class Duration(Section):
