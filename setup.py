@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 DATA = ["scikit-learn>=1.4", "Pillow>=10"]
 PLOTS = ["matplotlib>=3.8"]
@@ -19,7 +19,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["lowmem", "lowmem.models", "lowmem.objectives", "lowmem.evaluation", "lowmem.profiles"],
+    packages=[*find_packages(include=["lowmem", "lowmem.*"]), "lowmem.profiles"],
     package_dir={"lowmem": "lowmem", "lowmem.profiles": "profiles"},
     package_data={"lowmem": ["py.typed"], "lowmem.profiles": ["hardware/*.yaml", "recipes/*.yaml"]},
     install_requires=[

@@ -1,6 +1,8 @@
-"""The command line. Each verb is a thin call of one public function; nothing heavy is imported before it is needed.
+"""The command line. Each verb is a thin call of one public function; nothing heavy is imported before it is
+needed.
 
-Exit codes: 0 done, 1 run failed, 2 bad input, 3 plan does not fit, 130 interrupted. Progress goes to stderr, results to stdout.
+Exit codes: 0 done, 1 run failed, 2 bad input, 3 plan does not fit, 130 interrupted. Progress goes to stderr,
+results to stdout.
 """
 
 from __future__ import annotations
@@ -30,16 +32,28 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="a recipe's name (`lowmem recipes`) or the path of a YAML file")]
+RecipeArgument = Annotated[
+    str, typer.Argument(help="a recipe's name (`lowmem recipes`) or the path of a YAML file")
+]
 RunArgument = Annotated[Path, typer.Argument(help="a run folder, as written by `lowmem train`")]
-ProfileOption = Annotated[str | None, typer.Option("--profile", help="a machine's name (`lowmem profiles`) or a YAML file; default: this machine")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="override a key of the recipe, as in --set blocks.num_blocks=6")]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile", help="a machine's name (`lowmem profiles`) or a YAML file; default: this machine"
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="override a key of the recipe, as in --set blocks.num_blocks=6"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Half a million objects are imported with torch and none of them dies: to look for garbage among them takes a third of a plan's time."""
+    """Half a million objects are imported with torch and none of them dies: to look for garbage among them
+    takes a third of a plan's time.
+    """
     gc.disable()
     try:
         yield
@@ -51,12 +65,18 @@ def no_collection() -> Iterator[None]:
 def train(
     recipe: RecipeArgument,
     profile: ProfileOption = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="default: runs/RECIPE; the same command again goes on where it stood")] = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", help="default: runs/RECIPE; the same command again goes on where it stood"),
+    ] = None,
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
-    log_to: Annotated[list[str] | None, typer.Option("--log-to", help="also send telemetry to tensorboard, wandb or trackio")] = None,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option("--log-to", help="also send telemetry to tensorboard, wandb or trackio"),
+    ] = None,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
     from lowmem import job
@@ -66,10 +86,10 @@ def train(
     if dry_run or not plan.fits:
         _print_plan(plan, as_json)
         return
-    from lowmem.dashboard import live_view
-    from lowmem.loggers import open_logger
-    from lowmem.report import read_report
-    from lowmem.settings import training_device
+    from lowmem.machine.detect import training_device
+    from lowmem.reporting.dashboard import live_view
+    from lowmem.reporting.loggers import open_logger
+    from lowmem.reporting.report import read_report
 
     training_device(plan.profile)
 
@@ -79,8 +99,16 @@ def train(
     if status and status["visits_done"] == status["visits_total"]:
         print(f"{folder}: this run is finished; choose another --run-dir to train again", file=sys.stderr)
     with contextlib.ExitStack() as opened:
-        listeners = [_stop_if_interrupted, *(opened.enter_context(open_logger(name, folder, plan.recipe.to_dict())) for name in log_to or [])]
-        job.train_plan(plan, folder, listeners if quiet else [*listeners, opened.enter_context(live_view(folder))])
+        listeners = [
+            _stop_if_interrupted,
+            *(
+                opened.enter_context(open_logger(name, folder, plan.recipe.to_dict()))
+                for name in log_to or []
+            ),
+        ]
+        job.train_plan(
+            plan, folder, listeners if quiet else [*listeners, opened.enter_context(live_view(folder))]
+        )
     report = read_report(folder)
     print(json.dumps(report.content, indent=1) if as_json else report.table())
 
@@ -89,32 +117,44 @@ def train(
 @no_collection()
 def plan(
     recipe: RecipeArgument,
-    profile: Annotated[list[str] | None, typer.Option("--profile", help="as of train; several are compared")] = None,
+    profile: Annotated[
+        list[str] | None, typer.Option("--profile", help="as of train; several are compared")
+    ] = None,
     set_: SetOption = None,
-    max_model: Annotated[bool, typer.Option("--max-model", help="the deepest and the widest model of this recipe that fit")] = False,
+    max_model: Annotated[
+        bool, typer.Option("--max-model", help="the deepest and the widest model of this recipe that fit")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
     from lowmem.job import largest_models, plan_recipe
-    from lowmem.plan import plans_table
+    from lowmem.planning.plan import plans_table
 
     folder = None if profile else Path("runs")
     if max_model:
         if profile and len(profile) > 1:
-            raise ConfigError(f"--max-model: found {len(profile)} profiles; allowed: one; give them one after the other")
+            raise ConfigError(
+                f"--max-model: found {len(profile)} profiles; allowed: one; give them one after the other"
+            )
         found = largest_models(recipe, profile[0] if profile else None, set_ or [], folder)
         if as_json:
             print(json.dumps({name: plan.to_dict() for name, plan in found.items()}, indent=1))
         for name, plan in found.items() if not as_json else ():
             model: Any = plan.recipe.model
-            print(f"{name}: {model.num_layers} layers, dim {model.dim}, {model.num_heads} heads\n{plan.table()}\n")
+            print(
+                f"{name}: {model.num_layers} layers, dim {model.dim}, {model.num_heads} heads\n{plan.table()}\n"
+            )
         return
     machines: list[str] | list[None] = profile or [None]
     plans = [plan_recipe(recipe, name, set_ or [], folder) for name in machines]
     if len(plans) == 1:
         _print_plan(plans[0], as_json)
     else:
-        print(json.dumps({"plans": [plan.to_dict() for plan in plans]}, indent=1) if as_json else plans_table(plans))
+        print(
+            json.dumps({"plans": [plan.to_dict() for plan in plans]}, indent=1)
+            if as_json
+            else plans_table(plans)
+        )
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
@@ -132,39 +172,53 @@ def _print_plan(plan: Any, as_json: bool) -> None:
 @app.command()
 def profiles(name: Annotated[str | None, typer.Argument(help="print this profile's YAML")] = None) -> None:
     """List machine profiles, or print one."""
-    from lowmem.hardware import list_profiles, load_profile, profile_to_yaml
-    from lowmem.tables import text_table
+    from lowmem.machine.profile import list_profiles, load_profile, profile_to_yaml
+    from lowmem.reporting.tables import text_table
 
     if name is not None:
         print(profile_to_yaml(load_profile(name)), end="")
         return
     loaded = [load_profile(known) for known in list_profiles()]
-    rows = [(p.name, p.device.type, f"{p.device.memory_gib:.1f}", f"{p.host.memory_gib:.1f}", p.device.compute_dtype) for p in loaded]
+    rows = [
+        (
+            p.name,
+            p.device.type,
+            f"{p.device.memory_gib:.1f}",
+            f"{p.host.memory_gib:.1f}",
+            p.device.compute_dtype,
+        )
+        for p in loaded
+    ]
     print(text_table("machine profiles", ("name", "device", "device GiB", "host GiB", "computes in"), rows))
 
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe's YAML")] = None) -> None:
     """List recipes, or print one."""
-    from lowmem.config import list_recipes
-    from lowmem.strict import find_file
+    from lowmem.recipe import list_recipes
+    from lowmem.schema import find_file
 
     if name is not None:
         print(find_file(name, "recipes", "recipe", ConfigError).read_text(encoding="utf-8"), end="")
         return
     width = max(map(len, list_recipes())) + 2
     for known in list_recipes():
-        comment = find_file(known, "recipes", "recipe", ConfigError).read_text(encoding="utf-8").splitlines()[0]
+        comment = (
+            find_file(known, "recipes", "recipe", ConfigError).read_text(encoding="utf-8").splitlines()[0]
+        )
         print(f"{known:<{width}}{comment.lstrip('# ')}")
 
 
 @app.command()
 def detect(
-    measure: Annotated[bool, typer.Option("--measure", help="measure rates and the runtime floor (about a minute)")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="measure rates and the runtime floor (about a minute)")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="write the profile to this YAML file")] = None,
 ) -> None:
     """Describe this machine as a profile."""
-    from lowmem.hardware import detect_profile, profile_to_yaml
+    from lowmem.machine.detect import detect_profile
+    from lowmem.machine.profile import profile_to_yaml
 
     text = profile_to_yaml(detect_profile(measure))
     if out is None:
@@ -185,8 +239,8 @@ def status(
     """Show where a run stands, from any terminal, also after it died."""
     import shutil
 
-    from lowmem import dashboard
-    from lowmem.report import read_status
+    from lowmem.reporting import dashboard
+    from lowmem.reporting.report import read_status
 
     if as_json:
         print(json.dumps(read_status(run), indent=1))
@@ -200,13 +254,18 @@ def status(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="a run folder; several are compared")],
     as_json: JsonOption = False,
-    html: Annotated[Path | None, typer.Option("--html", help="write one self-contained page to this file")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="write one self-contained page to this file")
+    ] = None,
 ) -> None:
-    """Predicted against measured, per category and per block; time, traffic, result. Several runs beside each other."""
-    from lowmem.report import comparison_table, read_report
+    """Predicted against measured, per category and per block; time, traffic, result.
+
+    Several runs beside each other.
+    """
+    from lowmem.reporting.report import comparison_table, read_report
 
     if html is not None:
-        from lowmem.page import write_page
+        from lowmem.reporting.page import write_page
 
         print(f"wrote {write_page(runs, html)}")
         return
@@ -221,11 +280,14 @@ def report(
 @app.command("eval")
 def eval_(
     run: RunArgument,
-    data: Annotated[list[str] | None, typer.Option("--data", help="evaluate on other data: a key of data, as in --data path=FILE")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", help="evaluate on other data: a key of data, as in --data path=FILE"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a run's last commit on its test data."""
-    from lowmem.evaluate import evaluate_run
+    from lowmem.inference.evaluate import evaluate_run
 
     metrics = evaluate_run(run, data)
     if as_json:
@@ -234,7 +296,13 @@ def eval_(
     for name, value in metrics.items():
         if isinstance(value, list):
             for row in value:
-                print("  " + ", ".join(f"{key} {item:.4g}" if isinstance(item, float) else f"{key} {item}" for key, item in row.items()))
+                print(
+                    "  "
+                    + ", ".join(
+                        f"{key} {item:.4g}" if isinstance(item, float) else f"{key} {item}"
+                        for key, item in row.items()
+                    )
+                )
         else:
             print(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
 
@@ -243,15 +311,21 @@ def eval_(
 def sample(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="default: a file in the run folder")] = None,
-    num: Annotated[int | None, typer.Option("--num", min=1, help="how many; default: eight of each class, or four texts")] = None,
+    num: Annotated[
+        int | None, typer.Option("--num", min=1, help="how many; default: eight of each class, or four texts")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="another seed, other samples")] = 0,
-    prompt: Annotated[str, typer.Option("--prompt", help="causal and recurrent text models: what to continue")] = "",
-    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="causal and recurrent text models: how many to add")] = None,
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="causal and recurrent text models: what to continue")
+    ] = "",
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="causal and recurrent text models: how many to add")
+    ] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0)] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1)] = 0.95,
 ) -> None:
     """Write samples of a run's last commit to a file: images, or text."""
-    from lowmem.generate import TextSettings, sample_run
+    from lowmem.inference.generate import TextSettings, sample_run
 
     print(f"wrote {sample_run(run, out, num, seed, TextSettings(prompt, tokens, temperature, top_p))}")
 
@@ -259,7 +333,7 @@ def sample(
 @app.command()
 def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a new folder")]) -> None:
     """Write a run's weights as ordinary safetensors files."""
-    from lowmem.export import export_run
+    from lowmem.inference.export import export_run
 
     print(f"wrote {export_run(run, out)}")
 
@@ -267,7 +341,7 @@ def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a new fol
 @app.command()
 def env(as_json: JsonOption = False) -> None:
     """Versions and hardware of this machine."""
-    from lowmem.environment import read_environment
+    from lowmem.machine.environment import read_environment
 
     environment = read_environment()
     if as_json:
@@ -286,13 +360,20 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def _stop_if_interrupted(record: dict[str, Any]) -> None:
-    """A listener. Python drops a KeyboardInterrupt that meets it within a finalizer or a weak reference's callback: the next step raises it again."""
+    """A listener.
+
+    Python drops a KeyboardInterrupt that meets it within a finalizer or a weak reference's callback: the next
+    step raises it again.
+    """
     if _interrupted.is_set() and threading.current_thread() is threading.main_thread():
         raise KeyboardInterrupt
 
 
 def main() -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shutdown is an interrupt: finish the write under way, then stop
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # a shutdown is an interrupt: finish the write under way, then stop
         signal.signal(number, _interrupt)
     atexit.register(gc.freeze)  # nor among them at the end
     try:

@@ -1,4 +1,5 @@
-"""The mathematics of noise: EDM preconditioning, the equi-probability partition, truncated draws of sigma, the sampler's grid.
+"""The mathematics of noise: EDM preconditioning, the equi-probability partition, truncated draws of sigma,
+the sampler's grid.
 
 Paper letters throughout (arXiv 2506.14202, EDM = arXiv 2206.00364). A legend:
     y  clean target            sigma  noise level, in [sigma_min, sigma_max]      z = y + sigma eps, eps ~ N(0, I)
@@ -14,14 +15,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from lowmem.config import STANDARD_NORMAL
 from lowmem.errors import ConfigError
+from lowmem.recipe import STANDARD_NORMAL
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lowmem.config import NoiseConfig
+    from lowmem.recipe import NoiseConfig
 
 
 class Interval(NamedTuple):
@@ -31,7 +32,7 @@ class Interval(NamedTuple):
     high: float
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Preconditioning (EDM, table 1)
 
 
@@ -57,12 +58,15 @@ def loss_weight(sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 def append_dims(x: Tensor, ndim: int) -> Tensor:
-    """[B] -> [B, 1, ..., 1] with `ndim` dimensions, so that a product per sample is never a broadcast by accident."""
+    """[B] -> [B, 1, ..., 1] with `ndim` dimensions, so that a product per sample is never a broadcast by
+    accident.
+    """
     return x.reshape(*x.shape, *(1,) * (ndim - x.ndim))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Partition (paper, section 3.3): equal probability under ln sigma ~ N(P_mean, P_std^2), truncated to [sigma_min, sigma_max]
+# ------------------------------------------------------------------------------------------------------------
+# Partition (paper, section 3.3): equal probability under ln sigma ~ N(P_mean, P_std^2), truncated to
+# [sigma_min, sigma_max]
 
 
 def quantile(sigma: float, noise: NoiseConfig) -> float:
@@ -85,7 +89,9 @@ def boundaries(num_blocks: int, noise: NoiseConfig) -> list[float]:
 
 
 def block_interval(block: int, num_blocks: int, noise: NoiseConfig, gamma: float = 0.0) -> Interval:
-    """The interval a block is trained on: its own, widened by alpha = (high / low)^gamma each way, clamped to the range."""
+    """The interval a block is trained on: its own, widened by alpha = (high / low)^gamma each way, clamped to
+    the range.
+    """
     borders = boundaries(num_blocks, noise)
     low, high = borders[num_blocks - 1 - block], borders[num_blocks - block]
     alpha = (high / low) ** gamma
@@ -99,18 +105,21 @@ def block_of(sigma: float, borders: Sequence[float]) -> int:
     return num_blocks - 1 - above
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Levels that fit a discrete target: where z = y + sigma eps goes from saying everything about y to saying nothing
+# ------------------------------------------------------------------------------------------------------------
+# Levels that fit a discrete target: where z = y + sigma eps goes from saying everything about y to saying
+# nothing
 
 INFORMATION_GRID, INFORMATION_DRAWS, INFORMATION_ROWS = 48, 64, 32_768
 
 
 @lru_cache
 def information_quantiles(num_rows: int, dim: int) -> tuple[float, float, float]:
-    """ln sigma at which z leaves a quarter, a half and three quarters of ln K open, K = `num_rows` targets of length 1 in `dim` dimensions.
+    """ln sigma at which z leaves a quarter, a half and three quarters of ln K open, K = `num_rows` targets of
+    length 1 in `dim` dimensions.
 
-    The entropy of p(y | z) without context, for rows of random direction: z . E_k / sigma^2 = (1[k = y] + cos_k + sigma eps_k) / sigma^2.
-    A function of K and D alone (fixed draws), so a plan is the same on every machine.
+    The entropy of p(y | z) without context, for rows of random direction: z . E_k / sigma^2 = (1[k = y] +
+    cos_k + sigma eps_k) / sigma^2. A function of K and D alone (fixed draws), so a plan is the same on every
+    machine.
     """
     import numpy as np
 
@@ -133,33 +142,42 @@ def information_quantiles(num_rows: int, dim: int) -> tuple[float, float, float]
 
 
 def settled_noise(noise: NoiseConfig, target_shape: tuple[int, int] | None) -> NoiseConfig:
-    """The log-normal that `noise` amounts to: p_mean (and p_std) measured where its schedule says so. `target_shape`: of the table of targets.
+    """The log-normal that `noise` amounts to: p_mean (and p_std) measured where its schedule says so.
+    `target_shape`: of the table of targets.
 
     Raises ConfigError for a schedule that measures a table where the targets are no rows of one.
     """
     if noise.schedule == "lognormal":
         return noise
     if target_shape is None:
-        raise ConfigError(f"noise.schedule: found '{noise.schedule}'; allowed for targets that are no rows of a table: lognormal")
+        raise ConfigError(
+            f"noise.schedule: found '{noise.schedule}'; allowed for targets that are no rows of a table: lognormal"
+        )
     low, middle, high = information_quantiles(*target_shape)
     p_std = noise.p_std if noise.schedule == "centred" else (high - low) / (2 * STANDARD_NORMAL.inv_cdf(0.75))
     return noise.model_copy(update={"schedule": "lognormal", "p_mean": middle, "p_std": p_std})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Drawing and sampling
 
 
 def sample_sigma(uniform: Tensor, interval: Interval, noise: NoiseConfig) -> Tensor:
-    """Levels for `uniform` draws in [0, 1): the log-normal truncated to `interval`, by inverse CDF in float64. Same shape, float32."""
+    """Levels for `uniform` draws in [0, 1): the log-normal truncated to `interval`, by inverse CDF in
+    float64. Same shape, float32.
+    """
     import torch
 
     q_low, q_high = quantile(interval.low, noise), quantile(interval.high, noise)
-    ln_sigma: Tensor = noise.p_mean + noise.p_std * torch.special.ndtri(q_low + uniform.double() * (q_high - q_low))
+    ln_sigma: Tensor = noise.p_mean + noise.p_std * torch.special.ndtri(
+        q_low + uniform.double() * (q_high - q_low)
+    )
     return ln_sigma.exp().clamp(interval.low, interval.high).float()
 
 
-def drawn_levels(shape: Sequence[int], device: torch.device, interval: Interval, noise: NoiseConfig) -> Tensor:
+def drawn_levels(
+    shape: Sequence[int], device: torch.device, interval: Interval, noise: NoiseConfig
+) -> Tensor:
     """Levels of `shape` from the interval, a share of them (`noise.sigma_max_share`) at sigma_max instead."""
     import torch
 
@@ -170,9 +188,11 @@ def drawn_levels(shape: Sequence[int], device: torch.device, interval: Interval,
 
 
 def sampler_grid(num_steps: int, noise: NoiseConfig) -> list[float]:
-    """The levels at which the sampler calls the network: equi-probability points from sigma_max down to sigma_min.
+    """The levels at which the sampler calls the network: equi-probability points from sigma_max down to
+    sigma_min.
 
-    50 steps over 3 blocks are 17, 16 and 17 calls; as many steps as blocks are one call of each. The last call returns D itself.
+    50 steps over 3 blocks are 17, 16 and 17 calls; as many steps as blocks are one call of each. The last
+    call returns D itself.
     """
     if num_steps == 1:
         return [noise.sigma_max]
@@ -180,6 +200,9 @@ def sampler_grid(num_steps: int, noise: NoiseConfig) -> list[float]:
 
 
 def euler_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """z <- alpha z + (1 - alpha) D, alpha = sigma_next / sigma. (The sign printed in the paper's Eq. 3-5 is wrong.)"""
+    """z <- alpha z + (1 - alpha) D, alpha = sigma_next / sigma.
+
+    (The sign printed in the paper's Eq. 3-5 is wrong.)
+    """
     alpha = sigma_next / sigma
     return alpha * z + (1 - alpha) * denoised

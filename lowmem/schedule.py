@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 
-from lowmem.config import TrainConfig
+from lowmem.recipe import TrainConfig
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -17,6 +17,8 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 def mix_seed(*parts: object) -> int:
-    """One 63-bit seed from several numbers and words; unlike `seed + step`, no two lists of parts share draws."""
+    """One 63-bit seed from several numbers and words; unlike `seed + step`, no two lists of parts share
+    draws.
+    """
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowmem.config import Recipe, recipe_from_dict
+from lowmem.blocks.run_dir import RunState
 from lowmem.errors import DataError
-from lowmem.hardware import Profile, detect_profile, load_profile
-from lowmem.run_dir import RunState
+from lowmem.machine.detect import detect_profile
+from lowmem.machine.profile import Profile, load_profile
+from lowmem.recipe import Recipe, recipe_from_dict
 
 TINY = {
     "schema": 1,
@@ -38,40 +39,60 @@ def recipe_with(**overrides: Any) -> Recipe:
     return recipe_from_dict(raw, "tiny")
 
 
-SHORT = {"model__num_layers": 3, "model__dim": 32, "train__num_steps": 6, "train__warmup_steps": 2, "blocks__visit_steps": 2}
+SHORT = {
+    "model__num_layers": 3,
+    "model__dim": 32,
+    "train__num_steps": 6,
+    "train__warmup_steps": 2,
+    "blocks__visit_steps": 2,
+}
 
 
-def run_short(folder: Path, listeners: Any = (), profile: Profile | None = None, **overrides: Any) -> RunState:
+def run_short(
+    folder: Path, listeners: Any = (), profile: Profile | None = None, **overrides: Any
+) -> RunState:
     """Three blocks, three visits each, of the tiny recipe with changes."""
-    from lowmem.data import describe_data, load_data
+    from lowmem.data.datasets import describe_data, load_data
     from lowmem.models import model_builder
-    from lowmem.plan import make_plan
-    from lowmem.trainer import Trainer
+    from lowmem.planning.plan import make_plan
+    from lowmem.training.trainer import Trainer
 
     recipe = recipe_with(**{**SHORT, **overrides})
-    build = model_builder(recipe, describe_data(recipe))
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
     plan = make_plan(build, recipe, profile or load_profile("cpu-4gib"), folder)
-    data = load_data(recipe)
-    return Trainer(build, plan, folder, listeners).fit(lambda step: data.batch(0, step, recipe.train.batch_size))
+    data = load_data(recipe.data, recipe.train.seq_len)
+    return Trainer(build, plan, folder, listeners).fit(
+        lambda step: data.batch(0, step, recipe.train.batch_size)
+    )
 
 
 def as_overrides(**overrides: Any) -> list[str]:
     """Arguments of `--set`, from the digits-vit recipe to the tiny one."""
     import yaml
 
-    sections = {name: keys for name, keys in TINY.items() if isinstance(keys, dict) and name not in ("model", "data")}
+    sections = {
+        name: keys for name, keys in TINY.items() if isinstance(keys, dict) and name not in ("model", "data")
+    }
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     flat.update({name.replace("__", "."): value for name, value in overrides.items()})
-    return [f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}" for key, value in flat.items()]
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
+        for key, value in flat.items()
+    ]
+
+
+def text_of(recipe: Recipe) -> tuple[Any, int | None]:
+    """What `describe_data` and `load_data` need of a recipe of text."""
+    return recipe.data, recipe.train.seq_len
 
 
 def data_refusal(recipe: Recipe) -> str:
     """The one line with which a recipe's data are refused."""
-    from lowmem.data import describe_data, load_data
+    from lowmem.data.datasets import describe_data, load_data
 
     with pytest.raises(DataError) as caught:
-        describe_data(recipe)
-        load_data(recipe)
+        describe_data(recipe.data, recipe.train.seq_len)
+        load_data(recipe.data, recipe.train.seq_len)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -86,7 +107,9 @@ def batches_digest(batches: Iterable[dict[str, np.ndarray[Any, Any]]]) -> str:
 
 
 def with_weights(model: Any, std: float) -> Any:
-    """First weights, and random ones where training starts from zero (gates, read-outs), so that everything has an effect."""
+    """First weights, and random ones where training starts from zero (gates, read-outs), so that everything
+    has an effect.
+    """
     import torch
 
     for module in model.modules():
@@ -109,7 +132,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """digits-vit, three blocks, 150 steps each, from disk."""
     from lowmem.job import train
 
-    return train("digits-vit", "cpu-4gib", tmp_path_factory.mktemp("runs") / "blocks", as_overrides(offload__tier="disk"))
+    return train(
+        "digits-vit",
+        "cpu-4gib",
+        tmp_path_factory.mktemp("runs") / "blocks",
+        as_overrides(offload__tier="disk"),
+    )
 
 
 @pytest.fixture(scope="session")

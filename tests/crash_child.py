@@ -12,15 +12,17 @@ from conftest import recipe_with
 
 
 def train_short(folder: str, overrides: dict[str, Any], die_at: tuple[str, int] | None = None) -> None:
-    """Trains to the end; with `die_at` kills itself, as `kill -9` does, at that call of fsync, or of write to a block's file (0 is the first)."""
+    """Trains to the end; with `die_at` kills itself, as `kill -9` does, at that call of fsync, or of write to
+    a block's file (0 is the first).
+    """
     import torch
 
-    from lowmem.data import describe_data, load_data
-    from lowmem.hardware import load_profile
+    from lowmem.blocks.run_dir import RunDir
+    from lowmem.data.datasets import describe_data, load_data
+    from lowmem.machine.profile import load_profile
     from lowmem.models import model_builder
-    from lowmem.plan import make_plan, read_plan
-    from lowmem.run_dir import RunDir
-    from lowmem.trainer import Trainer
+    from lowmem.planning.plan import make_plan, read_plan
+    from lowmem.training.trainer import Trainer
 
     torch.set_num_threads(1)
     if die_at is not None:
@@ -44,8 +46,8 @@ def train_short(folder: str, overrides: dict[str, Any], die_at: tuple[str, int] 
 
         os.fsync, io.FileIO = fsync, File  # type: ignore[misc]
     recipe = recipe_with(**overrides)
-    build = model_builder(recipe, describe_data(recipe))
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
     run = RunDir(Path(folder))
     plan = read_plan(run) if run.exists() else make_plan(build, recipe, load_profile("cpu-4gib"))
-    data = load_data(recipe)
+    data = load_data(recipe.data, recipe.train.seq_len)
     Trainer(build, plan, folder).fit(lambda step: data.batch(0, step, recipe.train.batch_size))

@@ -1,4 +1,6 @@
-"""Small models of every architecture trained end to end, one block on the device at a time: what the tests of it share."""
+"""Small models of every architecture trained end to end, one block on the device at a time: what the tests of
+it share.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ import torch
 from conftest import recipe_with
 from torch import Tensor, nn
 
-from lowmem import trainer as trainer_module
-from lowmem.config import Recipe
-from lowmem.duration import Work
-from lowmem.hardware import load_profile
+from lowmem.blocks.run_dir import RunDir, RunState
+from lowmem.blocks.store import HostStore
+from lowmem.blocks.stream import BlockStream
+from lowmem.machine.profile import load_profile
 from lowmem.models.base import Batch, BlockModel, BuildModel
 from lowmem.models.causal_lm import CausalLm
 from lowmem.models.dit import Dit
@@ -23,22 +25,37 @@ from lowmem.models.masked_lm import MaskedLm
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
 from lowmem.objectives.tokens import TokenDenoising
-from lowmem.passes import Pass, PassCounter
-from lowmem.plan import Plan, make_plan
-from lowmem.run_dir import RunDir, RunState
-from lowmem.store import HostStore
-from lowmem.stream import BlockStream
-from lowmem.trainer import Trainer
-from lowmem.weights import layouts_by_key
+from lowmem.planning.duration import Work
+from lowmem.planning.passes import Pass, PassCounter
+from lowmem.planning.plan import Plan, make_plan
+from lowmem.recipe import Recipe
+from lowmem.training import trainer as trainer_module
+from lowmem.training.open_run import layouts_by_key
+from lowmem.training.trainer import Trainer
 
-VOCAB, LENGTH, CLASSES, SIDE = 32, 12, 16, 8  # widths that fill vector registers: in a rest of one torch rounds otherwise
+VOCAB, LENGTH, CLASSES, SIDE = (
+    32,
+    12,
+    16,
+    8,
+)  # widths that fill vector registers: in a rest of one torch rounds otherwise
 SIZES: dict[str, Any] = {"num_layers": 5, "dim": 32, "num_heads": 2, "mlp_ratio": 3, "dropout": 0.1}
-RECURRENT = {**SIZES, "prelude_layers": 2, "coda_layers": 1, "iterations": 4, "backprop_iterations": 3, "head_chunk": 17}
+RECURRENT = {
+    **SIZES,
+    "prelude_layers": 2,
+    "coda_layers": 1,
+    "iterations": 4,
+    "backprop_iterations": 3,
+    "head_chunk": 17,
+}
 MODELS: dict[str, tuple[dict[str, Any], Callable[[Any], BlockModel]]] = {
     "vit": ({**SIZES, "patch_size": 4}, lambda c: Vit(c, (1, SIDE, SIDE), CLASSES)),
     "dit": ({**SIZES, "patch_size": 4}, lambda c: Dit(c, (1, SIDE, SIDE), CLASSES)),
     "masked_lm": ({**SIZES, "head_chunk": 17}, lambda c: MaskedLm(c, VOCAB, LENGTH)),
-    "causal_lm": ({**SIZES, "noisy_input": "none", "head_chunk": 17}, lambda c: CausalLm(c, VOCAB, LENGTH, whole=True)),
+    "causal_lm": (
+        {**SIZES, "noisy_input": "none", "head_chunk": 17},
+        lambda c: CausalLm(c, VOCAB, LENGTH, whole=True),
+    ),
     "recurrent_lm": (RECURRENT, lambda c: RecurrentLm(c, VOCAB, LENGTH)),
 }
 BATCH, STEPS = 8, 10
@@ -83,7 +100,12 @@ def short(num_steps: int, micro_batch_size: int = 4) -> dict[str, Any]:
 def setting(name: str, **overrides: Any) -> tuple[Recipe, BuildModel]:
     """A recipe of ten steps in visits of three, and its model."""
     model = {"name": "custom"} if name == "tied" else {"name": name, **MODELS[name][0]}
-    changes: dict[str, Any] = {"method": "end_to_end", "data": {"name": "custom"}, "model": model, "train": short(STEPS)}
+    changes: dict[str, Any] = {
+        "method": "end_to_end",
+        "data": {"name": "custom"},
+        "model": model,
+        "train": short(STEPS),
+    }
     recipe = recipe_with(**{**changes, "blocks__num_blocks": 3, "blocks__visit_steps": 3, **overrides})
     return recipe, Tied if name == "tied" else lambda: MODELS[name][1](recipe.model)
 
@@ -107,7 +129,7 @@ def through_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that rest in RAM apart from the device's memory, as beside a CUDA device."""
 
     def opened(run: RunDir, plan: Plan, model: BlockModel, files: Any) -> BlockStream:
-        from lowmem.settings import layouts_of
+        from lowmem.planning.settings import layouts_of
 
         layouts, shared = layouts_of(model, plan.settings)
         store = HostStore(run, layouts_by_key(layouts, shared), files)

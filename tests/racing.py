@@ -1,6 +1,7 @@
 """A model made to lose a race between copies and compute: its layers weigh much and do hardly any arithmetic.
 
-In visits of one step. Two blocks: one is asked for again while it is still being written. Three: the slot that one leaves is the next to be filled.
+In visits of one step. Two blocks: one is asked for again while it is still being written. Three: the slot
+that one leaves is the next to be filled.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.config import recipe_from_dict
-from lowmem.hardware import Profile
+from lowmem.machine.profile import Profile
 from lowmem.models.base import Batch, BlockModel
 from lowmem.models.layers import Linear, Table, TimeEmbedding
 from lowmem.objectives.labels import LabelDenoising
-from lowmem.plan import Plan, make_plan
-from lowmem.report import digest
-from lowmem.trainer import Trainer
+from lowmem.planning.plan import Plan, make_plan
+from lowmem.recipe import recipe_from_dict
+from lowmem.reporting.report import digest
+from lowmem.training.trainer import Trainer
 
 DIM = 32
 
@@ -71,7 +72,14 @@ def race_plan(profile: Profile, num_blocks: int, thin_rows: int, num_steps: int,
             "model": {"name": "custom"},
             "data": {"name": "custom"},
             "blocks": {"num_blocks": num_blocks, "visit_steps": 1},
-            "train": {"num_steps": num_steps, "batch_size": 2, "lr": 1e-2, "precision": "float32", "recompute": False, "deterministic": True},
+            "train": {
+                "num_steps": num_steps,
+                "batch_size": 2,
+                "lr": 1e-2,
+                "precision": "float32",
+                "recompute": False,
+                "deterministic": True,
+            },
             "optimizer": {"name": "adamw"},
             "offload": offload,
         },
@@ -85,6 +93,9 @@ def race(folder: Path, plan: Plan, thin_rows: int) -> str | None:
 
     def batches(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(step)
-        return {"row": torch.randn(2, 16, generator=generator), "label": torch.randint(4, (2,), generator=generator)}
+        return {
+            "row": torch.randn(2, 16, generator=generator),
+            "label": torch.randint(4, (2,), generator=generator),
+        }
 
     return digest(Trainer(lambda: Racing(thin_rows, plan.settings.num_blocks), plan, folder).fit(batches))

@@ -1,4 +1,6 @@
-"""The command line: exit codes, one-line errors, one JSON object, and nothing heavy loaded for the light verbs."""
+"""The command line: exit codes, one-line errors, one JSON object, and nothing heavy loaded for the light
+verbs.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ REPORT_FIELDS = {
 }
 
 
-def lowmem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def lowmem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command, in this process."""
     monkeypatch.setattr(sys, "argv", ["lowmem", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -50,13 +54,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return lambda *arguments: lowmem(monkeypatch, capsys, *arguments)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["profiles"], ["recipes"], ["status", "RUN"], ["report", "RUN"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["profiles"], ["recipes"], ["status", "RUN"], ["report", "RUN"]],
+)
 def test_light_verbs_answer_without_loading_torch(arguments: list[str], trained: Path) -> None:
-    program = (
-        "import sys; from lowmem import cli\ntry: cli.main()\nexcept SystemExit as e: assert not e.code, e.code\nassert 'torch' not in sys.modules"
+    program = "import sys; from lowmem import cli\ntry: cli.main()\nexcept SystemExit as e: assert not e.code, e.code\nassert 'torch' not in sys.modules"
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *(str(trained) if word == "RUN" else word for word in arguments),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
-    command = [sys.executable, "-c", program, *(str(trained) if word == "RUN" else word for word in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
     assert done.returncode == 0, done.stderr
     assert done.stdout
 
@@ -68,8 +83,19 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run: Any, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_budget_too_small_exits_3_with_the_table_the_largest_part_and_the_cure(run: Any, tmp_path: Path) -> None:
-    code, out, err = run("train", "digits-vit", "--profile", "gtx-1650-4gb", "--set", "model.dim=4096", "--set", "train.recompute=false")
+def test_a_budget_too_small_exits_3_with_the_table_the_largest_part_and_the_cure(
+    run: Any, tmp_path: Path
+) -> None:
+    code, out, err = run(
+        "train",
+        "digits-vit",
+        "--profile",
+        "gtx-1650-4gb",
+        "--set",
+        "model.dim=4096",
+        "--set",
+        "train.recompute=false",
+    )
     assert code == 3
     assert "DOES NOT FIT" in out and "optimizer state" in out
     assert "Largest part: " in err and "Try " in err and len(err.strip().splitlines()) == 1
@@ -81,22 +107,45 @@ def test_a_budget_too_small_exits_3_with_the_table_the_largest_part_and_the_cure
     [
         (["train", "digit-vit"], "did you mean 'digits-vit'?"),
         (["train", "digits-vit", "--profile", "cpu-4gb"], "did you mean 'cpu-4gib'?"),
-        (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.lrr=1.0"], "unknown key 'train.lrr'; did you mean 'lr'?"),
-        (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.precision=bf16"], "did you mean 'bfloat16'?"),
-        (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "optimizer.name=adam8bit"], "did you mean 'adamw8bit'?"),
+        (
+            ["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.lrr=1.0"],
+            "unknown key 'train.lrr'; did you mean 'lr'?",
+        ),
+        (
+            ["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.precision=bf16"],
+            "did you mean 'bfloat16'?",
+        ),
+        (
+            ["train", "digits-vit", "--profile", "cpu-4gib", "--set", "optimizer.name=adam8bit"],
+            "did you mean 'adamw8bit'?",
+        ),
         (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.lr=3e-4"], "write 3.0e-4"),
         (["train", "digits-vit", "--profile", "rtx-3060-12gb"], "needs a CUDA device"),
         (
-            ["train", "digits-vit-end-to-end", "--profile", "cpu-4gib", "--set", "offload.tier=disk", "--set", "blocks.num_blocks=1"],
+            [
+                "train",
+                "digits-vit-end-to-end",
+                "--profile",
+                "cpu-4gib",
+                "--set",
+                "offload.tier=disk",
+                "--set",
+                "blocks.num_blocks=1",
+            ],
             "allowed with method end_to_end and blocks.num_blocks 1: device",
         ),
-        (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "optimizer.clip=global"], "allowed with method diffusion_blocks: block"),
+        (
+            ["train", "digits-vit", "--profile", "cpu-4gib", "--set", "optimizer.clip=global"],
+            "allowed with method diffusion_blocks: block",
+        ),
         (["report", "nowhere"], "no plan.json"),
         (["status", "nowhere"], "no plan.json"),
         (["eval", "nowhere"], "no plan.json"),
     ],
 )
-def test_bad_input_exits_2_with_one_line_and_writes_nothing(run: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_input_exits_2_with_one_line_and_writes_nothing(
+    run: Any, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     code, out, err = run(*arguments)
     if message == "needs a CUDA device":
         import torch
@@ -120,7 +169,9 @@ def test_report_json_has_every_field_of_the_contract(run: Any, trained: Path) ->
     assert code == 0
     for section, names in REPORT_FIELDS.items():
         assert all(name in (content[section] if section else content) for name in names)
-    assert {"block", "visits", "steps", "loss", "predicted_peak_bytes", "measured_peak_bytes"} <= content["blocks"][0].keys()
+    assert {"block", "visits", "steps", "loss", "predicted_peak_bytes", "measured_peak_bytes"} <= content[
+        "blocks"
+    ][0].keys()
     assert sum(content["predicted"]["by_category"].values()) == content["predicted"]["device_peak_bytes"]
     assert content["metrics"]["value"] > 0.9
 
@@ -133,7 +184,9 @@ def test_plan_json_has_budget_predicted_and_fits(run: Any) -> None:
     assert content["predicted"]["device_peak_bytes"] > 0
 
 
-def test_eval_json_has_the_metric_each_block_and_each_level_with_true_and_shuffled_input(run: Any, trained: Path) -> None:
+def test_eval_json_has_the_metric_each_block_and_each_level_with_true_and_shuffled_input(
+    run: Any, trained: Path
+) -> None:
     code, out, _ = run("eval", str(trained), "--json")
     content = json.loads(out)
     assert code == 0
@@ -162,7 +215,11 @@ def test_a_truncated_block_exits_1_naming_file_and_sizes(run: Any, trained: Path
         file.truncate(size // 2)
     code, _, err = run("eval", str(tmp_path / "copy"))
     assert code == 1
-    assert block.name in err and f"expected {size} bytes, found {size // 2} bytes" in err and len(err.strip().splitlines()) == 1
+    assert (
+        block.name in err
+        and f"expected {size} bytes, found {size // 2} bytes" in err
+        and len(err.strip().splitlines()) == 1
+    )
 
 
 def test_status_shows_blocks_and_memory_of_a_finished_run(run: Any, trained: Path) -> None:
@@ -174,8 +231,8 @@ def test_status_shows_blocks_and_memory_of_a_finished_run(run: Any, trained: Pat
 
 SWALLOWING = """
 import os, signal, sys, weakref
-import lowmem.trainer
-record_step = lowmem.trainer.Trainer._record_step
+import lowmem.training.trainer
+record_step = lowmem.training.trainer.Trainer._record_step
 
 class Thing:
     pass
@@ -190,14 +247,25 @@ def once(self, visit, step, *rest):
         del thing
     record_step(self, visit, step, *rest)
 
-lowmem.trainer.Trainer._record_step = once
+lowmem.training.trainer.Trainer._record_step = once
 from lowmem.cli import main
 main()
 """
 
 
 def test_an_interrupt_that_python_drops_in_a_callback_stops_the_run_all_the_same(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SWALLOWING, "train", "digits-vit", "--profile", "cpu-4gib", "--run-dir", str(tmp_path / "run"), "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        SWALLOWING,
+        "train",
+        "digits-vit",
+        "--profile",
+        "cpu-4gib",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--quiet",
+    ]
     command += ["--set", "blocks.visit_steps=5", "--set", "optimizer.name=adamw"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
@@ -209,10 +277,22 @@ def test_an_interrupt_that_python_drops_in_a_callback_stops_the_run_all_the_same
 def test_ctrl_c_keeps_what_is_committed_and_exits_130(tmp_path: Path) -> None:
     import signal
 
-    command = [sys.executable, "-m", "lowmem", "train", "digits-vit", "--profile", "cpu-4gib", "--run-dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "lowmem",
+        "train",
+        "digits-vit",
+        "--profile",
+        "cpu-4gib",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     command += ["--set", "blocks.visit_steps=5", "--set", "optimizer.name=adamw"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         for _ in range(600):
             try:
                 process.wait(0.1)

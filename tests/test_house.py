@@ -27,7 +27,14 @@ FLOORS = """
     report page dashboard loggers cli __init__ __main__
 """
 ORDER = FLOORS.split()
-LIGHT = ["lowmem", "lowmem.cli", "lowmem.report", "lowmem.dashboard", "lowmem.config", "lowmem.hardware"]
+LIGHT = [
+    "lowmem",
+    "lowmem.cli",
+    "lowmem.reporting.report",
+    "lowmem.reporting.dashboard",
+    "lowmem.recipe",
+    "lowmem.machine.profile",
+]
 
 
 def module_name(path: Path) -> str:
@@ -56,21 +63,31 @@ def imported_modules(source: str) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             within = f"{node.module}."
-            names = [within + alias.name if (within + alias.name).removeprefix("lowmem.") in MODULES else str(node.module) for alias in node.names]
+            names = [
+                within + alias.name
+                if (within + alias.name).removeprefix("lowmem.") in MODULES
+                else str(node.module)
+                for alias in node.names
+            ]
         else:
             names = [alias.name for alias in node.names]
-        found |= {name.removeprefix("lowmem.") if name != "lowmem" else "__init__" for name in names if name.split(".")[0] == "lowmem"}
+        found |= {
+            name.removeprefix("lowmem.") if name != "lowmem" else "__init__"
+            for name in names
+            if name.split(".")[0] == "lowmem"
+        }
     return found
 
 
 def test_the_parser_sees_the_imports_that_run_and_no_others() -> None:
     source = """
 from typing import TYPE_CHECKING
-import lowmem.arena
-from lowmem import optim, __version__
+import lowmem.blocks.arena
+from lowmem import __version__
+from lowmem.blocks import optim
 from lowmem.models import model_builder, vit
 if TYPE_CHECKING:
-    from lowmem.plan import Plan
+    from lowmem.planning.plan import Plan
 def late():
     from lowmem.cli import main
 """
@@ -98,7 +115,12 @@ def test_the_light_modules_do_not_load_torch() -> None:
 
 
 def test_sizes_are_said_in_gib_everywhere() -> None:
-    files = [path for folder in ("lowmem", "profiles", "scripts") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files = [
+        path
+        for folder in ("lowmem", "profiles", "scripts")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    ]
     texts = {path: path.read_text(encoding="utf-8") for path in files if "__pycache__" not in path.parts}
     assert len(texts) > 30
     assert [str(path.relative_to(ROOT)) for path, text in texts.items() if re.search(r"\bGB\b", text)] == []

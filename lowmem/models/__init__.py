@@ -1,11 +1,14 @@
-"""The models by name, each built from a recipe and what the data are. Build them under `torch.device("meta")`."""
+"""The models by name, each built from a recipe and what the data are.
+
+Build them under `torch.device("meta")`.
+"""
 
 from __future__ import annotations
 
-from lowmem.config import CausalLmModel, DitModel, MaskedLmModel, Recipe, RecurrentLmModel, VitModel
-from lowmem.data import DataSpec
+from lowmem.data.datasets import DataSpec
 from lowmem.errors import ConfigError
 from lowmem.models.base import BuildModel
+from lowmem.recipe import CausalLmModel, DitModel, MaskedLmModel, Recipe, RecurrentLmModel, VitModel
 
 
 def model_builder(recipe: Recipe, spec: DataSpec) -> BuildModel:
@@ -36,19 +39,27 @@ def model_builder(recipe: Recipe, spec: DataSpec) -> BuildModel:
 
         vocab_size, seq_len = _text(recipe, spec)
         return lambda: RecurrentLm(config, vocab_size, seq_len)
-    raise ConfigError("model.name: 'custom' models are trained from Python: Trainer(build_model, plan, run_dir).fit(batches)")
+    raise ConfigError(
+        "model.name: 'custom' models are trained from Python: Trainer(build_model, plan, run_dir).fit(batches)"
+    )
 
 
 def _images(recipe: Recipe, spec: DataSpec, patch_size: int) -> tuple[tuple[int, int, int], int]:
     if spec.image_shape is None or spec.num_classes is None:
-        raise ConfigError(f"model.name: '{recipe.model.name}' needs images with labels; data.name '{recipe.data.name}' has none")
+        raise ConfigError(
+            f"model.name: '{recipe.model.name}' needs images with labels; data.name '{recipe.data.name}' has none"
+        )
     _, height, width = spec.image_shape
     if height % patch_size or width % patch_size:
-        raise ConfigError(f"model.patch_size: found {patch_size}; allowed: a divisor of the image's sides, {height} x {width} pixels")
+        raise ConfigError(
+            f"model.patch_size: found {patch_size}; allowed: a divisor of the image's sides, {height} x {width} pixels"
+        )
     return spec.image_shape, spec.num_classes
 
 
 def _text(recipe: Recipe, spec: DataSpec) -> tuple[int, int]:
     if spec.vocab_size is None or spec.seq_len is None:
-        raise ConfigError(f"model.name: '{recipe.model.name}' needs text; data.name '{recipe.data.name}' has none")
+        raise ConfigError(
+            f"model.name: '{recipe.model.name}' needs text; data.name '{recipe.data.name}' has none"
+        )
     return spec.vocab_size, spec.seq_len

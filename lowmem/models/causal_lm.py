@@ -1,8 +1,9 @@
-"""An autoregressive language model: Llama-style layers over a clean half and a noisy half of the sequence (paper, App. B).
+"""An autoregressive language model: Llama-style layers over a clean half and a noisy half of the sequence
+(paper, App. B).
 
-Trained in blocks, T = 2 L: clean tokens 0 .. L-1, then one noisy copy of each; noisy i predicts token i from clean < i and its own
-noisy embedding. Trained end to end, or with `noisy_input: none`, the model has one stream: it sees the start token and tokens
-0 .. L-2, and predicts each next one.
+Trained in blocks, T = 2 L: clean tokens 0 .. L-1, then one noisy copy of each; noisy i predicts token i from
+clean < i and its own noisy embedding. Trained end to end, or with `noisy_input: none`, the model has one
+stream: it sees the start token and tokens 0 .. L-2, and predicts each next one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowmem.config import CausalLmModel
 from lowmem.models.base import Batch
 from lowmem.models.text import TextModel
 from lowmem.objectives.tokens import TokenDenoising
+from lowmem.recipe import CausalLmModel
 
 
 class CausalLm(TextModel):

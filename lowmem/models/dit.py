@@ -1,4 +1,5 @@
-"""A class-conditional diffusion transformer (DiT): patches of the noisy image in, patches of F out (paper, section 5.2).
+"""A class-conditional diffusion transformer (DiT): patches of the noisy image in, patches of F out (paper,
+section 5.2).
 
 Trained end to end it is an ordinary DiT: the same loss, over all levels, through all layers.
 """
@@ -9,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.config import DitModel
 from lowmem.models.base import Batch, BlockModel
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify, unpatchify
 from lowmem.objectives.images import ImageDenoising
+from lowmem.recipe import DitModel
 
 
 class Dit(BlockModel):
@@ -30,18 +31,27 @@ class Dit(BlockModel):
         self.positions = Table(num_patches, config.dim, std=0.5)
         self.time = TimeEmbedding(config.dim)
         self.classes = Table(num_classes + 1, config.dim, std=0.5)
-        self.layers = nn.ModuleList(Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout)
+            for _ in range(config.num_layers)
+        )
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, channels * config.patch_size**2, zero=True)
         self.objective = ImageDenoising(config.label_drop)
 
     def example_batch(self, batch_size: int) -> Batch:
-        return {"image": torch.zeros(batch_size, *self.image_shape), "label": torch.zeros(batch_size, dtype=torch.long)}
+        return {
+            "image": torch.zeros(batch_size, *self.image_shape),
+            "label": torch.zeros(batch_size, dtype=torch.long),
+        }
 
     def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """`noisy` is c_in z [B, C, H, W]; the clean image is the target and is never looked at."""
         assert noisy is not None and c_noise is not None  # trained end to end, too, it sees a noisy image
-        h = self.patches(patchify(noisy.to(self.patches.weight.dtype), self.patch_size)) + self.positions.weight
+        h = (
+            self.patches(patchify(noisy.to(self.patches.weight.dtype), self.patch_size))
+            + self.positions.weight
+        )
         return h, self.time(c_noise) + F.embedding(batch["label"], self.classes.weight)[:, None]
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """One conditional transformer layer, and the small parts that models are made of.
 
-Shapes: B samples, T tokens, D = dim, H heads. `cond` is [B, 1 or T, D]: it says how noisy the sample (or the token) is.
+Shapes: B samples, T tokens, D = dim, H heads. `cond` is [B, 1 or T, D]: it says how noisy the sample (or the
+token) is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-C_NOISE_SCALE = 1000.0  # c_noise spans about 2.7 units; unscaled, a sinusoid of it has some 3 effective dimensions
+C_NOISE_SCALE = (
+    1000.0  # c_noise spans about 2.7 units; unscaled, a sinusoid of it has some 3 effective dimensions
+)
 MAX_PERIOD = 10_000.0
 
 
@@ -43,7 +46,9 @@ class Table(nn.Module):
         nn.init.normal_(self.weight, std=self.std)
 
     def normalized(self) -> Tensor:
-        """The rows at length 1, in fp32: the clean targets y of discrete denoising, in training and sampling alike."""
+        """The rows at length 1, in fp32: the clean targets y of discrete denoising, in training and sampling
+        alike.
+        """
         return F.normalize(self.weight.float(), dim=-1)
 
 
@@ -59,14 +64,18 @@ class TimeEmbedding(nn.Module):
     def forward(self, c_noise: Tensor) -> Tensor:
         if c_noise.ndim == 1:
             c_noise = c_noise[:, None]
-        frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(self.dim // 2, device=c_noise.device) / (self.dim // 2))
+        frequencies = torch.exp(
+            -math.log(MAX_PERIOD) * torch.arange(self.dim // 2, device=c_noise.device) / (self.dim // 2)
+        )
         angles = C_NOISE_SCALE * c_noise[..., None] * frequencies
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.inner.weight.dtype)
         return torch.as_tensor(self.outer(F.silu(self.inner(waves))))
 
 
 def modulate(h: Tensor, shift: Tensor, scale: Tensor, rms: bool = False) -> Tensor:
-    """A norm without weights of its own (layer norm, or RMS norm), then the condition's shift and scale (AdaLN)."""
+    """A norm without weights of its own (layer norm, or RMS norm), then the condition's shift and scale
+    (AdaLN).
+    """
     norm = F.rms_norm if rms else F.layer_norm
     return torch.as_tensor(norm(h, h.shape[-1:]) * (1 + scale) + shift)
 
@@ -81,7 +90,9 @@ def patchify(image: Tensor, patch_size: int) -> Tensor:
 def unpatchify(patches: Tensor, image_shape: tuple[int, int, int], patch_size: int) -> Tensor:
     """[B, T, C p p] -> [B, C, H, W]: undoes `patchify`."""
     channels, height, width = image_shape
-    cut = patches.reshape(len(patches), height // patch_size, width // patch_size, channels, patch_size, patch_size)
+    cut = patches.reshape(
+        len(patches), height // patch_size, width // patch_size, channels, patch_size, patch_size
+    )
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(len(patches), *image_shape)
 
 
@@ -115,24 +126,38 @@ Pattern = Literal["full", "causal", "clean_noisy"]
 
 
 class Layer(nn.Module):
-    """A residual layer z <- z + f(z): attention, then an MLP, each normalised, shifted, scaled and gated by `cond` (AdaLN-zero).
+    """A residual layer z <- z + f(z): attention, then an MLP, each normalised, shifted, scaled and gated by
+    `cond` (AdaLN-zero).
 
-    `pattern` of attention: `full`; `causal`; `clean_noisy`, for T = 2 L tokens, a clean half and a noisy half: clean i sees
-    clean <= i, noisy i sees clean < i and itself, nothing sees another noisy token (paper, App. B).
-    `llama` takes RMS norm, rotary positions and a SwiGLU MLP in place of layer norm, no positions and GELU.
+    `pattern` of attention: `full`; `causal`; `clean_noisy`, for T = 2 L tokens, a clean half and a noisy
+    half: clean i sees clean <= i, noisy i sees clean < i and itself, nothing sees another noisy token (paper,
+    App. B). `llama` takes RMS norm, rotary positions and a SwiGLU MLP in place of layer norm, no positions
+    and GELU.
     """
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: int, dropout: float, pattern: Pattern = "full", llama: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: int,
+        dropout: float,
+        pattern: Pattern = "full",
+        llama: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads, self.dropout, self.pattern, self.llama = num_heads, dropout, pattern, llama
-        hidden = 2 * mlp_ratio * dim // 3 // 2 * 2 if llama else mlp_ratio * dim  # as many weights with and without the gate
+        hidden = (
+            2 * mlp_ratio * dim // 3 // 2 * 2 if llama else mlp_ratio * dim
+        )  # as many weights with and without the gate
         self.modulation = Linear(dim, 6 * dim, zero=True)
         self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
         self.mlp_in = Linear(dim, 2 * hidden if llama else hidden)
         self.mlp_out = Linear(hidden, dim)
 
-    def forward(self, h: Tensor, cond: Tensor, cache: KeyValueCache | None = None, keep: bool = False) -> Tensor:
+    def forward(
+        self, h: Tensor, cond: Tensor, cache: KeyValueCache | None = None, keep: bool = False
+    ) -> Tensor:
         """With a cache, h is [B, 1, D], the next token, clean (`keep`: it joins the cache) or noisy."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(cond)).chunk(6, dim=-1)
         h = h + gate_a * self._drop(self.attention(modulate(h, shift_a, scale_a, self.llama), cache, keep))
@@ -147,7 +172,9 @@ class Layer(nn.Module):
 
     def attention(self, x: Tensor, cache: KeyValueCache | None = None, keep: bool = False) -> Tensor:
         batch, tokens, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)  # [B, H, T, d] each
+        q, k, v = (
+            self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        )  # [B, H, T, d] each
         if self.llama:
             half = tokens // 2 if self.pattern == "clean_noisy" and cache is None else tokens
             positions = torch.arange(tokens, device=x.device) % half + (0 if cache is None else len(cache))

@@ -1,4 +1,7 @@
-"""A masked-diffusion language model: Llama-style layers that see the whole sequence, masked tokens and all (paper, App. D)."""
+"""A masked-diffusion language model:
+
+Llama-style layers that see the whole sequence, masked tokens and all (paper, App. D).
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.config import MaskedLmModel
 from lowmem.models.base import Batch, BlockModel
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate
 from lowmem.objectives.masked import MaskedDenoising
+from lowmem.recipe import MaskedLmModel
 
 
 class MaskedLm(BlockModel):
@@ -21,17 +24,23 @@ class MaskedLm(BlockModel):
         self.tokens = Table(vocab_size + 1, config.dim)  # the last row is the mask
         self.time = TimeEmbedding(config.dim)
         self.layers = nn.ModuleList(
-            Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout, pattern="full", llama=True) for _ in range(config.num_layers)
+            Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout, pattern="full", llama=True)
+            for _ in range(config.num_layers)
         )
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, vocab_size, zero=True)
-        self.objective = MaskedDenoising(config.mask_schedule, mask_token=vocab_size, head_chunk=config.head_chunk)
+        self.objective = MaskedDenoising(
+            config.mask_schedule, mask_token=vocab_size, head_chunk=config.head_chunk
+        )
 
     def example_batch(self, batch_size: int) -> Batch:
         return {"tokens": torch.zeros(batch_size, self.seq_len, dtype=torch.long)}
 
     def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`noisy`: the tokens with some of them masked, int64 [B, L]; c_noise [B]. End to end the model is a denoiser too."""
+        """`noisy`: the tokens with some of them masked, int64 [B, L]; c_noise [B].
+
+        End to end the model is a denoiser too.
+        """
         assert noisy is not None and c_noise is not None
         return F.embedding(noisy, self.tokens.weight), self.time(c_noise)
 

@@ -1,4 +1,5 @@
-"""A recurrent-depth language model (Huginn): prelude, a core that is run again and again, coda (paper, section 5.5).
+"""A recurrent-depth language model (Huginn): prelude, a core that is run again and again, coda (paper,
+section 5.5).
 
 Token i is predicted at position i from tokens < i (shifted input, causal attention throughout):
     e = prelude(tokens)      s <- core(adapter([s, e]))      logits = head(coda(s))
@@ -13,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lowmem.config import RecurrentLmModel
 from lowmem.models.layers import Linear
 from lowmem.models.text import TextModel
 from lowmem.objectives.recurrent import RecurrentDenoising
+from lowmem.recipe import RecurrentLmModel
 
 
 class RecurrentLm(TextModel):
@@ -31,12 +32,24 @@ class RecurrentLm(TextModel):
     def parts(self, layers: Sequence[nn.Module]) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
         """Those of `layers` that are in the prelude, in the core and in the coda."""
         prelude, core, coda = ([self.layers[i] for i in part] for part in self.block_slices(3))
-        return [each for each in layers if each in prelude], [each for each in layers if each in core], [each for each in layers if each in coda]
+        return (
+            [each for each in layers if each in prelude],
+            [each for each in layers if each in core],
+            [each for each in layers if each in coda],
+        )
 
     def block_slices(self, num_blocks: int) -> list[range]:
         """One block, or prelude, core and coda: the core runs its loop while it is on the device."""
-        first, last, end = self.config.prelude_layers, self.config.num_layers - self.config.coda_layers, self.config.num_layers
-        return [range(first), range(first, last), range(last, end)] if num_blocks == 3 else super().block_slices(num_blocks)
+        first, last, end = (
+            self.config.prelude_layers,
+            self.config.num_layers - self.config.coda_layers,
+            self.config.num_layers,
+        )
+        return (
+            [range(first), range(first, last), range(last, end)]
+            if num_blocks == 3
+            else super().block_slices(num_blocks)
+        )
 
     def inject(self, state: Tensor, embedded: Tensor) -> Tensor:
         return torch.as_tensor(self.adapter(torch.cat([state, embedded], dim=-1)))

@@ -1,6 +1,7 @@
 """What the models of next tokens share: one table, the way in, the layers, the way out.
 
-One table of rows of length 1 gives the clean tokens, the targets y and the Bayes term; the read-out is a linear map of its own.
+One table of rows of length 1 gives the clean tokens, the targets y and the Bayes term; the read-out is a
+linear map of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.config import TransformerModel
 from lowmem.models.base import Batch, BlockModel
 from lowmem.models.layers import Layer, Linear, Pattern, Table, TimeEmbedding, modulate
+from lowmem.recipe import TransformerModel
 
 
 class TextModel(BlockModel):
@@ -26,7 +27,8 @@ class TextModel(BlockModel):
         self.noisy_in = Linear(config.dim, config.dim)
         self.time = TimeEmbedding(config.dim)
         self.layers = nn.ModuleList(
-            Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout, pattern, llama=True) for _ in range(config.num_layers)
+            Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout, pattern, llama=True)
+            for _ in range(config.num_layers)
         )
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, vocab_size, zero=True)
@@ -40,7 +42,11 @@ class TextModel(BlockModel):
 
     def clean(self, tokens: Tensor) -> Tensor:
         """[B, L] -> [B, L, D]; token `vocab_size` is the start token."""
-        return torch.as_tensor(self.clean_in(self.scale * F.embedding(tokens, self.tokens.normalized()).to(self.head.weight.dtype)))
+        return torch.as_tensor(
+            self.clean_in(
+                self.scale * F.embedding(tokens, self.tokens.normalized()).to(self.head.weight.dtype)
+            )
+        )
 
     def shifted(self, tokens: Tensor) -> Tensor:
         """[B, L] -> [B, L, D]: the start token, then all but the last, so that position i knows tokens < i."""

@@ -1,4 +1,5 @@
-"""A vision transformer that classifies: [CLS] + patches + one noisy label token, read out at [CLS] (paper, section 5.1).
+"""A vision transformer that classifies: [CLS] + patches + one noisy label token, read out at [CLS] (paper,
+section 5.1).
 
 Trained end to end the same model sees [CLS] + patches alone: there is no label to denoise.
 """
@@ -8,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lowmem.config import VitModel
 from lowmem.models.base import Batch, BlockModel
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify
 from lowmem.objectives.labels import LabelDenoising
+from lowmem.recipe import VitModel
 
 
 class Vit(BlockModel):
@@ -28,13 +29,19 @@ class Vit(BlockModel):
         self.labels = Table(num_classes, config.dim, std=1.0)
         self.label_in = Linear(config.dim, config.dim)
         self.time = TimeEmbedding(config.dim)
-        self.layers = nn.ModuleList(Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Layer(config.dim, config.num_heads, config.mlp_ratio, config.dropout)
+            for _ in range(config.num_layers)
+        )
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, num_classes, zero=True)
         self.objective = LabelDenoising(config.noisy_input, config.readout, config.image_drop)
 
     def example_batch(self, batch_size: int) -> Batch:
-        return {"image": torch.zeros(batch_size, *self.image_shape), "label": torch.zeros(batch_size, dtype=torch.long)}
+        return {
+            "image": torch.zeros(batch_size, *self.image_shape),
+            "label": torch.zeros(batch_size, dtype=torch.long),
+        }
 
     def target_table(self) -> Tensor:
         return self.labels.normalized()
@@ -45,7 +52,9 @@ class Vit(BlockModel):
         h = torch.cat(tokens, dim=1) + self.positions.weight
         if noisy is not None:
             h = torch.cat([h, self.label_in(noisy.to(h.dtype))[:, None]], dim=1)
-        return h, self.time(c_noise if c_noise is not None else image.new_zeros(len(image), dtype=torch.float32))
+        return h, self.time(
+            c_noise if c_noise is not None else image.new_zeros(len(image), dtype=torch.float32)
+        )
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
         shift, scale = self.final_modulation(torch.nn.functional.silu(cond)).chunk(2, dim=-1)

@@ -1,4 +1,6 @@
-"""What the tests on a CUDA device share: figures for the suite's table, runs, and a language model on random tokens."""
+"""What the tests on a CUDA device share: figures for the suite's table, runs, and a language model on random
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,23 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lowmem.config import Recipe, recipe_from_dict  # noqa: E402
-from lowmem.data import describe_data, load_data  # noqa: E402
-from lowmem.hardware import Profile  # noqa: E402
+from lowmem.data.datasets import describe_data, load_data  # noqa: E402
+from lowmem.machine.profile import Profile  # noqa: E402
 from lowmem.models import model_builder  # noqa: E402
 from lowmem.models.causal_lm import CausalLm  # noqa: E402
-from lowmem.plan import make_plan  # noqa: E402
-from lowmem.report import read_report  # noqa: E402
-from lowmem.trainer import Trainer  # noqa: E402
+from lowmem.planning.plan import make_plan  # noqa: E402
+from lowmem.recipe import Recipe, recipe_from_dict  # noqa: E402
+from lowmem.reporting.report import read_report  # noqa: E402
+from lowmem.training.trainer import Trainer  # noqa: E402
 
 Listener = Callable[[dict[str, Any]], None]
 needs_cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-SHORT = {"train__num_steps": 12, "blocks__visit_steps": 4, "train__warmup_steps": 2, "train__deterministic": True}
+SHORT = {
+    "train__num_steps": 12,
+    "blocks__visit_steps": 4,
+    "train__warmup_steps": 2,
+    "train__deterministic": True,
+}
 VOCAB, SEQ_LEN = 256, 512
 
 
@@ -38,9 +45,9 @@ def record(name: str, **figures: Any) -> None:
 
 
 def train(folder: Path, recipe: Recipe, profile: Profile) -> dict[str, Any]:
-    build = model_builder(recipe, describe_data(recipe))
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
     plan = make_plan(build, recipe, profile, folder)
-    data = load_data(recipe)
+    data = load_data(recipe.data, recipe.train.seq_len)
     Trainer(build, plan, folder).fit(lambda step: data.batch(0, step, recipe.train.batch_size))
     return read_report(folder).content
 
@@ -61,7 +68,14 @@ def train_tokens(
         {
             "schema": 1,
             "method": "diffusion_blocks",
-            "model": {"name": "causal_lm", "num_layers": num_blocks, "dim": dim, "num_heads": dim // 64, "noisy_input": "none", "readout": "bayes"},
+            "model": {
+                "name": "causal_lm",
+                "num_layers": num_blocks,
+                "dim": dim,
+                "num_heads": dim // 64,
+                "noisy_input": "none",
+                "readout": "bayes",
+            },
             "data": {"name": "custom"},
             "blocks": {"num_blocks": num_blocks, "visit_steps": visit_steps},
             "noise": {"schedule": "balanced", "sigma_max_share": 1.0},

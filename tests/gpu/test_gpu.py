@@ -13,24 +13,27 @@ import torch
 from conftest import recipe_with
 from gpu_common import SHORT, needs_cuda, record, train
 
-from lowmem.arena import Arena, ArenaLayout
-from lowmem.config import OptimizerConfig, load_recipe
-from lowmem.data import describe_data, load_data
-from lowmem.hardware import Profile
+from lowmem.blocks.arena import Arena, ArenaLayout
+from lowmem.blocks.optim import update
+from lowmem.blocks.run_dir import RunDir
+from lowmem.data.datasets import describe_data, load_data
+from lowmem.machine.monitor import Monitor
+from lowmem.machine.profile import Profile
 from lowmem.models import model_builder
-from lowmem.optim import update
-from lowmem.plan import make_plan
-from lowmem.report import digest
-from lowmem.run_dir import RunDir
-from lowmem.telemetry import Monitor, read_records
-from lowmem.trainer import Trainer
+from lowmem.planning.plan import make_plan
+from lowmem.recipe import OptimizerConfig, load_recipe
+from lowmem.reporting.report import digest
+from lowmem.reporting.telemetry import read_records
+from lowmem.training.trainer import Trainer
 
 pytestmark = needs_cuda
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_every_tier_gives_the_same_digest_on_the_device(tmp_path: Path, profile: Profile, optimizer: str, precision: str) -> None:
+def test_every_tier_gives_the_same_digest_on_the_device(
+    tmp_path: Path, profile: Profile, optimizer: str, precision: str
+) -> None:
     digests = {}
     for name, changes in {
         "device": {"offload__tier": "device"},
@@ -39,9 +42,13 @@ def test_every_tier_gives_the_same_digest_on_the_device(tmp_path: Path, profile:
         "disk": {"offload__tier": "disk"},
         "disk-no-prefetch": {"offload__tier": "disk", "offload__prefetch": False},
     }.items():
-        recipe = recipe_with(**{**SHORT, "optimizer__name": optimizer, "train__precision": precision, **changes})
+        recipe = recipe_with(
+            **{**SHORT, "optimizer__name": optimizer, "train__precision": precision, **changes}
+        )
         digests[name] = train(tmp_path / name, recipe, profile)["digest"]
-    record(f"tiers' digests, {optimizer}, {precision}", arms=len(digests), distinct=len(set(digests.values())))
+    record(
+        f"tiers' digests, {optimizer}, {precision}", arms=len(digests), distinct=len(set(digests.values()))
+    )
     assert len(set(digests.values())) == 1 and None not in digests.values()
 
 
@@ -56,9 +63,9 @@ def test_an_interrupted_run_ends_with_the_unbroken_digest(tmp_path: Path, profil
         if event["event"] == "step" and event["visit"] == 5:
             raise Interrupted
 
-    build = model_builder(recipe, describe_data(recipe))
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
     plan = make_plan(build, recipe, profile)
-    data = load_data(recipe)
+    data = load_data(recipe.data, recipe.train.seq_len)
     with pytest.raises(Interrupted):
         Trainer(build, plan, tmp_path / "broken", [interrupt]).fit(lambda step: data.batch(0, step, 64))
     Trainer(build, plan, tmp_path / "broken").fit(lambda step: data.batch(0, step, 64))
@@ -88,21 +95,46 @@ def test_the_8_bit_step_follows_a_float_reference(profile: Profile) -> None:
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
 def test_the_peak_is_the_planned_one(tmp_path: Path, profile: Profile, tier: str) -> None:
-    """A model large enough that the runtime's own memory does not decide: 8 layers of width 1024 on 64 tokens."""
-    changes = {"model__num_layers": 8, "model__dim": 1024, "model__num_heads": 16, "model__patch_size": 1, "blocks__num_blocks": 4}
-    recipe = recipe_with(**{**SHORT, **changes, "train__num_steps": 4, "train__batch_size": 256, "offload__tier": tier, "train__recompute": False})
+    """A model large enough that the runtime's own memory does not decide: 8 layers of width 1024 on 64
+    tokens.
+    """
+    changes = {
+        "model__num_layers": 8,
+        "model__dim": 1024,
+        "model__num_heads": 16,
+        "model__patch_size": 1,
+        "blocks__num_blocks": 4,
+    }
+    recipe = recipe_with(
+        **{
+            **SHORT,
+            **changes,
+            "train__num_steps": 4,
+            "train__batch_size": 256,
+            "offload__tier": tier,
+            "train__recompute": False,
+        }
+    )
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     content = train(tmp_path / tier, recipe, profile)
     planned = content["predicted"]["device_peak_bytes"] - content["predicted"]["by_category"]["runtime_floor"]
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    record(f"peak against plan, tier {tier}", planned_bytes=planned, allocated_bytes=allocated, reserved_bytes=reserved, ratio=allocated / planned)
+    record(
+        f"peak against plan, tier {tier}",
+        planned_bytes=planned,
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+        ratio=allocated / planned,
+    )
     assert allocated == pytest.approx(planned, rel=0.1)
 
 
 def test_nvml_and_the_allocator_are_read_while_training(tmp_path: Path, profile: Profile) -> None:
     train(tmp_path / "run", recipe_with(**SHORT), profile)
-    steps = [event for event in read_records(RunDir(tmp_path / "run").telemetry_path) if event["event"] == "step"]
+    steps = [
+        event for event in read_records(RunDir(tmp_path / "run").telemetry_path) if event["event"] == "step"
+    ]
     assert all(step["device_reserved_bytes"] > 0 and step["device_allocated_bytes"] > 0 for step in steps)
     with Monitor(unified=False) as monitor:
         sample = monitor.sample()
@@ -113,15 +145,20 @@ def test_nvml_and_the_allocator_are_read_while_training(tmp_path: Path, profile:
 def test_no_step_synchronises_the_device(tmp_path: Path, profile: Profile) -> None:
     """Torch's own alarm for synchronising calls stays silent through forward, backward and optimizer."""
     recipe = recipe_with(**SHORT, train__precision="bfloat16", optimizer__name="adamw8bit")
-    build = model_builder(recipe, describe_data(recipe))
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
     plan = make_plan(build, recipe, profile)
-    data = load_data(recipe)
+    data = load_data(recipe.data, recipe.train.seq_len)
     arrays = {step: data.batch(0, step, 64) for step in range(recipe.train.num_steps)}
-    batches = {step: {name: torch.from_numpy(array).pin_memory() for name, array in batch.items()} for step, batch in arrays.items()}
+    batches = {
+        step: {name: torch.from_numpy(array).pin_memory() for name, array in batch.items()}
+        for step, batch in arrays.items()
+    }
 
     def watch(event: dict[str, Any]) -> None:
         if event["event"] == "visit":
-            torch.cuda.set_sync_debug_mode("error" if event["visit"] else "default")  # the first visit may set things up
+            torch.cuda.set_sync_debug_mode(
+                "error" if event["visit"] else "default"
+            )  # the first visit may set things up
         if event["event"] == "step" and event["step"] % 4 == 3:
             torch.cuda.set_sync_debug_mode("default")  # the visit's end reads the loss
 
@@ -132,12 +169,20 @@ def test_no_step_synchronises_the_device(tmp_path: Path, profile: Profile) -> No
 
 
 @pytest.mark.parametrize("recipe", ["digits-dit", "stdlib-masked", "stdlib-causal", "stdlib-recurrent"])
-def test_every_architecture_gives_the_same_digest_from_device_and_disk(tmp_path: Path, profile: Profile, recipe: str) -> None:
+def test_every_architecture_gives_the_same_digest_from_device_and_disk(
+    tmp_path: Path, profile: Profile, recipe: str
+) -> None:
     digests = set()
     for tier in ("device", "disk"):
         settled = load_recipe(
             recipe,
-            ["train.num_steps=6", "train.warmup_steps=2", "blocks.visit_steps=3", "train.deterministic=true", f"offload.tier={tier}"],
+            [
+                "train.num_steps=6",
+                "train.warmup_steps=2",
+                "blocks.visit_steps=3",
+                "train.deterministic=true",
+                f"offload.tier={tier}",
+            ],
         )
         digests.add(train(tmp_path / tier, settled, profile)["digest"])
     record(f"digests of {recipe}", distinct=len(digests))
@@ -146,8 +191,12 @@ def test_every_architecture_gives_the_same_digest_from_device_and_disk(tmp_path:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("clip", ["block", "global"])
-def test_a_streamed_model_trained_end_to_end_has_the_resident_digest(tmp_path: Path, profile: Profile, precision: str, clip: str) -> None:
-    """Blocks from host memory and from disk, activations at their borders on the device, in host memory and on disk, two micro-batches."""
+def test_a_streamed_model_trained_end_to_end_has_the_resident_digest(
+    tmp_path: Path, profile: Profile, precision: str, clip: str
+) -> None:
+    """Blocks from host memory and from disk, activations at their borders on the device, in host memory and
+    on disk, two micro-batches.
+    """
     common = {
         **SHORT,
         "method": "end_to_end",
@@ -160,16 +209,29 @@ def test_a_streamed_model_trained_end_to_end_has_the_resident_digest(tmp_path: P
     for tier, borders in (("host", "device"), ("host", "host"), ("disk", "host"), ("disk", "disk")):
         arms[f"{tier}, borders {borders}"] = {"offload__tier": tier, "offload__borders": borders}
     arms["host, no prefetch"] = {"offload__tier": "host", "offload__prefetch": False}  # type: ignore[dict-item]
-    digests = {name: train(tmp_path / name, recipe_with(**{**common, **changes}), profile)["digest"] for name, changes in arms.items()}
-    record(f"end to end, streamed, {precision}, clip {clip}", arms=len(digests), distinct=len(set(digests.values())))
+    digests = {
+        name: train(tmp_path / name, recipe_with(**{**common, **changes}), profile)["digest"]
+        for name, changes in arms.items()
+    }
+    record(
+        f"end to end, streamed, {precision}, clip {clip}",
+        arms=len(digests),
+        distinct=len(set(digests.values())),
+    )
     assert len(set(digests.values())) == 1 and None not in digests.values(), digests
 
 
 @pytest.mark.parametrize("tier, borders", [("host", "host"), ("disk", "disk")])
-def test_a_streamed_model_moves_the_bytes_of_the_plan(tmp_path: Path, profile: Profile, tier: str, borders: str) -> None:
-    recipe = recipe_with(**SHORT, method="end_to_end", train__micro_batch_size=16, offload__tier=tier, offload__borders=borders)
+def test_a_streamed_model_moves_the_bytes_of_the_plan(
+    tmp_path: Path, profile: Profile, tier: str, borders: str
+) -> None:
+    recipe = recipe_with(
+        **SHORT, method="end_to_end", train__micro_batch_size=16, offload__tier=tier, offload__borders=borders
+    )
     content = train(tmp_path / "run", recipe, profile)
     traffic = RunDir(tmp_path / "run").read_plan()["predicted"]["traffic"]
     for name, counted in content["traffic"].items():
-        assert counted == traffic["start"][name] + 12 * traffic["step"][name] + 3 * traffic["commit"][name], name
+        assert counted == traffic["start"][name] + 12 * traffic["step"][name] + 3 * traffic["commit"][name], (
+            name
+        )
     record(f"streamed traffic, tier {tier}, borders {borders}", **content["traffic"])

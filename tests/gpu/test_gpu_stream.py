@@ -1,4 +1,6 @@
-"""Streaming on a CUDA device: the same bits in about the same time, flat memory, small cards emulated, copies under compute."""
+"""Streaming on a CUDA device: the same bits in about the same time, flat memory, small cards emulated, copies
+under compute.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ import torch
 from gpu_common import needs_cuda, record, train_tokens
 from racing import race, race_plan
 
-from lowmem import weights as weights_module
-from lowmem.hardware import Profile, load_profile
-from lowmem.run_dir import RunDir
-from lowmem.staging import RING_CHUNKS, probe_lockable_bytes
-from lowmem.telemetry import NvmlReader, Sample, read_records
+from lowmem.blocks.run_dir import RunDir
+from lowmem.blocks.staging import RING_CHUNKS, probe_lockable_bytes
+from lowmem.machine.monitor import NvmlReader, Sample
+from lowmem.machine.profile import Profile, load_profile
+from lowmem.reporting.telemetry import read_records
+from lowmem.training import open_run as weights_module
 from lowmem.units import GIB, MIB
 
 ROOT = Path(__file__).parents[2]
@@ -46,8 +49,13 @@ def nvml_process_bytes() -> int | None:
 
 
 @pytest.mark.parametrize("visit_steps", [4, 32])
-def test_streamed_steps_give_the_resident_digest_and_their_time_is_recorded(tmp_path: Path, profile: Profile, visit_steps: int) -> None:
-    """Rounds take turns; the first of each run is a warm-up. Times are for the table, digests are the claim."""
+def test_streamed_steps_give_the_resident_digest_and_their_time_is_recorded(
+    tmp_path: Path, profile: Profile, visit_steps: int
+) -> None:
+    """Rounds take turns; the first of each run is a warm-up.
+
+    Times are for the table, digests are the claim.
+    """
     blocks, rounds = 4, 3
     digests, step_s, exposed = set(), {}, {}
     for tier in ("device", "host", "disk", "device"):  # the first again at the end: what the order does
@@ -60,14 +68,23 @@ def test_streamed_steps_give_the_resident_digest_and_their_time_is_recorded(tmp_
         waits = [events[i]["exposed_transfer_s"] + events[i]["commit_s"] for i in (blocks - 1, -1)]
         exposed[tier] = (waits[1] - waits[0]) / ((rounds - 1) * blocks)
         digests.add(content["digest"])
-        rates = {name: value for name, value in content["stream"].items() if name.endswith("bytes_per_s") and value}
+        rates = {
+            name: value for name, value in content["stream"].items() if name.endswith("bytes_per_s") and value
+        }
         record(
-            f"stream, {tier}, {visit_steps} steps a visit", **{name: value / GIB for name, value in rates.items()}, exposed_s_per_visit=exposed[tier]
+            f"stream, {tier}, {visit_steps} steps a visit",
+            **{name: value / GIB for name, value in rates.items()},
+            exposed_s_per_visit=exposed[tier],
         )
     resident = sum(step_s["device"]) / 2
     ratios = {f"{tier}_ratio": step_s[tier][0] / resident for tier in ("host", "disk")}
     spread = max(step_s["device"]) / min(step_s["device"]) - 1
-    record(f"step time / resident, {visit_steps} steps a visit", **ratios, resident_step_s=resident, resident_spread=spread)
+    record(
+        f"step time / resident, {visit_steps} steps a visit",
+        **ratios,
+        resident_step_s=resident,
+        resident_spread=spread,
+    )
     assert len(digests) == 1
 
 
@@ -80,7 +97,11 @@ def test_the_peak_is_flat_in_depth(tmp_path: Path, profile: Profile) -> None:
         reserved[depth], nvml[depth] = torch.cuda.max_memory_reserved(), nvml_process_bytes()
         shutil.rmtree(tmp_path / str(depth))
     spread = max(reserved.values()) / min(reserved.values()) - 1
-    record("peak over 4, 8, 16 blocks", **{f"reserved_mib_{d}": v / MIB for d, v in reserved.items()}, spread=spread)
+    record(
+        "peak over 4, 8, 16 blocks",
+        **{f"reserved_mib_{d}": v / MIB for d, v in reserved.items()},
+        spread=spread,
+    )
     known = {f"nvml_mib_{d}": v / MIB for d, v in nvml.items() if v}
     record("NVML process memory over 4, 8, 16 blocks", readable=len(known), **known)
     assert spread <= 0.01
@@ -91,8 +112,8 @@ CAPPED_CHILD = """
 import json, sys, torch
 from pathlib import Path
 from gpu_common import train_tokens
-from lowmem.hardware import load_profile
-from lowmem.telemetry import NvmlReader, Sample
+from lowmem.machine.profile import load_profile
+from lowmem.reporting.telemetry import NvmlReader, Sample
 profile = load_profile("cuda-8gib-host-24gib")
 content = train_tokens(Path(sys.argv[1]), profile, 4, 2048, 2, 2, {"tier": "disk"})
 sample = Sample(host_bytes=0)
@@ -116,22 +137,31 @@ def test_a_small_card_is_emulated_on_a_large_one(tmp_path: Path) -> None:
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    record("8 GiB card emulated", **{name: value / GIB for name, value in found.items() if name != "refused" and value}, refused=found["refused"])
+    record(
+        "8 GiB card emulated",
+        **{name: value / GIB for name, value in found.items() if name != "refused" and value},
+        refused=found["refused"],
+    )
     assert found["refused"], "more than the card holds was given"
     assert max(found["reserved"], found["nvml"] or 0) <= card.device_budget_bytes
 
 
 def test_a_paced_link_takes_at_least_its_time_and_changes_no_bit(tmp_path: Path, profile: Profile) -> None:
     free = train_tokens(tmp_path / "free", profile, 3, 1024, 2, 2, {"tier": "host"})
-    paced = train_tokens(tmp_path / "paced", with_link(profile, 0.5), 3, 1024, 2, 2, {"tier": "host", "pace": True})
-    rates = {f"{name}_gib_per_s": arm["stream"]["host_to_device_bytes_per_s"] / GIB for name, arm in (("free", free), ("paced", paced))}
+    paced = train_tokens(
+        tmp_path / "paced", with_link(profile, 0.5), 3, 1024, 2, 2, {"tier": "host", "pace": True}
+    )
+    rates = {
+        f"{name}_gib_per_s": arm["stream"]["host_to_device_bytes_per_s"] / GIB
+        for name, arm in (("free", free), ("paced", paced))
+    }
     record("link, to the device", **rates)
     assert paced["digest"] == free["digest"]
     assert paced["stream"]["host_to_device_bytes_per_s"] <= 0.5 * GIB * 1.001
     assert paced["stream"]["device_to_host_bytes_per_s"] <= 0.5 * GIB * 1.001
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The ring
 
 
@@ -150,10 +180,16 @@ def test_the_ring_is_locked_in_exact_sizes_and_a_refusal_leaves_the_bits_alone(
         facts[name] = staging(tmp_path / name)
         host = content["predicted"]
     record(
-        "ring", **{name: f"{fact['chunks']} x {fact['chunk_bytes'] // MIB} MiB, {fact['locked_bytes'] // MIB} locked" for name, fact in facts.items()}
+        "ring",
+        **{
+            name: f"{fact['chunks']} x {fact['chunk_bytes'] // MIB} MiB, {fact['locked_bytes'] // MIB} locked"
+            for name, fact in facts.items()
+        },
     )
     assert len(digests) == 1
-    assert facts["all"]["locked_bytes"] == RING_CHUNKS * facts["all"]["chunk_bytes"] <= profile.pinned_max_bytes
+    assert (
+        facts["all"]["locked_bytes"] == RING_CHUNKS * facts["all"]["chunk_bytes"] <= profile.pinned_max_bytes
+    )
     assert facts["two"]["chunks"] == 2 and facts["none"]["locked_bytes"] == 0
     assert host["host_by_category"]["staging"] >= facts["all"]["locked_bytes"]
 
@@ -164,12 +200,14 @@ def test_a_probe_in_a_child_says_how_much_may_be_locked() -> None:
     assert 0 < found <= 64 * MIB
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Races and traces
 
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
-def test_copies_that_compute_outruns_still_bring_the_right_bytes_50_times(tmp_path: Path, profile: Profile, tier: str) -> None:
+def test_copies_that_compute_outruns_still_bring_the_right_bytes_50_times(
+    tmp_path: Path, profile: Profile, tier: str
+) -> None:
     rows, steps = 40_000, 2
     expected = race(tmp_path / "resident", race_plan(profile, 3, rows, steps, tier="device"), rows)
     plan = race_plan(profile, 3, rows, steps, tier=tier, prefetch=True, write_back="beside")
@@ -194,7 +232,9 @@ def overlap_us(copies: list[tuple[float, float]], kernels: list[tuple[float, flo
     return total
 
 
-def test_a_trace_shows_copies_under_compute_and_no_wait_for_the_device_within_a_visit(tmp_path: Path, profile: Profile) -> None:
+def test_a_trace_shows_copies_under_compute_and_no_wait_for_the_device_within_a_visit(
+    tmp_path: Path, profile: Profile
+) -> None:
     """The trace itself is kept beside the suite's results where LOWMEM_RESULTS names a folder."""
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as profiler
@@ -202,7 +242,9 @@ def test_a_trace_shows_copies_under_compute_and_no_wait_for_the_device_within_a_
     marks: list[Any] = []
 
     def mark(event: dict[str, Any]) -> None:
-        """One span from the end of a visit's first step to the end of its last: what lies within must not wait."""
+        """One span from the end of a visit's first step to the end of its last: what lies within must not
+        wait.
+        """
         if event["event"] == "step" and event["step"] % 16 == 0:
             marks.append(record_function("steps of a visit"))
             marks[-1].__enter__()
@@ -214,9 +256,17 @@ def test_a_trace_shows_copies_under_compute_and_no_wait_for_the_device_within_a_
     path = tmp_path / "trace.json"
     trace.export_chrome_trace(str(path))
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
-    spans = [(e["ts"], e["ts"] + e["dur"], e["tid"]) for e in events if e["name"] == "steps of a visit" and e.get("cat") == "user_annotation"]
+    spans = [
+        (e["ts"], e["ts"] + e["dur"], e["tid"])
+        for e in events
+        if e["name"] == "steps of a visit" and e.get("cat") == "user_annotation"
+    ]
     kernels = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "kernel"]
-    copies = [(e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "gpu_memcpy" and e.get("args", {}).get("bytes", 0) >= MIB]
+    copies = [
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("cat") == "gpu_memcpy" and e.get("args", {}).get("bytes", 0) >= MIB
+    ]
     waits = [
         e["name"]
         for e in events
@@ -225,7 +275,14 @@ def test_a_trace_shows_copies_under_compute_and_no_wait_for_the_device_within_a_
     ]
     copied_us = sum(end - start for start, end in copies)
     hidden = overlap_us(copies, kernels) / copied_us
-    record("trace", visits=len(spans), copies=len(copies), copied_ms=copied_us / 1000, under_compute=hidden, waits_between_steps=len(waits))
+    record(
+        "trace",
+        visits=len(spans),
+        copies=len(copies),
+        copied_ms=copied_us / 1000,
+        under_compute=hidden,
+        waits_between_steps=len(waits),
+    )
     if os.environ.get("LOWMEM_RESULTS"):
         shutil.copy(path, Path(os.environ["LOWMEM_RESULTS"]) / "gpu_trace.json")
     assert spans and copies and hidden > 0
@@ -249,5 +306,9 @@ def test_the_bench_runs_on_the_device(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    record("bench --quick", **{f"{row['arm']}_ratio": row["step_ratio"] for row in found["steps"]}, depth_spread=found["depth_spread"])
+    record(
+        "bench --quick",
+        **{f"{row['arm']}_ratio": row["step_ratio"] for row in found["steps"]},
+        depth_spread=found["depth_spread"],
+    )
     assert {row["arm"] for row in found["steps"]} == {"host", "disk"}

@@ -1,0 +1,110 @@
+"""The order of visits: a pure function of the recipe, so a run's place in it is one number.
+
+A visit is one stay on the device: `num_steps` optimizer steps of one block (diffusion_blocks), or of all of
+them (end_to_end).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Visit:
+    index: int
+    blocks: tuple[int, ...]
+    first_step: int  # the blocks' own step count before this visit
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class BlockQueue:
+    """`num_steps` steps for every block, `visit_steps` at a time (the last visit of a block may be shorter)."""
+
+    method: str
+    num_blocks: int
+    num_steps: int
+    visit_steps: int
+    order: str
+    seed: int
+
+    @property
+    def visits_per_round(self) -> int:
+        return 1 if self.method == "end_to_end" else self.num_blocks
+
+    @property
+    def num_visits(self) -> int:
+        return -(-self.num_steps // self.visit_steps) * self.visits_per_round
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_steps * self.visits_per_round
+
+    def visit(self, index: int) -> Visit:
+        round_index, place = divmod(index, self.visits_per_round)
+        first_step = round_index * self.visit_steps
+        return Visit(
+            index,
+            self._blocks(round_index, place),
+            first_step,
+            min(self.visit_steps, self.num_steps - first_step),
+        )
+
+    def pending(self, visits_done: int) -> Iterator[tuple[Visit, Visit | None]]:
+        """Each visit still to make, with the one after it (None at the end) so that its block can be fetched
+        early.
+        """
+        for index in range(visits_done, self.num_visits):
+            yield self.visit(index), self.visit(index + 1) if index + 1 < self.num_visits else None
+
+    def steps_done(self, visits_done: int) -> int:
+        """Optimizer steps in the first `visits_done` visits, over all blocks: also the shared part's own step
+        count.
+        """
+        rounds, places = divmod(visits_done, self.visits_per_round)
+        whole = min(rounds * self.visit_steps, self.num_steps) * self.visits_per_round
+        return whole + (places * self.visit(visits_done).num_steps if places else 0)
+
+    def _blocks(self, round_index: int, place: int) -> tuple[int, ...]:
+        blocks = list(range(self.num_blocks))
+        if self.method == "end_to_end":
+            return tuple(blocks)
+        if self.order == "random":
+            random.Random(f"{self.seed}/{round_index}").shuffle(blocks)
+        return (blocks[place],)
+
+
+Place = tuple[int, int]  # row, micro-batch
+
+
+def border_calls(num_blocks: int, parts: int, two_passes: bool) -> Iterator[tuple[bool, Place]]:
+    """A step's calls in order: whether it is a put, and the place."""
+    every, gradient = range(parts), num_blocks
+    yield from ((True, (0, part)) for part in every)
+    for block in range(num_blocks - 1):
+        for part in every:
+            yield from ((False, (block, part)), (True, (block + 1, part)))
+    for _ in range(2 if two_passes else 1):
+        for block in reversed(range(num_blocks)):
+            for part in every:
+                yield False, (block, part)
+                if block < num_blocks - 1:
+                    yield False, (gradient, part)
+                yield True, (gradient, part)
+        yield from ((False, (gradient, part)) for part in every)
+
+
+def fetches(num_blocks: int, two_passes: bool) -> list[tuple[int, bool]]:
+    """The blocks that a step takes, in order, each with whether its weights are enough: forward, backward
+    (twice for a global norm).
+
+    The first is there from the step before.
+    """
+    there, back = range(num_blocks - 1), range(num_blocks - 1, -1, -1)
+    return [
+        *((block, True) for block in there),
+        *((block, True) for block in back if two_passes),
+        *((block, False) for block in back),
+    ]

@@ -1,0 +1,203 @@
+"""The run folder is the checkpoint, and `state.json` is its only commit point.
+
+    plan.json        recipe, profile and plan, frozen when the run began
+    state.json       what is committed: block files with size and digest, the queue's cursor, figures so far
+    block-0003.000012.safetensors, shared.000012.safetensors     one file per block, named by the number of visits done
+    telemetry.jsonl  a line a step, plus events; never needed to resume
+    lock             held by the process that trains
+
+A visit ends by writing new files under new names, fsync of each and of the folder, then replacing
+`state.json` in one move. Files that it does not name are leftovers of a kill and are removed when the run
+goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+from pydantic import Field
+
+from lowmem.errors import ResumeError, StoreError
+from lowmem.schema import Section, parse
+
+LOCK_WAIT_S = 0.5  # a look at the lock by `lowmem status` holds it for an instant
+
+
+class FileRecord(Section):
+    """A committed file: its name in the run folder, its whole size, the digest of its data section (see
+    `store`).
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9.-]+\.safetensors$")
+    num_bytes: int
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class BlockRecord(Section):
+    """Figures of one block.
+
+    `loss`: mean over the steps of its last visit. Peak: bytes on the device during its visits.
+    """
+
+    block: int
+    visits: int = 0
+    steps: int = 0
+    loss: float | None = None
+    measured_peak_bytes: int = 0
+
+
+class RunState(Section):
+    """Everything that is committed. Replaced as a whole, never edited."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    visits_done: int = 0
+    files: dict[str, FileRecord] = {}  # "block-0" ..., "shared"
+    blocks: list[BlockRecord] = []
+    time: dict[str, float] = {}  # total_s, compute_s, exposed_transfer_s, commit_s
+    traffic: dict[
+        str, int
+    ] = {}  # host_to_device_bytes, device_to_host_bytes, disk_read_bytes, disk_written_bytes
+    transfer_s: dict[
+        str, float
+    ] = {}  # seconds that the traffic took: host_to_device_s, device_to_host_s, disk_read_s, disk_written_s
+    measured: dict[str, int] = {}  # device_peak_bytes, host_peak_bytes, disk_bytes
+    micro_batch_size: int | None = None  # smaller than the plan's where memory ran out
+    metrics: dict[str, Any] | None = None  # of the finished run
+
+
+class RunDir:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.plan_path = self.path / "plan.json"
+        self.state_path = self.path / "state.json"
+        self.telemetry_path = self.path / "telemetry.jsonl"
+        self._lock = FileLock(self.path / "lock")
+
+    def exists(self) -> bool:
+        return self.plan_path.is_file()
+
+    def acquire(self) -> None:
+        """Takes the folder for this process; the system frees the lock however the process ends.
+
+        Raises ResumeError if it is held.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise ResumeError(
+                f"run folder {self.path}: {problem.strerror}; give a folder that can be made with --run-dir"
+            ) from None
+        try:
+            self._lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.02)
+        except Timeout:
+            raise ResumeError(
+                f"run folder {self.path}: another process is training in it; wait for it, or choose another --run-dir"
+            ) from None
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def is_locked(self) -> bool:
+        """Whether a process is training in the folder now."""
+        if not (self.path / "lock").exists():
+            return False
+        try:
+            with FileLock(self.path / "lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    # --------------------------------------------------------------------------------------------------------
+    # plan.json and state.json
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        write_json(self.plan_path, plan)
+
+    def read_plan(self) -> dict[str, Any]:
+        if not self.exists():
+            raise ResumeError(
+                f"run folder {self.path}: no plan.json in it, so it is not a run; give the folder that `lowmem train` wrote"
+            )
+        return read_json(self.plan_path)
+
+    def read_state(self) -> RunState | None:
+        """The committed state, None before the first commit.
+
+        Raises StoreError when the file is not what lowmem writes.
+        """
+        if not self.state_path.exists():
+            return None
+        return parse(RunState, read_json(self.state_path), str(self.state_path), StoreError)
+
+    def commit(self, state: RunState) -> None:
+        """Makes `state` the truth, then removes the files that it no longer names."""
+        fsync_dir(self.path)  # the new files' names
+        write_json(self.state_path, state.model_dump(mode="json", by_alias=True))
+        self.remove_leftovers(state)
+
+    def remove_leftovers(self, state: RunState | None) -> None:
+        named = {record.name for record in state.files.values()} if state else set()
+        for path in self.path.glob("*.safetensors"):
+            if path.name not in named:
+                path.unlink()
+
+    def check_files(self, state: RunState) -> None:
+        """Raises StoreError if a committed file is missing or has another size. Reads no data."""
+        for record in state.files.values():
+            path = self.path / record.name
+            found = path.stat().st_size if path.is_file() else None
+            if found != record.num_bytes:
+                raise StoreError(
+                    f"{path}: expected {record.num_bytes} bytes, found {'no file' if found is None else f'{found} bytes'}; "
+                    "restore it from a copy, or begin again in another --run-dir; nothing was overwritten"
+                )
+
+    def file_name(self, key: str, visits_done: int) -> str:
+        """`block-3` after 12 visits -> `block-0003.000012.safetensors`."""
+        stem, _, number = key.partition("-")
+        return f"{stem}{f'-{int(number):04d}' if number else ''}.{visits_done:06d}.safetensors"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Atomically: a reader, or a kill, sees the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_dir(path.parent)
+    except OSError as problem:
+        raise StoreError(
+            f"{path}: {problem.strerror}; the last commit is kept: mend this, then run the same command again"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
+        raise StoreError(
+            f"{path}: not readable as JSON ({problem}); restore it from a copy, or begin again in another --run-dir"
+        ) from None
+    if not isinstance(content, dict):
+        raise StoreError(
+            f"{path}: found {type(content).__name__}; expected an object; restore it from a copy"
+        )
+    return content
+
+
+def fsync_dir(path: Path) -> None:
+    if os.name == "nt":  # Windows has no handle for a folder; its file system journals the names
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,91 @@
+"""Random changes to training images: flips, and RandAugment (arXiv 1909.13719) with its usual operations and
+ranges.
+
+Every draw is a function of (seed, step, position in the batch), so a resumed run sees the same pixels.
+Operations work on pictures of bytes, in 1 or 3 channels; what comes in from beyond the border is black.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from lowmem.data.config import AugmentConfig
+from lowmem.data.images import Array, as_array, pillow
+
+STREAM = 1  # tells these draws apart from those of (seed, epoch) and (seed, step) elsewhere
+FULL = 30  # the largest magnitude
+Operation = Callable[[Any, float, float], Any]  # picture, magnitude from 0 to 1, sign -> picture
+
+
+class Augment:
+    """Raises DataError if operations are wanted and Pillow is not installed."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        self.config = config
+        self._operations = list(operations().values()) if config.rand_augment_ops else []
+
+    def __call__(self, images: Array, seed: int, step: int) -> Array:
+        """uint8 [B, C, H, W] -> the same shape and kind."""
+        draws = np.random.default_rng([seed, step, STREAM]).random(
+            (len(images), 1 + 2 * self.config.rand_augment_ops)
+        )
+        flipped = draws[:, 0] < (0.5 if self.config.flip else 0)
+        images = np.where(flipped[:, None, None, None], images[..., ::-1], images)
+        if not self._operations:
+            return images
+        return np.stack(
+            [self._rand_augment(image, row[1:]) for image, row in zip(images, draws, strict=True)]
+        )
+
+    def _rand_augment(self, image: Array, draws: Array) -> Array:
+        """Two draws for each operation: which, and its sign."""
+        from PIL import Image
+
+        picture = Image.fromarray(
+            image[0] if len(image) == 1 else np.ascontiguousarray(image.transpose(1, 2, 0))
+        )
+        for which, side in draws.reshape(-1, 2):
+            operation = self._operations[int(which * len(self._operations))]
+            picture = operation(picture, self.config.rand_augment_magnitude / FULL, 1 if side < 0.5 else -1)
+        return as_array(picture)
+
+
+def operations() -> dict[str, Operation]:
+    """The operations by name. Ranges at full magnitude: shear 0.3, translation 150/331 of the side, rotation
+    30 degrees, enhancement 1 +- 0.9, 4 bits fewer, and an inversion of all values from 256 (m = 0: none) down
+    to 0 on.
+    """
+    image_module = pillow("data.augment.rand_augment_ops")
+    from PIL import ImageEnhance, ImageOps
+
+    bilinear = image_module.Resampling.BILINEAR
+
+    def affine(picture: Any, *matrix: float) -> Any:
+        return picture.transform(picture.size, image_module.Transform.AFFINE, matrix, bilinear)
+
+    def enhance(kind: Any) -> Operation:
+        return lambda picture, m, sign: kind(picture).enhance(1 + 0.9 * m * sign)
+
+    return {
+        "identity": lambda picture, m, sign: picture,
+        "autocontrast": lambda picture, m, sign: ImageOps.autocontrast(picture),
+        "equalize": lambda picture, m, sign: ImageOps.equalize(picture),
+        "rotate": lambda picture, m, sign: picture.rotate(30 * m * sign, bilinear),
+        "solarize": lambda picture, m, sign: ImageOps.solarize(picture, round(256 * (1 - m))),
+        "color": enhance(ImageEnhance.Color),
+        "posterize": lambda picture, m, sign: ImageOps.posterize(picture, 8 - round(4 * m)),
+        "contrast": enhance(ImageEnhance.Contrast),
+        "brightness": enhance(ImageEnhance.Brightness),
+        "sharpness": enhance(ImageEnhance.Sharpness),
+        "shear_x": lambda picture, m, sign: affine(picture, 1, 0.3 * m * sign, 0, 0, 1, 0),
+        "shear_y": lambda picture, m, sign: affine(picture, 1, 0, 0, 0.3 * m * sign, 1, 0),
+        "translate_x": lambda picture, m, sign: affine(
+            picture, 1, 0, 150 / 331 * m * sign * picture.width, 0, 1, 0
+        ),
+        "translate_y": lambda picture, m, sign: affine(
+            picture, 1, 0, 0, 0, 1, 150 / 331 * m * sign * picture.height
+        ),
+    }

@@ -1,0 +1,130 @@
+"""Tokenizers: bytes, the characters of a text, or the subwords of the package `tokenizers`."""
+
+from __future__ import annotations
+
+import codecs
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.data.cache import cache_dir, cached, digest, file_facts
+from lowmem.errors import DataError
+
+PIECE_BYTES = 1 << 18  # of the text, read at a time
+ALLOWED = "bytes, characters, a `tokenizers` JSON file, or a folder with GPT-2's encoder.json and vocab.bpe"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Tokens are integers below `vocab_size`.
+
+    `encode` of characters raises DataError on one that the training text does not hold.
+    """
+
+    vocab_size: int
+    facts: Any  # what tells it apart from every other, for a cache's name
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]  # bytes that are no text become U+FFFD
+
+
+BYTES = Tokenizer(
+    256, "bytes", lambda text: list(text.encode()), lambda tokens: bytes(tokens).decode(errors="replace")
+)
+
+
+def make_tokenizer(name: str, texts: Sequence[Path]) -> Tokenizer:
+    """The tokenizer that a recipe calls `name`; `characters` reads the texts, once.
+
+    Raises DataError when it is unknown or cannot be read.
+    """
+    if name == "bytes":
+        return BYTES
+    return _characters(texts) if name == "characters" else _subwords(Path(name))
+
+
+def pieces(path: Path) -> Iterator[str]:
+    """The text in pieces, cut before a space after another character: no usual tokenizer joins the two.
+
+    DataError where it is not UTF-8.
+    """
+    decoder, start, rest = codecs.getincrementaldecoder("utf-8")(), 0, ""
+    with open(path, "rb") as file:
+        while True:
+            data = file.read(PIECE_BYTES)
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last read cut in two
+            try:
+                rest += decoder.decode(data, final=not data)
+            except UnicodeDecodeError as problem:
+                position = start - pending + problem.start
+                raise DataError(
+                    f"{path}: byte {position} is not UTF-8; save the file as UTF-8, or use data.tokenizer: bytes"
+                ) from None
+            start += len(data)
+            if not data:
+                break
+            match = re.match(r"(?s).*\S( )", rest)
+            cut = match.start(1) if match else len(rest)  # no such space: where the read ended
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
+def _characters(texts: Sequence[Path]) -> Tokenizer:
+    """The distinct characters of the texts, in order of code point."""
+
+    def found() -> list[bytes]:
+        return [
+            json.dumps(sorted({c for path in texts for piece in pieces(path) for c in set(piece)})).encode()
+        ]
+
+    facts = ["characters", file_facts(texts)]
+    characters: list[str] = json.loads(cached(cache_dir() / f"{digest(facts)}.json", found).read_bytes())
+    tokens_of = {character: token for token, character in enumerate(characters)}
+
+    def encode(text: str) -> list[int]:
+        try:
+            return [tokens_of[character] for character in text]
+        except KeyError as problem:
+            raise DataError(
+                f"text: {problem.args[0]!r} is not among the {len(characters)} characters of {texts[0]}; leave it out"
+            ) from None
+
+    return Tokenizer(
+        len(characters), facts, encode, lambda tokens: "".join(characters[token] for token in tokens)
+    )
+
+
+def _subwords(path: Path) -> Tokenizer:
+    """A tokenizer of the package `tokenizers`; it adds no special tokens, cuts nothing off, pads nothing."""
+    files = [path / "encoder.json", path / "vocab.bpe"] if path.is_dir() else [path]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"data.tokenizer: no file '{file}'; allowed: {ALLOWED}")
+    try:
+        package = importlib.import_module("tokenizers")
+    except ImportError:
+        cure = "install the extra: pip install 'lowmem[text]', or take bytes or characters"
+        raise DataError(
+            f"data.tokenizer: '{path}' needs the package tokenizers, which is not installed; {cure}"
+        ) from None
+    try:
+        names = [str(file) for file in files]
+        inner = (
+            package.ByteLevelBPETokenizer(*names) if len(names) == 2 else package.Tokenizer.from_file(*names)
+        )
+    except Exception as problem:  # the package raises bare Exceptions
+        raise DataError(
+            f"data.tokenizer: {path}: not readable ({' '.join(str(problem).split())}); restore it from a copy"
+        ) from None
+    inner.no_truncation()
+    inner.no_padding()
+    return Tokenizer(
+        max(inner.get_vocab().values()) + 1,
+        ["subwords", file_facts(files)],
+        lambda text: list(inner.encode(text, add_special_tokens=False).ids),
+        lambda tokens: str(inner.decode(tokens, skip_special_tokens=False)),
+    )

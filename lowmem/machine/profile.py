@@ -1,0 +1,164 @@
+"""A machine in YAML: memory, reserves, rates. Profiles that come with the package, and one of the machine at
+hand.
+
+GiB and GiB/s in YAML (1 GiB = 1024^3 bytes), integer bytes in the properties. This module loads without
+torch, psutil and pynvml.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+
+from lowmem.errors import ProfileError
+from lowmem.schema import Section, find_file, names_in, parse, read_yaml
+from lowmem.units import GIB, from_gib
+
+RUNTIME_FLOOR_GIB = {"cpu": 0.241, "mps": 0.241, "cuda": 0.45}  # process and driver, before the first tensor
+
+
+class DeviceSpec(Section):
+    type: Literal["cuda", "cpu", "mps"]
+    memory_gib: PositiveFloat
+    reserve_gib: NonNegativeFloat = 0.0  # for the desktop, the system and other processes
+    compute_dtype: Literal["float32", "bfloat16", "float16"]
+    peak_tflops: PositiveFloat | None = (
+        None  # 10^12 dense floating-point operations per second in compute_dtype
+    )
+    memory_gib_per_s: PositiveFloat | None = None  # of the device's memory, read and written
+    runtime_gib: NonNegativeFloat | None = (
+        None  # taken before the first tensor; None: RUNTIME_FLOOR_GIB of the type
+    )
+    unified: bool | None = None  # one memory for device and host; None: by type (all but cuda)
+
+
+class HostSpec(Section):
+    memory_gib: PositiveFloat
+    reserve_gib: NonNegativeFloat
+    pinned_max_gib: NonNegativeFloat = 0.5
+    min_available_gib: NonNegativeFloat | None = (
+        None  # with less left on the machine a run stops at its next commit; None: see min_available_bytes
+    )
+
+
+class DiskSpec(Section):
+    reserve_gib: NonNegativeFloat  # kept free
+    read_gib_per_s: PositiveFloat | None = None
+    write_gib_per_s: PositiveFloat | None = None
+
+
+class LinkSpec(Section):
+    host_to_device_gib_per_s: PositiveFloat
+    device_to_host_gib_per_s: PositiveFloat
+
+
+class Profile(Section):
+    schema_version: Literal[1] = Field(alias="schema")
+    name: str = Field(min_length=1)
+    device: DeviceSpec
+    host: HostSpec
+    disk: DiskSpec
+    link: LinkSpec | None = None  # None: unified memory, nothing to cross
+    source: str = Field(min_length=1)  # "data sheet", "measured 2026-11-23, ..."
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Profile:
+        device, host = self.device, self.host
+        for part, spec in (("device", device), ("host", host)):
+            if spec.reserve_gib >= spec.memory_gib:
+                raise ValueError(
+                    f"{part}.reserve_gib: found {spec.reserve_gib}; allowed: below {part}.memory_gib = {spec.memory_gib}; lower it"
+                )
+        if device.type != "cuda" and device.unified is False:
+            raise ValueError(
+                f"device.unified: found false; a {device.type} device computes in the host's memory; remove the key"
+            )
+        if self.unified and (device.memory_gib, device.reserve_gib) != (host.memory_gib, host.reserve_gib):
+            same = f"memory_gib: {device.memory_gib} and reserve_gib: {device.reserve_gib}"
+            raise ValueError(
+                f"host: found {host.memory_gib} and {host.reserve_gib}; device and host are one memory here: set device's {same}"
+            )
+        if not self.unified and self.link is None:
+            raise ValueError(
+                "key 'link' is missing; a cuda device needs its two rates in GiB/s: add it, or device.unified: true"
+            )
+        return self
+
+    @property
+    def unified(self) -> bool:
+        """Whether device and host are one pool of memory (then the two budgets are one and the same)."""
+        return self.device.type != "cuda" if self.device.unified is None else self.device.unified
+
+    @property
+    def device_budget_bytes(self) -> int:
+        return from_gib(self.device.memory_gib) - from_gib(self.device.reserve_gib)
+
+    @property
+    def host_budget_bytes(self) -> int:
+        return from_gib(self.host.memory_gib) - from_gib(self.host.reserve_gib)
+
+    @property
+    def runtime_floor_bytes(self) -> int:
+        return from_gib(
+            RUNTIME_FLOOR_GIB[self.device.type]
+            if self.device.runtime_gib is None
+            else self.device.runtime_gib
+        )
+
+    @property
+    def pinned_max_bytes(self) -> int:
+        return from_gib(self.host.pinned_max_gib)
+
+    @property
+    def min_available_bytes(self) -> int:
+        """A quarter of the host's reserve, at most 1 GiB, where the profile does not say: the rest of the
+        machine has then used up the others.
+        """
+        host = self.host
+        return from_gib(
+            min(host.reserve_gib / 4, 1.0) if host.min_available_gib is None else host.min_available_gib
+        )
+
+    @property
+    def link_rates(self) -> tuple[float | None, float | None]:
+        """Bytes per second to the device and from it; None: unknown, or nothing to cross."""
+        link = self.link
+        return (
+            (None, None)
+            if link is None
+            else (link.host_to_device_gib_per_s * GIB, link.device_to_host_gib_per_s * GIB)
+        )
+
+    @property
+    def disk_rates(self) -> tuple[float | None, float | None]:
+        """Bytes per second read and written."""
+        read, write = (
+            (rate and rate * GIB) for rate in (self.disk.read_gib_per_s, self.disk.write_gib_per_s)
+        )
+        return read, write
+
+
+def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
+    """The profile of that name or path.
+
+    Raises ProfileError: unknown profile or key, wrong type, or values that contradict each other.
+    """
+    path = find_file(name_or_path, "hardware", "profile", ProfileError)
+    return profile_from_dict(read_yaml(path, ProfileError), f"profile {path.stem}")
+
+
+def profile_from_dict(raw: dict[str, Any], where: str) -> Profile:
+    """`raw` as a profile; `where` begins the message of the ProfileError it may raise."""
+    return parse(Profile, raw, where, ProfileError)
+
+
+def profile_to_yaml(profile: Profile) -> str:
+    raw = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return yaml.safe_dump(raw, sort_keys=False, default_flow_style=None, width=150)
+
+
+def list_profiles() -> list[str]:
+    return names_in("hardware")

@@ -1,0 +1,244 @@
+"""What one pass of a block takes: its peak of memory, and the operations it makes.
+
+Both are counted by running one forward and backward pass of the block under fake tensors. Every storage is
+followed from birth to death: the peak is the peak, with what autograd keeps, what recompute frees and what
+backward needs for a moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from lowmem.blocks.arena import ArenaLayout, bind, parameter_views, unbind
+from lowmem.blocks.optim import workspace_bytes
+from lowmem.errors import ConfigError
+from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
+from lowmem.models.base import Batch, BlockModel, named_layer_parameters, named_shared_parameters
+from lowmem.objectives.base import Entered
+from lowmem.objectives.recurrent import RecurrentDenoising
+from lowmem.planning.duration import Work
+from lowmem.planning.settings import COMPUTE_DTYPE, Settings
+from lowmem.recipe import Recipe
+
+
+class Pass(NamedTuple):
+    peak_bytes: int  # beyond weights and gradients
+    work: Work  # forward and backward
+    forward_work: Work  # of a forward pass alone, where the block streams and makes one; else none
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of all storages born under the mode and still alive, and their peak. `existing` tensors, and
+    views of them, do not count.
+
+    Also the work of every operation; views make none. `in_heap`: small storages lie in the C library's heap,
+    and gaps between them count too.
+    """
+
+    def __init__(self, *existing: Tensor, in_heap: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._in_heap = in_heap
+        self.live: int = 0
+        self.peak: int = 0
+        self.work = Work()
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        for tensor in existing:
+            storage = tensor.untyped_storage()
+            self._storages[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        leaves = _tensors(out)
+        for leaf in leaves:
+            self._born(leaf.untyped_storage())
+        if not _is_view(func):
+            num_bytes = sum(
+                leaf.numel() * leaf.element_size() for leaf in (*leaves, *_tensors((args, kwargs)))
+            )
+            self.work[_operations(func, args, kwargs, out), num_bytes] += 1
+        return out
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._storages:
+            return
+        nbytes = storage.nbytes()
+        if self._in_heap and nbytes < MMAP_THRESHOLD_BYTES:
+            nbytes = round((1 + GAPS) * nbytes)
+
+        def died(_: object) -> None:
+            self.live -= nbytes
+            self._storages.pop(key, None)
+
+        self._storages[key] = weakref.ref(storage, died)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    return any(
+        given.alias_info is not None and not given.alias_info.is_write for given in func._schema.returns
+    )
+
+
+def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Floating-point operations of matrix products and attention; all others are bound by memory."""
+    packet = func._overloadpacket
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # type: ignore[no-untyped-call]
+    if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
+    count = flop_registry.get(packet)
+    return 0 if count is None else int(count(*args, **kwargs, out_val=out))
+
+
+class PassCounter:
+    """What one forward and backward pass takes, remembered per kind of pass.
+
+    Updated during backward, parameters have gradients that come and go: they, and the updates' temporaries,
+    count here.
+    """
+
+    def __init__(self, model: BlockModel, recipe: Recipe, in_heap: bool = False) -> None:
+        self._model, self._recipe, self._in_heap = model, recipe, in_heap
+        self._known: dict[Any, Pass] = {}
+
+    def __call__(self, layers: range, settings: Settings) -> Pass:
+        kind = (settings.optimizer, settings.weights) if settings.during_backward else ()
+        return self._remembered(kind, layers, settings, lambda: self._count(layers, settings))
+
+    def streamed(self, layers: range, settings: Settings) -> Pass:
+        """The same of one block of a model that is trained end to end and streams, its micro-batch waiting at
+        the border (see `waiting`).
+
+        Input and output part belong to the first and the last block's pass.
+        """
+        ends = layers.start == 0, layers.stop == len(self._model.layers)
+        return self._remembered(
+            ("streamed", ends), layers, settings, lambda: self._count_streamed(layers, settings, *ends)
+        )
+
+    def _remembered(
+        self, kind: tuple[object, ...], layers: range, settings: Settings, count: Callable[[], Pass]
+    ) -> Pass:
+        shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
+        key = (kind, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
+        if key not in self._known:
+            self._known[key] = count()
+        return self._known[key]
+
+    def waiting(self, settings: Settings) -> tuple[int, int]:
+        """(bytes of one micro-batch at one border, bytes of what else of it waits on the device for the whole
+        step).
+        """
+        with self._bound(range(0), settings):
+            entered, batch = self._enter(settings)
+            others = {
+                t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+                for t in _tensors([entered.cond, entered.kept, batch])
+            }
+            return entered.h.numel() * entered.h.element_size(), sum(others.values())
+
+    @contextlib.contextmanager
+    def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
+        """Fake weights of some layers and of the shared part, and their gradients or what updates them, in
+        the compute dtype.
+        """
+        parameters = [*named_layer_parameters(self._model, layers), *named_shared_parameters(self._model)]
+        layout = ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer)
+        slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
+        if isinstance(
+            self._model.objective, RecurrentDenoising
+        ):  # the mean number: more than are back-propagated take time, no memory
+            config = self._model.objective.config
+            self._model.objective.fixed_iterations = max(config.iterations, config.backprop_iterations + 1)
+
+        def updated(name: str, parameter: nn.Parameter) -> None:
+            slot = slots[name]
+            torch.empty(
+                workspace_bytes(
+                    slot.numel, layout.group_of(slot).quantized, COMPUTE_DTYPE[settings.weights], dtype
+                ),
+                dtype=torch.uint8,
+            )
+            parameter.grad = None
+            torch.autograd.graph.increment_version(parameter)
+
+        with FakeTensorMode():
+            flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
+            bind(
+                self._model,
+                parameter_views(layout, flat),
+                updated if settings.during_backward else parameter_views(layout, grads),
+            )
+            yield flat, grads
+            unbind(self._model, layout)
+
+    @torch.no_grad()
+    def _enter(self, settings: Settings) -> tuple[Entered, Batch]:
+        batch = self._model.example_batch(settings.micro_batch_size)
+        return self._model.objective.enter(self._model, batch, self._recipe.noise), batch
+
+    def _count(self, layers: range, settings: Settings) -> Pass:
+        model, recipe = self._model, self._recipe
+        block = [model.layers[i] for i in layers]
+        with self._bound(layers, settings) as weights, LiveBytes(*weights, in_heap=self._in_heap) as bytes_:
+            batch = model.example_batch(settings.micro_batch_size)
+            if recipe.method == "end_to_end":
+                loss = model.objective.end_to_end_loss(model, block, batch, recipe.noise, settings.recompute)
+            else:
+                interval = model.objective.interval(0, 1, recipe.noise, 0.0)
+                loss = model.objective.block_loss(
+                    model, block, batch, interval, recipe.noise, settings.recompute
+                )
+            try:
+                loss.mean().backward()  # type: ignore[no-untyped-call]
+            except RuntimeError as problem:
+                if not settings.during_backward or "inplace" not in str(problem):
+                    raise
+                raise ConfigError(
+                    "optimizer.during_backward: found true; allowed with this model, which needs a weight again after its gradient is whole: "
+                    "false; set optimizer.during_backward: false"
+                ) from None
+            del loss, batch
+        return Pass(bytes_.peak, bytes_.work, Work())
+
+    def _count_streamed(self, layers: range, settings: Settings, first: bool, last: bool) -> Pass:
+        model, objective, noise = self._model, self._model.objective, self._recipe.noise
+        with self._bound(layers, settings) as weights:
+            (h, cond, kept), batch = self._enter(settings)
+            h, cond = h.detach().requires_grad_(), cond.detach().requires_grad_()
+            h_grad, cond_grad = torch.zeros_like(h), torch.zeros_like(cond)
+            with LiveBytes(
+                *weights, *_tensors([h, cond, kept, batch, h_grad, cond_grad]), in_heap=self._in_heap
+            ) as bytes_:
+                out = objective.through(
+                    model, [model.layers[i] for i in layers], h, cond, kept, settings.recompute
+                )
+                forward = bytes_.work.copy()
+                if last:
+                    objective.leave(model, out, cond, kept, batch, noise).mean().backward()  # type: ignore[no-untyped-call]
+                else:
+                    torch.autograd.backward([out, cond], [h_grad, cond_grad])
+                del out
+                if first:
+                    roots = [root for root in objective.enter(model, batch, noise)[:2] if root.requires_grad]
+                    torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
+        return Pass(bytes_.peak, bytes_.work, forward)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

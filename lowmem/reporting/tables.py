@@ -1,0 +1,30 @@
+"""Tables as plain text, the same in a terminal, a file and a test."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 110
+
+
+def text_table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
+    width: int = WIDTH,
+) -> str:
+    """The title, the table (first column to the left, the others to the right), notes as lines below."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None, markup=False, highlight=False).print(table)
+    return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()), *notes])

@@ -1,0 +1,143 @@
+"""An arena while it is trained, and the flat vectors that training needs beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.blocks import optim
+from lowmem.blocks.arena import Arena, ArenaLayout, ParameterSlot, bind, parameter_views
+from lowmem.recipe import OptimizerConfig
+from lowmem.schedule import mix_seed
+
+SHARED = -1  # the place of the shared part
+
+
+@dataclass
+class Trainable:
+    """An arena with its weights in the compute dtype, and their gradients, both flat.
+
+    Without `grads` every parameter is updated during backward, once its own gradient is whole: bit-equal, and
+    none waits for another.
+    """
+
+    arena: Arena
+    compute: Tensor  # the weights themselves where they are kept in the compute dtype, else a copy of them
+    grads: Tensor | None
+    seed: int  # of the run: bf16 weights are rounded at random
+    _step: optim.Step | None = None
+    _waiting: dict[str, ParameterSlot] = field(
+        default_factory=dict
+    )  # parameters not yet updated in this step
+
+    def bind(self, model: nn.Module, frozen: bool = False) -> None:
+        """`frozen`: for a pass without gradients."""
+        self._refresh(slice(None))
+        layout = self.arena.layout
+        if frozen:
+            bind(model, parameter_views(layout, self.compute), None)
+        elif self.grads is None:
+            bind(model, parameter_views(layout, self.compute), self._on_gradient)
+        else:
+            self.grads.zero_()
+            bind(model, parameter_views(layout, self.compute), parameter_views(layout, self.grads))
+
+    def begin(self, step: int, lr: float, config: OptimizerConfig) -> None:
+        """Says what the coming backward pass is for. `step` from 1."""
+        self._step = optim.Step(step, lr, config, self._rounding(step))
+        self._waiting = {slot.name: slot for slot in self.arena.layout.slots}
+
+    def gradient_norm(self) -> Tensor:
+        """Of a step whose gradients have gathered."""
+        assert self.grads is not None
+        return optim.gradient_norm(self.grads)
+
+    def forget(self) -> None:
+        """Drops the gradients of a pass that was made for their norm alone."""
+        assert self.grads is not None
+        self.grads.zero_()
+
+    def update(self, factor: Tensor | None = None) -> None:
+        """The optimizer step, or what backward has left of it: parameters that the loss did not depend on.
+        Gradients are zero again afterwards.
+
+        `factor`: see `optim.update`.
+        """
+        assert self._step is not None
+        if self.grads is None:
+            for slot in self._waiting.values():
+                self._update_slot(
+                    slot,
+                    torch.zeros((), dtype=self.compute.dtype, device=self.compute.device).expand(slot.numel),
+                )
+        else:
+            optim.update(self.arena, self.grads, self._step, factor)
+            self._refresh(slice(None))
+            self.grads.zero_()
+        self._step = None
+
+    def _on_gradient(self, name: str, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        self._update_slot(self._waiting.pop(name), parameter.grad.flatten())
+        parameter.grad = None
+        torch.autograd.graph.increment_version(parameter)
+
+    def _update_slot(self, slot: ParameterSlot, grads: Tensor) -> None:
+        assert self._step is not None
+        optim.update_rows(self.arena, self.arena.layout.group_of(slot), slot.start, grads, self._step)
+        self._refresh(slice(slot.start, slot.start + slot.numel))
+
+    def _refresh(self, rows: slice) -> None:
+        if self.compute is not self.arena.weights:
+            self.compute[rows].copy_(self.arena.weights[rows])
+
+    def _rounding(self, step: int) -> optim.Rounding | None:
+        """A function of the run's seed, of which part of the model this is, and of the step: the same at
+        every tier and after a resumption.
+        """
+        weights, names = self.arena.weights, [slot.name for slot in self.arena.layout.slots]
+        if weights.dtype == torch.float32:
+            return None
+        return optim.Rounding(mix_seed(self.seed, "rounding", *names, step), weights.device)
+
+
+class Scratch:
+    """Flat vectors kept for the whole run, one of each use for the shared part and for each place that a
+    block can take on the device.
+
+    `together`: all blocks are visited at once, so a place is always the same block's; else every block comes
+    to the same place.
+    """
+
+    def __init__(
+        self,
+        layouts: list[ArenaLayout],
+        shared_layout: ArenaLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        during_backward: bool,
+        together: bool = False,
+    ) -> None:
+        numels = [layout.numel for layout in layouts]
+        self._numels = {SHARED: shared_layout.numel, **dict(enumerate(numels if together else [max(numels)]))}
+        self._dtype, self._device, self._seed, self._during_backward = dtype, device, seed, during_backward
+        self._kept: dict[tuple[str, int], Tensor] = {}
+
+    def trainable(self, place: int, layout: ArenaLayout, buffer: Tensor) -> Trainable:
+        """`place`: SHARED, or the block's place among those of its visit."""
+        arena = Arena(layout, buffer)
+        compute = (
+            arena.weights
+            if arena.weights.dtype == self._dtype
+            else self._flat("compute", place)[: layout.numel]
+        )
+        grads = None if self._during_backward else self._flat("grads", place)[: layout.numel]
+        return Trainable(arena, compute, grads, self._seed)
+
+    def _flat(self, use: str, place: int) -> Tensor:
+        if (use, place) not in self._kept:
+            self._kept[use, place] = torch.zeros(self._numels[place], dtype=self._dtype, device=self._device)
+        return self._kept[use, place]

@@ -1,0 +1,39 @@
+"""Activations at block borders, on every tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem.blocks.borders import AwayBorders, Borders, border_bytes
+from lowmem.blocks.order import border_calls
+
+
+@pytest.mark.parametrize("num_blocks, parts", [(2, 1), (2, 2), (3, 3), (4, 7)])
+@pytest.mark.parametrize("two_passes", [False, True])
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_borders_away_from_the_device_give_back_what_was_put_last(
+    tmp_path: Path, num_blocks: int, parts: int, two_passes: bool, tier: str
+) -> None:
+    shape = num_blocks, parts, two_passes
+    away = AwayBorders(*shape, torch.device("cpu"), tmp_path if tier == "disk" else None)
+    near = Borders(*shape)
+    for _ in range(2):  # steps
+        for borders in (near, away):
+            borders.begin()
+        for is_put, place in border_calls(*shape):
+            if is_put:
+                h = torch.randn(2, 700)
+                for borders in (near, away):
+                    borders.put(place, h)
+            else:
+                assert torch.equal(away.get(place), near.get(place))
+    away.close()
+    assert list(tmp_path.iterdir()) == []
+    counted = border_bytes(tier, True, 5600, 0, *shape)  # type: ignore[arg-type]
+    assert (away.disk_read_bytes, away.disk_written_bytes) == (
+        2 * counted.disk_read,
+        2 * counted.disk_written,
+    )

@@ -1,0 +1,198 @@
+"""The ring's chunks and page-locking, with a lock that refuses when told to; pacing; the probe in a child
+process.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem.blocks.staging import (
+    CHUNK_BYTES,
+    IN,
+    OUT,
+    RING_CHUNKS,
+    Pace,
+    Ring,
+    SlotPool,
+    probe_lockable_bytes,
+    ring_bytes,
+)
+from lowmem.units import MIB
+
+CPU, CHUNK = torch.device("cpu"), 4096
+
+
+def locked_ring(
+    allowed_chunks: float, accepted: int, unlocked: list[int] | None = None
+) -> tuple[Ring, list[Tensor]]:
+    """A ring that may lock so many chunks, on a machine that accepts so many; and what it tried to lock."""
+    tried: list[Tensor] = []
+    unlocked = [] if unlocked is None else unlocked
+
+    def lock(chunk: Tensor) -> bool:
+        tried.append(chunk)
+        return len(tried) <= accepted
+
+    return Ring(
+        CPU, CHUNK, int(allowed_chunks * CHUNK), lock, lambda chunk: unlocked.append(chunk.data_ptr())
+    ), tried
+
+
+def round_trip(ring: Ring) -> bool:
+    for seed in range(2 * RING_CHUNKS):
+        sent = torch.randint(
+            0, 256, (CHUNK - 512 * seed,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        )
+        arrived = torch.zeros_like(sent)
+        with ring.to_device(arrived) as chunk:
+            chunk.copy_(sent)
+        with ring.from_device(arrived) as chunk:
+            if not torch.equal(chunk, sent):
+                return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("allowed", "accepted", "locked", "chunks"),
+    [
+        (RING_CHUNKS, 99, RING_CHUNKS, RING_CHUNKS),
+        (99, 99, RING_CHUNKS, RING_CHUNKS),  # never more than the plan counts
+        (RING_CHUNKS - 0.5, 99, RING_CHUNKS - 1, RING_CHUNKS - 1),  # a smaller limit: a smaller ring
+        (RING_CHUNKS, 2, 2, 2),  # refused half-way: a smaller ring
+        (RING_CHUNKS, 1, 1, RING_CHUNKS),  # too small to be one: pageable
+        (RING_CHUNKS, 0, 0, RING_CHUNKS),
+        (0, 99, 0, RING_CHUNKS),
+    ],
+)
+def test_a_ring_locks_what_it_may_and_is_pageable_where_it_may_not(
+    allowed: float, accepted: int, locked: int, chunks: int
+) -> None:
+    unlocked: list[int] = []
+    ring, tried = locked_ring(allowed, accepted, unlocked)
+    assert ring.facts() == {"chunk_bytes": CHUNK, "chunks": chunks, "locked_bytes": locked * CHUNK}
+    assert [chunk.numel() for chunk in tried] == [CHUNK] * len(tried), "of exact size"
+    assert all(chunk.data_ptr() % 4096 == 0 for chunk in tried)
+    assert round_trip(ring)
+    assert len(tried) == min(int(allowed), RING_CHUNKS, accepted + 1), "locked once"
+    assert ring.num_chunks * ring.chunk_bytes <= ring_bytes(CHUNK), "the plan's bytes"
+    for _ in range(2):
+        ring.close()
+        assert sorted(unlocked) == sorted(chunk.data_ptr() for chunk in tried[:locked]), "each once"
+
+
+def test_a_ring_is_small_whatever_a_block_weighs() -> None:
+    assert ring_bytes(100 * CHUNK_BYTES) == ring_bytes(CHUNK_BYTES) <= 512 * MIB
+    assert ring_bytes(4096) == RING_CHUNKS * 4096
+
+
+def test_what_passed_a_ring_is_counted_each_way() -> None:
+    ring, _ = locked_ring(0, 0)
+    there = torch.ones(1000, dtype=torch.uint8)
+    with ring.to_device(there) as chunk:
+        chunk.zero_()
+    assert there.sum() == 0
+    for _ in range(2):
+        with ring.from_device(there):
+            pass
+    assert (ring.passed_bytes[IN], ring.passed_bytes[OUT]) == (1000, 2000)
+    assert min(ring.copy_s) > 0
+
+
+def test_a_chunk_that_failed_to_be_filled_goes_back_and_is_not_copied() -> None:
+    ring, _ = locked_ring(0, 0)
+    there = torch.ones(10, dtype=torch.uint8)
+    for _ in range(2 * RING_CHUNKS):
+        with pytest.raises(OSError, match="disk"), ring.to_device(there) as chunk:
+            chunk.zero_()
+            raise OSError("disk")
+    assert there.sum() == 10 and ring.passed_bytes == [0, 0]
+    assert round_trip(ring)
+
+
+def test_a_chunk_belongs_to_one_thread_at_a_time() -> None:
+    ring, _ = locked_ring(0, 0)
+    wrong = []
+
+    def work(mark: int) -> None:
+        there = torch.zeros(CHUNK, dtype=torch.uint8)
+        for _ in range(100):
+            with ring.to_device(there) as chunk:
+                chunk.fill_(mark)
+                time.sleep(0)
+            with ring.from_device(there) as chunk:
+                time.sleep(0)
+                wrong.extend([mark] * int((chunk != mark).any()))
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(1, 2 * RING_CHUNKS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_pace_is_one_for_all_threads() -> None:
+    pace, started = Pace(1000.0), time.perf_counter()
+
+    def move() -> None:
+        with pace(30):
+            pass
+
+    threads = [threading.Thread(target=move) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.perf_counter() - started >= 4 * 0.03
+
+
+def test_a_paced_ring_takes_at_least_the_links_time() -> None:
+    ring = Ring(CPU, CHUNK, paces=(Pace(10.0 * CHUNK), Pace(20.0 * CHUNK)))
+    there, started = torch.zeros(CHUNK, dtype=torch.uint8), time.perf_counter()
+    with ring.to_device(there):
+        pass
+    assert time.perf_counter() - started >= 0.1
+    with ring.from_device(there):
+        pass
+    assert time.perf_counter() - started >= 0.15
+
+
+def test_a_slot_pool_makes_a_buffer_only_when_none_is_free_and_waits_at_its_size() -> None:
+    made: list[Tensor] = []
+    pool = SlotPool(2, lambda: made.append(torch.zeros(1)) or made[-1])  # type: ignore[func-returns-value]
+    first = pool.take()
+    assert len(made) == 1
+    second = pool.take()
+    waiting = threading.Thread(target=pool.take)
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive()
+    pool.give(first)
+    waiting.join(5)
+    assert not waiting.is_alive()
+    assert len(made) == 2 and second is made[1]
+
+
+@pytest.mark.parametrize(
+    ("child", "found"),
+    [
+        ("print(4096)\nprint(8192)", 8192),  # all that was asked
+        ("print(4096)", int(0.8 * 4096)),  # refused after that: leave some to others
+        ("", 0),
+        ("import os; print(4096, flush=True); os.kill(os.getpid(), 9)", int(0.8 * 4096)),
+        ("import nothing_of_that_name", 0),
+        ("print('no number')", 0),
+    ],
+)
+def test_the_probe_believes_what_its_child_could_lock_however_it_ended(child: str, found: int) -> None:
+    assert probe_lockable_bytes(8192, 4096, child) == found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA")
+def test_the_probe_itself_finds_nothing_to_lock_without_cuda_and_does_not_fail() -> None:
+    assert probe_lockable_bytes(2 * MIB, MIB) == 0

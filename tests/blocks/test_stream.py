@@ -1,0 +1,361 @@
+"""The stream over a real store: newest bytes, few slots, errors of either thread, no thread left.
+
+`copied` blocks pass a ring of chunks into slots of their own, as on CUDA; here those slots are host memory
+too.
+"""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowmem.blocks import staging as staging_module
+from lowmem.blocks import store as store_module
+from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks.run_dir import FileRecord, RunDir
+from lowmem.blocks.staging import RING_CHUNKS, Ring
+from lowmem.blocks.store import DiskStore, HostStore
+from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
+from lowmem.errors import StoreError
+
+NUM_BLOCKS = 4
+BLOCKS = [ArenaLayout([("weight", (64, 64 + 8 * b)), ("bias", (9,))], "adamw8bit") for b in range(NUM_BLOCKS)]
+SHARED = ArenaLayout([("table", (10, 8))], "adamw")
+LAYOUTS = {**{block_key(b): layout for b, layout in enumerate(BLOCKS)}, "shared": SHARED}
+SHARED_BUFFER = torch.full((SHARED.total_bytes,), 7, dtype=torch.uint8)
+SLOT_BYTES = max(layout.total_bytes for layout in BLOCKS)
+every_way = pytest.mark.parametrize(
+    ("resident", "prefetch"), [(True, True), (True, False), (False, True), (False, False)]
+)
+every_store = pytest.mark.parametrize(
+    ("kind", "copied"), [(DiskStore, False), (DiskStore, True), (HostStore, True)]
+)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these blocks is several chunks."""
+    for module in (staging_module, store_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 8192)
+
+
+def fill(block: int, version: int = 0) -> Tensor:
+    """The bytes of a block at a version; all differ."""
+    generator = torch.Generator().manual_seed(100 * version + block)
+    return torch.randint(0, 256, (BLOCKS[block].total_bytes,), dtype=torch.uint8, generator=generator)
+
+
+@contextmanager
+def open_stream(
+    folder: Path,
+    resident: bool = False,
+    prefetch: bool = True,
+    kind: type[DiskStore] = DiskStore,
+    copied: bool = False,
+) -> Iterator[BlockStream]:
+    first = DiskStore(RunDir(folder), LAYOUTS, {})
+    for block in range(NUM_BLOCKS):
+        first.write(block_key(block), aligned_buffer(BLOCKS[block].total_bytes).copy_(fill(block)), 0)
+    first.close()
+    ring = Ring(torch.device("cpu"), SLOT_BYTES) if copied else None
+    store = kind(RunDir(folder), LAYOUTS, first.files, ring)
+    stream = BlockStream(store, BLOCKS, SHARED, torch.device("cpu"), resident, prefetch)
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+def holds(buffer: Tensor, block: int, version: int = 0) -> bool:
+    return torch.equal(buffer[: BLOCKS[block].total_bytes], fill(block, version))
+
+
+def store_block(stream: BlockStream, block: int, buffer: Tensor, version: int, wait: bool = False) -> None:
+    """Trains the block to a version, in place, and stores it."""
+    buffer[: BLOCKS[block].total_bytes].copy_(fill(block, version))
+    stream.store({block: buffer}, SHARED_BUFFER, version, lambda files: None, wait)
+
+
+def slowly(monkeypatch: pytest.MonkeyPatch, store: DiskStore) -> None:
+    write = store.write
+
+    def slow(*args: Any) -> FileRecord:
+        time.sleep(0.05)
+        return write(*args)
+
+    monkeypatch.setattr(store, "write", slow)
+
+
+@every_store
+@every_way
+def test_blocks_arrive_with_the_bytes_of_their_files(
+    tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool
+) -> None:
+    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+        for block in [0, 1, 2, 3, 1, 0]:
+            buffer = stream.load(block)
+            stream.prefetch((block + 1) % NUM_BLOCKS)
+            assert holds(buffer, block)
+            stream.release(block, buffer)
+
+
+@every_store
+@every_way
+def test_a_block_loaded_while_it_is_written_has_its_newest_bytes(
+    tmp_path: Path,
+    resident: bool,
+    prefetch: bool,
+    kind: type[DiskStore],
+    copied: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+        slowly(monkeypatch, stream.block_store)
+        for version, block in enumerate([2, 2, 0, 2], start=1):
+            store_block(stream, block, stream.load(block), version)
+            stream.prefetch(block)
+            buffer = stream.load(block)
+            assert holds(buffer, block, version)
+            assert (
+                stream.block_store.files[block_key(block)].name
+                == f"block-{block:04d}.{version:06d}.safetensors"
+            )
+            stream.release(block, buffer)
+
+
+@every_store
+@every_way
+def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(
+    tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool
+) -> None:
+    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+        for visit in range(3 * NUM_BLOCKS):
+            block = visit % NUM_BLOCKS
+            buffer = stream.load(block)
+            stream.prefetch((block + 1) % NUM_BLOCKS)
+            assert holds(buffer, block, max(visit + 1 - NUM_BLOCKS, 0))
+            store_block(stream, block, buffer, visit + 1)
+        stream.finish()
+        reader = DiskStore(RunDir(tmp_path), LAYOUTS, stream.block_store.files)
+        for block in range(NUM_BLOCKS):
+            buffer = aligned_buffer(BLOCKS[block].total_bytes)
+            reader.read(block_key(block), buffer)
+            assert holds(buffer, block, 2 * NUM_BLOCKS + block + 1)
+
+
+@every_store
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_no_more_slots_are_made_than_the_plan_counts(
+    tmp_path: Path, prefetch: bool, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = BlockStream._buffer, []
+    monkeypatch.setattr(
+        BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
+    )
+    with open_stream(tmp_path, False, prefetch, kind, copied) as stream:
+        slowly(monkeypatch, stream.block_store)
+        for visit in range(2 * NUM_BLOCKS):
+            buffer = stream.load(visit % NUM_BLOCKS)
+            stream.prefetch((visit + 1) % NUM_BLOCKS)
+            store_block(stream, visit % NUM_BLOCKS, buffer, visit + 1)
+    assert made == [SLOT_BYTES] * num_slots(copied, prefetch, NUM_BLOCKS)
+    assert num_slots(copied, prefetch, NUM_BLOCKS) == (DEVICE_SLOTS if copied else HOST_SLOTS) - (
+        not prefetch
+    )
+    in_compute = SLOT_BYTES
+    assert staging_bytes(SLOT_BYTES, False, prefetch, copied, NUM_BLOCKS) == (
+        sum(made) - in_compute,
+        RING_CHUNKS * 8192 if copied else 0,
+    )
+
+
+@every_store
+def test_a_resident_block_is_there_once_and_no_slot_is_made(
+    tmp_path: Path, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = BlockStream._buffer, []
+    monkeypatch.setattr(
+        BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
+    )
+    with open_stream(tmp_path, True, True, kind, copied) as stream:
+        for visit in range(2 * NUM_BLOCKS):
+            store_block(stream, visit % NUM_BLOCKS, stream.load(visit % NUM_BLOCKS), visit + 1)
+    assert made == [layout.total_bytes for layout in BLOCKS]
+    assert staging_bytes(SLOT_BYTES, True, True, copied, NUM_BLOCKS)[0] == 0
+
+
+def test_a_prefetched_block_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
+    with open_stream(tmp_path) as stream:
+        stream.prefetch(3)
+        deadline = time.monotonic() + 10
+        while not stream.block_store.read_bytes and time.monotonic() < deadline:
+            time.sleep(0.005)
+        read_bytes = stream.block_store.read_bytes
+        assert read_bytes == stream.block_store.files["block-3"].num_bytes
+        assert holds(stream.load(3), 3)
+        assert stream.block_store.read_bytes == read_bytes
+
+
+def test_the_shared_part_is_written_as_it_was_when_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_stream(tmp_path) as stream:
+        slowly(monkeypatch, stream.block_store)
+        shared = SHARED_BUFFER.clone()
+        stream.store({0: stream.load(0)}, shared, 1, lambda files: None, wait=False)
+        shared.zero_()  # the next visit trains on
+        stream.finish()
+        written = aligned_buffer(SHARED.total_bytes)
+        stream.block_store.read("shared", written)
+        assert torch.equal(written, SHARED_BUFFER)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_commit_is_called_with_the_new_files_once_they_are_on_the_disk(
+    tmp_path: Path, wait: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits: list[dict[str, bool]] = []
+
+    def committed(files: dict[str, FileRecord]) -> None:
+        commits.append(
+            {
+                record.name: (tmp_path / record.name).stat().st_size == record.num_bytes
+                for record in files.values()
+            }
+        )
+
+    with open_stream(tmp_path) as stream:
+        slowly(monkeypatch, stream.block_store)
+        stream.store({1: stream.load(1)}, SHARED_BUFFER, 1, committed, wait)
+        assert len(commits) == (1 if wait else 0)
+        stream.finish()
+    assert commits == [{"block-0001.000001.safetensors": True, "shared.000001.safetensors": True}]
+
+
+@every_way
+def test_an_error_of_the_reader_reaches_load_and_costs_no_slot(
+    tmp_path: Path, resident: bool, prefetch: bool
+) -> None:
+    with open_stream(tmp_path, resident, prefetch) as stream:
+        (tmp_path / stream.block_store.files["block-1"].name).unlink()
+        for _ in range(HOST_SLOTS + 1):
+            stream.prefetch(1)
+            with pytest.raises(StoreError, match="block-0001.000000.safetensors"):
+                stream.load(1)
+        assert holds(stream.load(0), 0)
+
+
+@every_store
+@pytest.mark.parametrize("reached_by", ["store", "finish", "load of the same block", "store with wait"])
+def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(
+    tmp_path: Path, reached_by: str, kind: type[DiskStore], copied: bool
+) -> None:
+    commits: list[object] = []
+    with open_stream(tmp_path, False, True, kind, copied) as stream:
+        (tmp_path / "block-0002.000001.safetensors").symlink_to("/dev/full")
+        buffers = {2: stream.load(2)}
+        stream.prefetch(0)
+        if reached_by == "store with wait":
+            with pytest.raises(StoreError, match="No space left"):
+                stream.store(buffers, SHARED_BUFFER, 1, commits.append, wait=True)
+        else:
+            stream.store(buffers, SHARED_BUFFER, 1, commits.append, wait=False)
+            upcoming = {0: stream.load(0)}
+            stream.prefetch(1)  # may wait for the slot of the write that fails
+            with pytest.raises(StoreError, match="No space left"):
+                if reached_by == "store":
+                    stream.store(upcoming, SHARED_BUFFER, 2, commits.append, wait=False)
+                elif reached_by == "finish":
+                    stream.finish()
+                else:
+                    stream.load(2)
+    assert commits == []
+
+
+def threads_since(before: set[threading.Thread]) -> set[str]:
+    """Of this test alone: a store that another test left to the garbage collector may still have its threads."""
+    return {thread.name for thread in set(threading.enumerate()) - before}
+
+
+@every_store
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_closed_stream_holds_no_block(
+    tmp_path: Path, resident: bool, kind: type[DiskStore], copied: bool
+) -> None:
+    gc.disable()  # at once, not when the collector comes
+    try:
+        with open_stream(tmp_path, resident, True, kind, copied) as stream:
+            for visit in range(2 * NUM_BLOCKS):
+                buffer = stream.load(visit % NUM_BLOCKS)
+                stream.prefetch((visit + 1) % NUM_BLOCKS)
+                held = weakref.ref(buffer.untyped_storage())
+                store_block(stream, visit % NUM_BLOCKS, buffer, visit + 1)
+            assert held() is not None
+            del buffer
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_no_thread_of_a_stream_starts_a_team_of_compute_threads(tmp_path: Path) -> None:
+    """OpenMP gives every thread that computes a team of its own, and lets all teams sleep between operations
+    once they outnumber the cores.
+    """
+    code = f"""
+import os, sys, threading
+from pathlib import Path
+sys.path[:0] = {sys.path!r}
+import torch
+torch.set_num_threads(4)
+torch.ones(1 << 20).add_(1)  # the main thread's team
+from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks.run_dir import RunDir
+from lowmem.blocks.store import HostStore
+from lowmem.blocks.stream import BlockStream
+layouts = [ArenaLayout([("weight", (1024, 2048))], "adamw") for _ in range(3)]
+shared = ArenaLayout([("table", (1024, 1024))], "adamw")
+store = HostStore(RunDir({str(tmp_path)!r}), {{**{{f"block-{{b}}": layout for b, layout in enumerate(layouts)}}, "shared": shared}}, {{}})
+for b, layout in enumerate(layouts):
+    store.write(f"block-{{b}}", aligned_buffer(layout.total_bytes), 0)
+store._copies.clear()
+stream = BlockStream(store, layouts, shared, torch.device("cpu"), False, True)
+def others():
+    return len(os.listdir("/proc/self/task")) - len(threading.enumerate())
+before = others()
+for visit, b in enumerate([0, 1, 2, 0, 1, 2]):
+    buffer = stream.load(b)
+    stream.prefetch((b + 1) % 3)
+    stream.store({{b: buffer}}, torch.zeros(shared.total_bytes, dtype=torch.uint8), visit + 1, lambda files: None, wait=False)
+stream.finish()
+print(others() - before)
+stream.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 0
+
+
+def test_close_finishes_the_write_under_way_and_ends_every_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits: list[object] = []
+    before = set(threading.enumerate())
+    with open_stream(tmp_path) as stream:
+        slowly(monkeypatch, stream.block_store)
+        stream.store({0: stream.load(0)}, SHARED_BUFFER, 1, commits.append, wait=False)
+        stream.prefetch(1)
+        assert {"lowmem-reader_0", "lowmem-writer_0"} < threads_since(before)
+    assert threads_since(before) == set()
+    assert len(commits) == 1

@@ -1,0 +1,343 @@
+"""The search for the largest micro-batch that fits, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from conftest import recipe_with
+
+from lowmem.cli import plan as cli_plan
+from lowmem.data.datasets import describe_data
+from lowmem.errors import BudgetError, ConfigError
+from lowmem.job import largest_models, plan_recipe
+from lowmem.machine.profile import Profile, load_profile, profile_from_dict
+from lowmem.models import model_builder
+from lowmem.models.recurrent_lm import RecurrentLm
+from lowmem.models.vit import Vit
+from lowmem.planning.footprint import with_headroom
+from lowmem.planning.passes import PassCounter
+from lowmem.planning.plan import Plan, make_plan
+from lowmem.planning.settings import layouts_of
+from lowmem.units import MIB
+
+
+def machine(memory_gib: float) -> Profile:
+    raw = load_profile("rtx-4060-laptop-8gb").model_dump(mode="json", by_alias=True)
+    raw["device"].update(memory_gib=memory_gib, reserve_gib=0.01)
+    return profile_from_dict(raw, "test")
+
+
+def planned(memory_gib: float, **changes: Any) -> Plan:
+    recipe = recipe_with(
+        method="end_to_end",
+        train__batch_size=1024,
+        train__recompute=False,
+        model__dim=128,
+        offload__tier="device",
+        **changes,
+    )
+    return make_plan(
+        model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len)), recipe, machine(memory_gib)
+    )
+
+
+@pytest.mark.parametrize("memory_gib", [0.45, 0.5, 0.6, 0.8, 1.5])
+def test_the_plan_takes_the_largest_micro_batch_that_fits_and_looks_at_few(
+    memory_gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    count = PassCounter._count
+
+    def counting(self: PassCounter, layers: range, settings: Any) -> int:
+        counted.append(settings.micro_batch_size)
+        return count(self, layers, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PassCounter, "_count", counting)
+        found = planned(memory_gib)
+    size = found.settings.micro_batch_size
+    assert len(counted) <= 4, counted
+    if found.fits:
+        assert size == 1024 or not planned(memory_gib, train__micro_batch_size=2 * size).fits
+    else:
+        assert size == 1
+
+
+def test_the_plan_of_a_loop_does_not_depend_on_a_drawn_number_of_iterations() -> None:
+    model = {
+        "name": "recurrent_lm",
+        "num_layers": 3,
+        "prelude_layers": 1,
+        "coda_layers": 1,
+        "dim": 32,
+        "num_heads": 2,
+        "backprop_iterations": 2,
+    }
+    peaks = set()
+    for seed in range(3):
+        recipe = recipe_with(
+            method="end_to_end",
+            model={**model, "iterations": 3},
+            data={"name": "custom"},
+            blocks__num_blocks=1,
+            train__seq_len=16,
+        )
+        torch.manual_seed(seed)
+        peaks.add(
+            make_plan(
+                lambda recipe=recipe: RecurrentLm(recipe.model, 11, 16), recipe, machine(4.0)
+            ).predicted.device_peak_bytes
+        )
+    assert len(peaks) == 1
+
+
+def test_updates_during_backward_save_the_gradients_and_cost_what_is_counted() -> None:
+    changes = {
+        "blocks__num_blocks": 3,
+        "model__dim": 256,
+        "train__batch_size": 8,
+        "train__precision": "bfloat16",
+        "optimizer__name": "adamw",
+    }
+    recipe = recipe_with(**changes, optimizer__grad_clip=None)
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
+    during, after = (
+        make_plan(
+            build,
+            recipe.model_copy(
+                update={"optimizer": recipe.optimizer.model_copy(update={"during_backward": choice})}
+            ),
+            machine(4.0),
+        )
+        for choice in ("auto", False)
+    )
+    assert during.settings.during_backward and not after.settings.during_backward
+    assert any(choice.startswith("optimizer.during_backward true") for choice in during.choices)
+    with torch.device("meta"):
+        layouts, shared = layouts_of(build(), during.settings)
+    ours, theirs = during.predicted.by_category, after.predicted.by_category
+    assert theirs["gradients"] == 2 * layouts[0].numel and ours["gradients"] == 0
+    assert theirs["shared_part"] - ours["shared_part"] == 2 * shared.numel
+    assert ours["activations"] <= theirs["activations"] + 4 * max(slot.numel for slot in layouts[0].slots), (
+        "one gradient widened"
+    )
+    assert during.predicted.device_peak_bytes < after.predicted.device_peak_bytes
+
+
+def test_weights_kept_in_bf16_take_two_bytes_each_and_no_copy() -> None:
+    common = {
+        "blocks__num_blocks": 3,
+        "train__precision": "bfloat16",
+        "train__micro_batch_size": 64,
+        "optimizer__name": "adamw8bit",
+    }
+    plans = {}
+    for weights in ("float32", "bfloat16"):
+        recipe = recipe_with(**common, train__weights=weights)
+        build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
+        plans[weights] = make_plan(build, recipe, machine(4.0))
+    with torch.device("meta"):
+        (layouts, shared), (wide, _) = (
+            layouts_of(build(), plans[weights].settings) for weights in ("bfloat16", "float32")
+        )
+    numel = sum(layout.numel for layout in layouts)
+    narrow, masters = plans["bfloat16"].predicted, plans["float32"].predicted
+    assert narrow.by_category["weights"] == 2 * numel  # all three on the device
+    assert masters.by_category["weights"] == 4 * numel + 2 * layouts[0].numel
+    assert wide[0].total_bytes - layouts[0].total_bytes == pytest.approx(2 * layouts[0].numel, abs=4096)
+    assert narrow.by_category["shared_part"] == shared.total_bytes + 2 * shared.numel
+    assert narrow.disk_bytes < masters.disk_bytes
+    assert "weights bfloat16" in plans["bfloat16"].table()
+
+
+def test_a_plan_that_does_not_fit_offers_bf16_weights_and_updates_during_backward() -> None:
+    common = {
+        "method": "end_to_end",
+        "train__batch_size": 1,
+        "train__precision": "bfloat16",
+        "model__dim": 2048,
+        "optimizer__name": "adamw8bit",
+    }
+    common["offload__tier"] = "device"
+    recipe, taken = (
+        recipe_with(**common),
+        recipe_with(**common, optimizer__grad_clip=None, train__weights="bfloat16"),
+    )
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
+    with pytest.raises(
+        BudgetError, match=r"Largest part: weights .* train\.weights: bfloat16, or optimizer\.grad_clip: null"
+    ):
+        make_plan(build, recipe, machine(3.5)).require_fit()
+    assert make_plan(build, taken, machine(3.5)).fits
+
+
+class UsesAWeightAgain(Vit):
+    """Reads a layer's weight as a constant, below that layer: backward needs it after its gradient is whole."""
+
+    def input_part(self, batch: Any, noisy: Any, c_noise: Any) -> Any:
+        h, cond = super().input_part(batch, noisy, c_noise)
+        return h * self.layers[-1].proj.weight.detach()[0], cond
+
+
+def test_a_model_that_needs_a_weight_after_its_update_is_refused_by_the_plan() -> None:
+    recipe = recipe_with(optimizer__grad_clip=None, blocks__num_blocks=1)
+    with pytest.raises(ConfigError, match=r"set optimizer\.during_backward: false"):
+        make_plan(lambda: UsesAWeightAgain(recipe.model, (1, 8, 8), 10), recipe, machine(4.0))
+    recipe = recipe_with(optimizer__grad_clip=None, optimizer__during_backward=False, blocks__num_blocks=1)
+    assert make_plan(lambda: UsesAWeightAgain(recipe.model, (1, 8, 8), 10), recipe, machine(4.0)).fits
+
+
+def test_a_plan_fits_only_with_room_for_what_its_prediction_may_be_off_by() -> None:
+    recipe = recipe_with()
+    plan = make_plan(
+        model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len)),
+        recipe,
+        load_profile("cpu-4gib"),
+    )
+    needed = plan.predicted.device_needed_bytes
+    assert needed - plan.predicted.device_peak_bytes == 32 * MIB
+    assert with_headroom(100 * 1024 * MIB) == 102 * 1024 * MIB
+    for allowed, fits in ((needed, True), (needed - 1, False)):
+        assert (
+            plan.model_copy(
+                update={
+                    "budget": plan.budget.model_copy(update={"device_bytes": allowed, "host_bytes": allowed})
+                }
+            ).fits
+            is fits
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Time, several machines, the largest model
+
+
+def test_the_operations_of_a_pass_are_six_for_each_weight_and_token_and_eight_with_recompute() -> None:
+    recipe = recipe_with(method="end_to_end", model__dim=256, train__batch_size=8, train__micro_batch_size=8)
+    with torch.device("meta"):
+        model = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))()
+    counter = PassCounter(model, recipe)
+    settings = make_plan(lambda: model, recipe, load_profile("cpu-16gib")).settings
+    products = sum(
+        p.numel() for name, p in model.layers.named_parameters() if p.ndim == 2 and "modulation" not in name
+    )  # that is once a sample
+    tokens = 8 * 17  # 16 patches and the noisy label
+    plain, recomputed = (
+        sum(
+            operations * count
+            for (operations, _), count in counter(
+                range(6), settings.model_copy(update={"recompute": on})
+            ).work.items()
+        )
+        for on in (False, True)
+    )
+    assert plain == pytest.approx(6 * products * tokens, rel=0.15)
+    assert recomputed == pytest.approx(8 / 6 * plain, rel=0.05)
+
+
+def duration_of(profile: str, **changes: Any) -> Any:
+    recipe = recipe_with(
+        model__dim=256,
+        blocks__num_blocks=3,
+        offload__tier="disk",
+        optimizer__name="adamw",
+        **{"offload__write_back": "beside", **changes},
+    )
+    return make_plan(
+        model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len)), recipe, load_profile(profile)
+    ).predicted.time
+
+
+def test_a_slow_disk_is_exposed_until_a_visit_has_steps_enough() -> None:
+    short, long = (
+        duration_of("cpu-4gib", blocks__visit_steps=steps, train__num_steps=300, train__batch_size=4)
+        for steps in (1, 100)
+    )
+    assert short.exposed_s > 0 and long.exposed_s == 0
+    assert short.moving_s == pytest.approx(long.moving_s)
+    assert short.step_s == pytest.approx(long.step_s)
+    assert short.run_s == pytest.approx(900 * (short.step_s + short.exposed_s))
+    assert long.run_s == pytest.approx(900 * long.step_s)
+    assert short.disk_written_bytes == pytest.approx(100 * long.disk_written_bytes)
+    assert long.samples_per_s == pytest.approx(4 / long.step_s)
+    waiting = duration_of(
+        "cpu-4gib",
+        blocks__visit_steps=100,
+        train__num_steps=300,
+        train__batch_size=4,
+        offload__write_back="wait",
+    )
+    assert 0 < waiting.exposed_s < waiting.moving_s, (
+        "the block is fetched beside compute, and written before the next step"
+    )
+
+
+def test_a_profile_without_rates_predicts_no_time_and_says_why() -> None:
+    recipe = recipe_with()
+    profile = machine(4.0)
+    profile = profile.model_copy(
+        update={"device": profile.device.model_copy(update={"memory_gib_per_s": None})}
+    )
+    plan = make_plan(model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len)), recipe, profile)
+    assert plan.predicted.time is None and "time: unknown, profile rtx-4060-laptop-8gb lacks" in plan.table()
+
+
+def test_several_profiles_are_compared_in_one_table_and_one_object(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cli_plan("digits-vit", ["cpu-4gib", "gtx-1650-4gb"], as_json=False)
+    table = capsys.readouterr().out
+    assert (
+        "cpu-4gib" in table
+        and "gtx-1650-4gb" in table
+        and "tokens/s" in table.replace("samples/s", "tokens/s")
+    )
+    cli_plan("digits-vit", ["cpu-4gib", "gtx-1650-4gb"], as_json=True)
+    plans = json.loads(capsys.readouterr().out)["plans"]
+    assert [plan["profile"]["name"] for plan in plans] == ["cpu-4gib", "gtx-1650-4gb"]
+    assert all(plan["fits"] for plan in plans)
+
+
+def test_the_largest_model_fits_and_one_a_tenth_larger_does_not() -> None:
+    small = {
+        "train.seq_len": 64,
+        "train.batch_size": 1,
+        "offload.tier": "device",
+        "model.dim": 768,
+        "model.num_heads": 6,
+    }
+    overrides = [f"{key}={value}" for key, value in small.items()]
+    found = largest_models("stdlib-causal", "cpu-3gib", overrides)
+    for name, plan in found.items():
+        model: Any = plan.recipe.model
+        assert plan.fits
+        heads, layers = model.num_heads, model.num_layers
+        larger = (
+            [f"model.num_layers={round(1.1 * layers)}"]
+            if name == "deepest"
+            else [f"model.dim={round(1.1 * heads) * (model.dim // heads)}"]
+        )
+        larger += [f"model.num_heads={round(1.1 * heads)}"] if name == "widest" else []
+        base = [f"model.num_layers={layers}", f"model.dim={model.dim}", f"model.num_heads={heads}"]
+        assert not plan_recipe("stdlib-causal", "cpu-3gib", [*overrides, *base, *larger]).fits
+
+
+def test_a_model_of_seven_billion_parameters_is_planned_in_little_memory() -> None:
+    """The plan allocates nothing of the model: a process that plans it stays below 400 MiB."""
+    code = """
+import sys
+from lowmem.job import plan_recipe
+import psutil
+from lowmem.reporting.telemetry import anonymous_bytes
+plan = plan_recipe("too-big-8gib", "cuda-8gib-host-24gib")
+assert plan.fits and plan.num_parameters > 7e9, plan.num_parameters
+print(anonymous_bytes(psutil.Process()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 400 * MIB

@@ -1,0 +1,178 @@
+"""Real processes, killed for real: the same command again ends with the digest of the unbroken run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crash_child import train_short
+
+from lowmem.blocks.run_dir import RunDir
+from lowmem.reporting.report import digest
+from lowmem.reporting.telemetry import read_records
+
+VISIT_STEPS = 8
+RUN = {
+    "model__num_layers": 3,
+    "model__dim": 32,
+    "train__num_steps": 40,
+    "train__batch_size": 32,
+    "blocks__visit_steps": VISIT_STEPS,
+    "optimizer__name": "adamw8bit",
+    "offload__tier": "disk",
+}
+WHOLE = {**RUN, "method": "end_to_end"}  # streamed: block after block in every step
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    """Processes forked from a server that has imported everything and computed nothing: a start costs
+    milliseconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "lowmem.training.trainer",
+            "lowmem.inference.evaluate",
+            "bitsandbytes.functional",
+            "sklearn.datasets",
+            "sklearn.model_selection",
+        ]
+    )
+    return context
+
+
+def start(
+    processes: Any, folder: Path, overrides: dict[str, Any], die_at: tuple[str, int] | None = None
+) -> Any:
+    process = processes.Process(target=train_short, args=(str(folder), overrides, die_at))
+    process.start()
+    return process
+
+
+def final_digest(folder: Path, visits: int = 15) -> str | None:
+    state = RunDir(folder).read_state()
+    assert state is not None and state.visits_done == visits
+    return digest(state)
+
+
+def repeated_steps(folder: Path) -> list[int]:
+    """For each process of a run but the last: the steps it made that were not committed, so that the next
+    made them again.
+    """
+    sessions: list[list[dict[str, Any]]] = []
+    for record in read_records(RunDir(folder).telemetry_path):
+        if record["event"] == "open":
+            sessions.append([])
+        sessions[-1].append(record)
+    repeated = []
+    for session, following in zip(sessions, sessions[1:], strict=False):
+        steps = [record for record in session if record["event"] == "step"]
+        repeated.append(sum(record["visit"] >= following[0]["visits_done"] for record in steps))
+    return repeated
+
+
+@pytest.mark.parametrize(
+    "run, write_back, kills",
+    [
+        (RUN, "auto", 30),
+        (RUN, "beside", 10),
+        (WHOLE, "auto", 8),
+        pytest.param(WHOLE, "auto", 30, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments_a_run_ends_with_the_unbroken_digest(
+    tmp_path: Path, processes: Any, run: dict[str, Any], write_back: str, kills: int
+) -> None:
+    overrides, visits = {**run, "offload__write_back": write_back}, 5 if run is WHOLE else 15
+    for name in ("warm-up", "unbroken"):  # the first also starts the server
+        started = time.monotonic()
+        process = start(processes, tmp_path / name, overrides)
+        process.join()
+        whole_s = time.monotonic() - started
+        assert process.exitcode == 0
+    expected = final_digest(tmp_path / "unbroken", visits)
+
+    moments = random.Random(1)
+    killed = runs = 0
+    while killed < kills:
+        folder = tmp_path / f"run-{runs}"
+        runs += 1
+        while True:  # the same command again, until it ends by itself
+            process = start(processes, folder, overrides)
+            process.join(moments.uniform(0.02, 0.8) * whole_s if killed < kills else None)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+            if process.exitcode == -9:
+                killed += 1
+                continue
+            assert process.exitcode == 0
+            break
+        assert final_digest(folder, visits) == expected
+        most = (
+            VISIT_STEPS if write_back == "auto" and run is RUN else 2 * VISIT_STEPS
+        )  # beside: also what was made while the file was being written
+        assert all(repeated <= most for repeated in repeated_steps(folder))
+        assert len(list(folder.glob("*.safetensors"))) == 4, "nothing but the committed files is left"
+
+
+def test_killed_at_every_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_digest(
+    tmp_path: Path, processes: Any
+) -> None:
+    """Before the first file, between two files, between files and folder, before and after state.json is
+    replaced.
+    """
+    overrides = {**RUN, "train__num_steps": 16}
+    unbroken = start(processes, tmp_path / "unbroken", overrides)
+    unbroken.join()
+    state = RunDir(tmp_path / "unbroken").read_state()
+    assert state is not None
+    deaths = 0
+    for moment in range(24):
+        folder = tmp_path / f"dies-at-{moment}"
+        first = start(processes, folder, overrides, ("fsync", moment))
+        first.join()
+        deaths += first.exitcode == -9
+        second = start(processes, folder, overrides)
+        second.join()
+        assert second.exitcode == 0
+        resumed = RunDir(folder).read_state()
+        assert resumed is not None and digest(resumed) == digest(state)
+    assert deaths == 24
+
+
+@pytest.mark.parametrize(
+    "call, moments", [("write", range(8, 24, 3)), pytest.param("write", range(36), marks=pytest.mark.slow)]
+)
+def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_of_the_others(
+    tmp_path: Path, processes: Any, call: str, moments: range
+) -> None:
+    """Two visits of two steps: 8 writes (headers and data) make the first files, then each step writes 3
+    blocks and each commit the shared part.
+    """
+    overrides = {**WHOLE, "train__num_steps": 4, "train__warmup_steps": 0, "blocks__visit_steps": 2}
+    start(processes, tmp_path / "unbroken", overrides).join()
+    for moment in moments:
+        folder = tmp_path / f"dies-at-{moment}"
+        first = start(processes, folder, overrides, (call, moment))
+        first.join()
+        assert first.exitcode == -9
+        second = start(processes, folder, overrides)
+        second.join()
+        assert second.exitcode == 0
+        assert final_digest(folder, 2) == final_digest(tmp_path / "unbroken", 2)
+        assert len(list(folder.glob("*.safetensors"))) == 4, "nothing but the committed files is left"
+    assert start_and_exit(processes, tmp_path / "none", overrides, (call, 36)) == 0, (
+        "a run makes no more writes than those"
+    )
+
+
+def start_and_exit(*arguments: Any) -> int | None:
+    process = start(*arguments)
+    process.join()
+    return process.exitcode  # type: ignore[no-any-return]
