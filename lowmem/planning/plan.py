@@ -17,7 +17,6 @@ from lowmem.blocks.run_dir import RunDir
 from lowmem.errors import BudgetError, StoreError
 from lowmem.machine.profile import DeviceSpec, HostSpec, Profile
 from lowmem.models.base import BuildModel, check_model
-from lowmem.noise import settled_noise
 from lowmem.planning.candidates import candidates_of, choices_of, during_backward, write_back
 from lowmem.planning.footprint import Predicted, predict, queue_of, with_headroom
 from lowmem.planning.passes import PassCounter
@@ -122,10 +121,10 @@ def make_plan(
     """
     with torch.device("meta"):
         model = build_model()
-        table = getattr(model, "target_table", None)
-        noise = settled_noise(recipe.noise, None if table is None else tuple(table().shape))
+        objective = model.make_objective(recipe.noise)
     check_model(model)
-    counter = PassCounter(model, recipe, in_heap=profile.device.type == "cpu")
+    noise = objective.noise
+    counter = PassCounter(model, objective, recipe, in_heap=profile.device.type == "cpu")
     budget = Budget(
         device_bytes=profile.device_budget_bytes,
         host_bytes=profile.host_budget_bytes,
