@@ -5,8 +5,8 @@ torch's allocator, and NVML (the card and every process on it). The device's fig
 call may fail on its own, as on unified memory, which reports NOT_SUPPORTED. What cannot be read is None,
 never 0.
 
-The host's figure is anonymous resident memory: resident pages without shared ones and pages of files. A memory
-limit kills for anonymous pages, because the kernel can drop the others.
+The host's figure is anonymous resident memory: resident pages without shared ones and pages of files. A
+memory limit kills for anonymous pages, because the kernel can drop the others.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _child_bytes(child: psutil.Process) -> int:
 
 
 class NvmlReader:
-    """Reads the first visible card through NVML. Without driver or card it reads nothing, and no call fails."""
+    """Reads the first visible card through NVML; without a driver or a card it reads nothing."""
 
     def __init__(self) -> None:
         self._ask = open_nvml()
@@ -137,7 +137,7 @@ class Monitor:
     def sample(self) -> Sample:
         """Reads now and counts the reading in the peaks.
 
-        The trainer calls it too, after each forward pass: memory is highest there, and the thread may be late.
+        The trainer calls it too, after each forward pass: memory is highest there, but only for a moment.
         """
         with self._lock:
             sample = replace(self.last, host_bytes=anonymous_bytes(self._process))
