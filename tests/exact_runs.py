@@ -14,7 +14,7 @@ from conftest import recipe_with
 from torch import Tensor, nn
 
 from lowmem.blocks.run_dir import RunDir, RunState
-from lowmem.blocks.store import HostStore
+from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import BlockStream
 from lowmem.machine.profile import load_profile
 from lowmem.models.base import BlockModel, BuildModel
@@ -133,7 +133,7 @@ def through_ram(monkeypatch: pytest.MonkeyPatch) -> None:
         from lowmem.planning.settings import layouts_of
 
         layouts, shared = layouts_of(model, plan.settings)
-        store = HostStore(run, layouts_by_key(layouts, shared), files)
+        store = HostStore(DiskStore(run, layouts_by_key(layouts, shared), files))
         return BlockStream(store, layouts, shared, torch.device("cpu"), False, plan.recipe.offload.prefetch)
 
     monkeypatch.setattr(trainer_module, "open_stream", opened)
