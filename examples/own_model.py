@@ -4,7 +4,7 @@
     python examples/own_model.py --profile gtx-1650-4gb --plan-only
 
 The model tells three spirals of points apart. It is a residual network in plain PyTorch, and five methods
-connect it to lowmem. Kill the script and run it again: it goes on. Run it after its end: it finds a finished run.
+connect it to lowmem. Kill the script and run it again: it goes on where it stood.
 """
 
 from __future__ import annotations
