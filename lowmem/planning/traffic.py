@@ -10,18 +10,10 @@ from collections.abc import Sequence
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.order import fetches
+from lowmem.blocks.traffic import Traffic
 from lowmem.machine.profile import Profile
 from lowmem.schema import Section
 from lowmem.units import GIB, format_bytes
-
-
-class Traffic(Section):
-    """Bytes each way. Nothing crosses a link where device and host are one memory."""
-
-    host_to_device_bytes: int = 0
-    device_to_host_bytes: int = 0
-    disk_read_bytes: int = 0
-    disk_written_bytes: int = 0
 
 
 class StreamedTraffic(Section):
@@ -66,15 +58,11 @@ def streamed_traffic(
         step["disk_written_bytes"], commit["disk_written_bytes"] = files, shared_file
     else:  # all blocks are read into memory once, and written where they are committed
         start["disk_read_bytes"], commit["disk_written_bytes"] = shared_file + files, shared_file + files
-    step.update(
-        host_to_device_bytes=borders.host_to_device,
-        device_to_host_bytes=borders.device_to_host,
-        disk_read_bytes=borders.disk_read,
-        disk_written_bytes=borders.disk_written,
-    )
-    hidden = hidden_tokens(layouts, profile, tier, recompute)
     return StreamedTraffic(
-        start=Traffic(**start), step=Traffic(**step), commit=Traffic(**commit), hidden_tokens=hidden
+        start=Traffic(**start),
+        step=Traffic(**step) + borders.traffic,
+        commit=Traffic(**commit),
+        hidden_tokens=hidden_tokens(layouts, profile, tier, recompute),
     )
 
 
