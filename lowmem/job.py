@@ -15,8 +15,9 @@ from lowmem.machine.detect import detect_profile
 from lowmem.machine.monitor import Monitor
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.models import model_builder
+from lowmem.models.recurrent_lm import RecurrentLmModel
 from lowmem.planning.plan import Plan, first_difference, make_plan, read_plan
-from lowmem.recipe import Recipe, RecurrentLmModel, TransformerModel, load_recipe, recipe_name
+from lowmem.recipe import Recipe, TransformerModel, load_recipe, recipe_name
 from lowmem.reporting.telemetry import Listener
 from lowmem.training.trainer import Trainer
 

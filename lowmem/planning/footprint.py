@@ -70,13 +70,6 @@ def with_headroom(peak_bytes: int) -> int:
     return peak_bytes + max(round(HEADROOM_SHARE * peak_bytes), HEADROOM_BYTES)
 
 
-def queue_of(recipe: Recipe, settings: Settings) -> BlockQueue:
-    blocks, train = recipe.blocks, recipe.train
-    return BlockQueue(
-        recipe.method, settings.num_blocks, train.num_steps, blocks.visit_steps, blocks.order, train.seed
-    )
-
-
 def predict(
     model: BlockModel,
     recipe: Recipe,
@@ -215,7 +208,7 @@ def _duration(
         parts * (pass_s(taken.forward_work, profile) + backward_passes * pass_s(taken.work, profile))
         for taken in passes
     ]
-    queue, on_disk = queue_of(recipe, settings), settings.tier == "disk"
+    queue, on_disk = BlockQueue.of(recipe.to_dict(), settings.num_blocks), settings.tier == "disk"
     steps = min(queue.visit_steps, queue.num_steps)
 
     def moved(read_bytes: int, written_bytes: int) -> tuple[float, float]:

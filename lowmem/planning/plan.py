@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,11 @@ from pydantic import Field
 
 from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.run_dir import RunDir
-from lowmem.errors import BudgetError, StoreError
+from lowmem.errors import BudgetError, ResumeError, StoreError
 from lowmem.machine.profile import DeviceSpec, HostSpec, Profile
 from lowmem.models.base import BuildModel, check_model
-from lowmem.noise import settled_noise
 from lowmem.planning.candidates import candidates_of, choices_of, during_backward, write_back
-from lowmem.planning.footprint import Predicted, predict, queue_of, with_headroom
+from lowmem.planning.footprint import Predicted, predict, with_headroom
 from lowmem.planning.passes import PassCounter
 from lowmem.planning.settings import Settings, is_resident, layouts_of
 from lowmem.planning.traffic import traffic_lines
@@ -66,7 +65,7 @@ class Plan(Section):
             raise BudgetError(_advice(self), self.table())
 
     def queue(self) -> BlockQueue:
-        return queue_of(self.recipe, self.settings)
+        return BlockQueue.of(self.recipe.to_dict(), self.settings.num_blocks)
 
     def to_dict(self) -> dict[str, Any]:
         return {**self.model_dump(mode="json", by_alias=True), "fits": self.fits}
@@ -122,10 +121,10 @@ def make_plan(
     """
     with torch.device("meta"):
         model = build_model()
-        table = getattr(model, "target_table", None)
-        noise = settled_noise(recipe.noise, None if table is None else tuple(table().shape))
+        objective = model.make_objective(recipe.noise)
     check_model(model)
-    counter = PassCounter(model, recipe, in_heap=profile.device.type == "cpu")
+    noise = objective.noise
+    counter = PassCounter(model, objective, recipe, in_heap=profile.device.type == "cpu")
     budget = Budget(
         device_bytes=profile.device_budget_bytes,
         host_bytes=profile.host_budget_bytes,
@@ -349,9 +348,24 @@ def _free_bytes(folder: Path) -> int:
 FREE_KEYS = ("recipe.train.on_oom",)  # may differ from one process of a run to the next
 
 
+def check_continues(folder: Path, frozen: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Checks that the run in `folder`, made with `frozen`, may go on with `given`.
+
+    Both are nested dictionaries: recipe, profile and whatever else must stay the same. Raises ResumeError,
+    which names the first key that differs and both values.
+    """
+    difference = first_difference(frozen, given)
+    if difference:
+        key, was, now = difference
+        raise ResumeError(
+            f"run folder {folder}: made with {key} = {was}, now {now}; "
+            "use the same value, or another --run-dir"
+        )
+
+
 def first_difference(frozen: Any, given: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key, dotted, at which two nested dictionaries differ, with both values. FREE_KEYS may."""
-    if isinstance(frozen, dict) and isinstance(given, dict):
+    """The first key, dotted, at which two nested mappings differ, with both values. FREE_KEYS may differ."""
+    if isinstance(frozen, Mapping) and isinstance(given, Mapping):
         for name in [*frozen, *(name for name in given if name not in frozen)]:
             difference = first_difference(frozen.get(name), given.get(name), f"{key}.{name}" if key else name)
             if difference:

@@ -333,7 +333,7 @@ def test_a_model_of_seven_billion_parameters_is_planned_in_little_memory() -> No
 import sys
 from lowmem.job import plan_recipe
 import psutil
-from lowmem.reporting.telemetry import anonymous_bytes
+from lowmem.machine.monitor import anonymous_bytes
 plan = plan_recipe("too-big-8gib", "cuda-8gib-host-24gib")
 assert plan.fits and plan.num_parameters > 7e9, plan.num_parameters
 print(anonymous_bytes(psutil.Process()))
