@@ -35,7 +35,8 @@ class Residual(nn.Module):
         self.down = nn.Linear(2 * DIM, DIM)
 
     def forward(self, h: Tensor, cond: Tensor) -> Tensor:
-        return h + self.down(F.gelu(self.up(self.norm(h) + cond)))
+        update: Tensor = self.down(F.gelu(self.up(self.norm(h) + cond)))
+        return h + update
 
 
 class Spirals(lowmem.BlockModel):
