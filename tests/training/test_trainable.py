@@ -71,10 +71,9 @@ def trained(
         torch.manual_seed(step)
         for trainable in trainables:
             trainable.begin(step, 1e-2, CONFIG)
-        interval = model.objective.interval(0, 2, noise, 0.0)
-        model.objective.block_loss(
-            model, [model.layers[i] for i in layers], batch, interval, noise, recompute
-        ).mean().backward()
+        objective = model.make_objective(noise)
+        interval = objective.interval(0, 2, 0.0)
+        objective.block_loss([model.layers[i] for i in layers], batch, interval, recompute).mean().backward()
         if during_backward:
             assert all(parameter.grad is None for parameter in model.parameters())
         for trainable in trainables:
