@@ -1,7 +1,6 @@
-"""Counts what was moved between disk, host and device, and how long it took.
+"""How much a run moved, and how long that took: over the link to the device, and to and from the disk.
 
-Each way has its own figure. Figures of parts, of steps and of processes add up. Nothing crosses a link where
-device and host are one memory.
+Both are plain values with `+`, so that a step, a process and a whole run are sums of the same kind.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from lowmem.schema import Section
 
 
 class Traffic(Section):
-    """Bytes moved, by way."""
+    """Bytes each way. Nothing crosses the link where device and host are one memory."""
 
     host_to_device_bytes: int = 0
     device_to_host_bytes: int = 0
@@ -18,14 +17,14 @@ class Traffic(Section):
     disk_written_bytes: int = 0
 
     def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(**{way: num_bytes + getattr(other, way) for way, num_bytes in self})
+        return Traffic(**{name: value + getattr(other, name) for name, value in self})
 
     def __mul__(self, count: int) -> Traffic:
-        return Traffic(**{way: num_bytes * count for way, num_bytes in self})
+        return Traffic(**{name: value * count for name, value in self})
 
 
 class TransferTimes(Section):
-    """Seconds that the traffic took, by way, whether compute ran beside it or not."""
+    """Seconds that traffic took each way, whether or not compute waited for it."""
 
     host_to_device_s: float = 0.0
     device_to_host_s: float = 0.0
@@ -33,4 +32,4 @@ class TransferTimes(Section):
     disk_written_s: float = 0.0
 
     def __add__(self, other: TransferTimes) -> TransferTimes:
-        return TransferTimes(**{way: seconds + getattr(other, way) for way, seconds in self})
+        return TransferTimes(**{name: value + getattr(other, name) for name, value in self})
