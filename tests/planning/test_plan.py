@@ -180,7 +180,7 @@ def test_a_plan_that_does_not_fit_offers_bf16_weights_and_updates_during_backwar
 
 
 class UsesAWeightAgain(Vit):
-    """Reads a layer's weight as a constant, below that layer: backward needs it after its gradient is whole."""
+    """Reads the last layer's weight below all layers: backward needs it after its gradient is whole."""
 
     def input_part(self, batch: Any, noisy: Any, c_noise: Any) -> Any:
         h, cond = super().input_part(batch, noisy, c_noise)
