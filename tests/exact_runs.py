@@ -14,16 +14,17 @@ from conftest import recipe_with
 from torch import Tensor, nn
 
 from lowmem.blocks.run_dir import RunDir, RunState
-from lowmem.blocks.store import HostStore
+from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import BlockStream
 from lowmem.machine.profile import load_profile
-from lowmem.models.base import Batch, BlockModel, BuildModel
+from lowmem.models.base import BlockModel, BuildModel
 from lowmem.models.causal_lm import CausalLm
 from lowmem.models.dit import Dit
 from lowmem.models.layers import Layer, Table, TimeEmbedding
 from lowmem.models.masked_lm import MaskedLm
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
+from lowmem.objectives.base import Batch
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.duration import Work
 from lowmem.planning.passes import Pass, PassCounter
@@ -132,7 +133,7 @@ def through_ram(monkeypatch: pytest.MonkeyPatch) -> None:
         from lowmem.planning.settings import layouts_of
 
         layouts, shared = layouts_of(model, plan.settings)
-        store = HostStore(run, layouts_by_key(layouts, shared), files)
+        store = HostStore(DiskStore(run, layouts_by_key(layouts, shared), files))
         return BlockStream(store, layouts, shared, torch.device("cpu"), False, plan.recipe.offload.prefetch)
 
     monkeypatch.setattr(trainer_module, "open_stream", opened)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.machine.profile import Profile
-from lowmem.models.base import Batch, BlockModel
+from lowmem.models.base import BlockModel
 from lowmem.models.layers import Linear, Table, TimeEmbedding
+from lowmem.objectives.base import Batch
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.planning.plan import Plan, make_plan
 from lowmem.recipe import recipe_from_dict

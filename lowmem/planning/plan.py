@@ -19,7 +19,6 @@ from lowmem.blocks.run_dir import RunDir
 from lowmem.errors import BudgetError, ResumeError, StoreError
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BuildModel, check_model
-from lowmem.noise import settled_noise
 from lowmem.planning.advice import Shortage, advice_for
 from lowmem.planning.candidates import candidates_of, choices_of, settled
 from lowmem.planning.duration import Duration
@@ -148,10 +147,10 @@ def make_plan(
     """
     with torch.device("meta"):
         model = build_model()
-        table = getattr(model, "target_table", None)
-        noise = settled_noise(recipe.noise, None if table is None else tuple(table().shape))
+        objective = model.make_objective(recipe.noise)
     check_model(model)
-    counter = PassCounter(model, recipe, in_heap=profile.device.type == "cpu")
+    noise = objective.noise
+    counter = PassCounter(model, objective, recipe, in_heap=profile.device.type == "cpu")
     budget = _budget(profile, folder)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
 

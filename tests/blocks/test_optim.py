@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks import optim
-from lowmem.blocks.arena import Arena, ArenaLayout, aligned_buffer, parameter_views
+from lowmem.blocks.arena import MIN_8BIT_NUMEL, Arena, ArenaLayout, aligned_buffer, parameter_views
 from lowmem.planning.passes import LiveBytes
 from lowmem.recipe import OptimizerConfig
 
@@ -56,7 +56,7 @@ def train(arena: Arena, dtype: torch.dtype = torch.float32, upcast: bool = False
 def train_stock(
     make: type[torch.optim.Optimizer], start: Arena, **options: object
 ) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-    """The same weights, gradients and rates through a stock optimizer: parameters by name, and the optimizer."""
+    """Trains the same weights with a stock optimizer; returns the parameters by name, and the optimizer."""
     layout = start.layout
     parameters = {
         name: torch.nn.Parameter(value.clone())
@@ -94,7 +94,7 @@ def test_flat_8bit_update_is_bit_equal_to_bitsandbytes_per_parameter(
     arena = train(fresh_arena("adamw8bit"))
     weights, checked = parameter_views(arena.layout, arena.weights), 0
     for slot in arena.layout.slots:
-        if slot.numel < optim.MIN_8BIT_NUMEL:
+        if slot.numel < MIN_8BIT_NUMEL:
             continue
         checked += 1
         state, rows = states[slot.name], slice(slot.start, slot.start + slot.numel)
@@ -115,7 +115,7 @@ def test_small_parameters_keep_fp32_state_close_to_that_of_bitsandbytes(
     arena = train(fresh_arena("adamw8bit"))
     weights, first, checked = parameter_views(arena.layout, arena.weights), arena.layout.fp32_state_start, 0
     for slot in arena.layout.slots:
-        if slot.numel >= optim.MIN_8BIT_NUMEL:
+        if slot.numel >= MIN_8BIT_NUMEL:
             continue
         checked += 1
         rows = slice(slot.start - first, slot.start - first + slot.numel)
@@ -210,7 +210,7 @@ def test_what_bf16_has_exactly_stays() -> None:
 
 
 def test_the_odds_of_elements_and_of_steps_are_independent() -> None:
-    """Half-way values: neighbours, parts drawn apart, and two steps; each of the four 16-bit words of a draw."""
+    """For half-way values: neighbours, parts drawn apart, two steps, and the four 16-bit words of a draw."""
     count = 4 * optim.ODDS_NUMEL
     ups = [(rounded(1 + 2**-8, seed, count) > 1).double() - 0.5 for seed in (0, 1)]
     for other in (*(ups[0].roll(by) for by in (1, 2, 3, 4, 4096, optim.ODDS_NUMEL)), ups[1]):

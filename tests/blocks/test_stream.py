@@ -7,6 +7,7 @@ too.
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -21,12 +22,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.blocks import staging as staging_module
-from lowmem.blocks import store as store_module
+from lowmem.blocks import staging
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
 from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.staging import RING_CHUNKS, Ring
-from lowmem.blocks.store import DiskStore, HostStore
+from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
 from lowmem.errors import StoreError
 
@@ -39,16 +39,13 @@ SLOT_BYTES = max(layout.total_bytes for layout in BLOCKS)
 every_way = pytest.mark.parametrize(
     ("resident", "prefetch"), [(True, True), (True, False), (False, True), (False, False)]
 )
-every_store = pytest.mark.parametrize(
-    ("kind", "copied"), [(DiskStore, False), (DiskStore, True), (HostStore, True)]
-)
+every_store = pytest.mark.parametrize(("in_ram", "copied"), [(False, False), (False, True), (True, True)])
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these blocks is several chunks."""
-    for module in (staging_module, store_module):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 8192)
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 8192)
 
 
 def fill(block: int, version: int = 0) -> Tensor:
@@ -62,7 +59,7 @@ def open_stream(
     folder: Path,
     resident: bool = False,
     prefetch: bool = True,
-    kind: type[DiskStore] = DiskStore,
+    in_ram: bool = False,
     copied: bool = False,
 ) -> Iterator[BlockStream]:
     first = DiskStore(RunDir(folder), LAYOUTS, {})
@@ -70,8 +67,10 @@ def open_stream(
         first.write(block_key(block), aligned_buffer(BLOCKS[block].total_bytes).copy_(fill(block)), 0)
     first.close()
     ring = Ring(torch.device("cpu"), SLOT_BYTES) if copied else None
-    store = kind(RunDir(folder), LAYOUTS, first.files, ring)
-    stream = BlockStream(store, BLOCKS, SHARED, torch.device("cpu"), resident, prefetch)
+    disk = DiskStore(RunDir(folder), LAYOUTS, first.files, ring)
+    stream = BlockStream(
+        HostStore(disk) if in_ram else disk, BLOCKS, SHARED, torch.device("cpu"), resident, prefetch
+    )
     try:
         yield stream
     finally:
@@ -88,7 +87,7 @@ def store_block(stream: BlockStream, block: int, buffer: Tensor, version: int, w
     stream.store({block: buffer}, SHARED_BUFFER, version, lambda files: None, wait)
 
 
-def slowly(monkeypatch: pytest.MonkeyPatch, store: DiskStore) -> None:
+def slowly(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     write = store.write
 
     def slow(*args: Any) -> FileRecord:
@@ -101,9 +100,9 @@ def slowly(monkeypatch: pytest.MonkeyPatch, store: DiskStore) -> None:
 @every_store
 @every_way
 def test_blocks_arrive_with_the_bytes_of_their_files(
-    tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool
+    tmp_path: Path, resident: bool, prefetch: bool, in_ram: bool, copied: bool
 ) -> None:
-    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+    with open_stream(tmp_path, resident, prefetch, in_ram, copied) as stream:
         for block in [0, 1, 2, 3, 1, 0]:
             buffer = stream.load(block)
             stream.prefetch((block + 1) % NUM_BLOCKS)
@@ -117,11 +116,11 @@ def test_a_block_loaded_while_it_is_written_has_its_newest_bytes(
     tmp_path: Path,
     resident: bool,
     prefetch: bool,
-    kind: type[DiskStore],
+    in_ram: bool,
     copied: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+    with open_stream(tmp_path, resident, prefetch, in_ram, copied) as stream:
         slowly(monkeypatch, stream.block_store)
         for version, block in enumerate([2, 2, 0, 2], start=1):
             store_block(stream, block, stream.load(block), version)
@@ -138,9 +137,9 @@ def test_a_block_loaded_while_it_is_written_has_its_newest_bytes(
 @every_store
 @every_way
 def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(
-    tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool
+    tmp_path: Path, resident: bool, prefetch: bool, in_ram: bool, copied: bool
 ) -> None:
-    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+    with open_stream(tmp_path, resident, prefetch, in_ram, copied) as stream:
         for visit in range(3 * NUM_BLOCKS):
             block = visit % NUM_BLOCKS
             buffer = stream.load(block)
@@ -158,13 +157,13 @@ def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(
 @every_store
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_no_more_slots_are_made_than_the_plan_counts(
-    tmp_path: Path, prefetch: bool, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prefetch: bool, in_ram: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, made = BlockStream._buffer, []
     monkeypatch.setattr(
         BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
     )
-    with open_stream(tmp_path, False, prefetch, kind, copied) as stream:
+    with open_stream(tmp_path, False, prefetch, in_ram, copied) as stream:
         slowly(monkeypatch, stream.block_store)
         for visit in range(2 * NUM_BLOCKS):
             buffer = stream.load(visit % NUM_BLOCKS)
@@ -183,13 +182,13 @@ def test_no_more_slots_are_made_than_the_plan_counts(
 
 @every_store
 def test_a_resident_block_is_there_once_and_no_slot_is_made(
-    tmp_path: Path, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_ram: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, made = BlockStream._buffer, []
     monkeypatch.setattr(
         BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
     )
-    with open_stream(tmp_path, True, True, kind, copied) as stream:
+    with open_stream(tmp_path, True, True, in_ram, copied) as stream:
         for visit in range(2 * NUM_BLOCKS):
             store_block(stream, visit % NUM_BLOCKS, stream.load(visit % NUM_BLOCKS), visit + 1)
     assert made == [layout.total_bytes for layout in BLOCKS]
@@ -200,12 +199,12 @@ def test_a_prefetched_block_is_read_before_it_is_asked_for(tmp_path: Path) -> No
     with open_stream(tmp_path) as stream:
         stream.prefetch(3)
         deadline = time.monotonic() + 10
-        while not stream.block_store.read_bytes and time.monotonic() < deadline:
+        while not stream.traffic().disk_read_bytes and time.monotonic() < deadline:
             time.sleep(0.005)
-        read_bytes = stream.block_store.read_bytes
+        read_bytes = stream.traffic().disk_read_bytes
         assert read_bytes == stream.block_store.files["block-3"].num_bytes
         assert holds(stream.load(3), 3)
-        assert stream.block_store.read_bytes == read_bytes
+        assert stream.traffic().disk_read_bytes == read_bytes
 
 
 def test_the_shared_part_is_written_as_it_was_when_stored(
@@ -260,10 +259,10 @@ def test_an_error_of_the_reader_reaches_load_and_costs_no_slot(
 @every_store
 @pytest.mark.parametrize("reached_by", ["store", "finish", "load of the same block", "store with wait"])
 def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(
-    tmp_path: Path, reached_by: str, kind: type[DiskStore], copied: bool
+    tmp_path: Path, reached_by: str, in_ram: bool, copied: bool
 ) -> None:
     commits: list[object] = []
-    with open_stream(tmp_path, False, True, kind, copied) as stream:
+    with open_stream(tmp_path, False, True, in_ram, copied) as stream:
         (tmp_path / "block-0002.000001.safetensors").symlink_to("/dev/full")
         buffers = {2: stream.load(2)}
         stream.prefetch(0)
@@ -285,18 +284,16 @@ def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(
 
 
 def threads_since(before: set[threading.Thread]) -> set[str]:
-    """Of this test alone: a store that another test left to the garbage collector may still have its threads."""
+    """Threads of this test alone: a store that another test has dropped may still have its own."""
     return {thread.name for thread in set(threading.enumerate()) - before}
 
 
 @every_store
 @pytest.mark.parametrize("resident", [True, False])
-def test_a_closed_stream_holds_no_block(
-    tmp_path: Path, resident: bool, kind: type[DiskStore], copied: bool
-) -> None:
+def test_a_closed_stream_holds_no_block(tmp_path: Path, resident: bool, in_ram: bool, copied: bool) -> None:
     gc.disable()  # at once, not when the collector comes
     try:
-        with open_stream(tmp_path, resident, True, kind, copied) as stream:
+        with open_stream(tmp_path, resident, True, in_ram, copied) as stream:
             for visit in range(2 * NUM_BLOCKS):
                 buffer = stream.load(visit % NUM_BLOCKS)
                 stream.prefetch((visit + 1) % NUM_BLOCKS)
@@ -310,39 +307,16 @@ def test_a_closed_stream_holds_no_block(
 
 
 def test_no_thread_of_a_stream_starts_a_team_of_compute_threads(tmp_path: Path) -> None:
-    """OpenMP gives every thread that computes a team of its own, and lets all teams sleep between operations
-    once they outnumber the cores.
+    """OpenMP gives every thread that computes a team of its own. Once the teams outnumber the cores, it lets
+    them sleep between operations, and compute becomes slower.
     """
-    code = f"""
-import os, sys, threading
-from pathlib import Path
-sys.path[:0] = {sys.path!r}
-import torch
-torch.set_num_threads(4)
-torch.ones(1 << 20).add_(1)  # the main thread's team
-from lowmem.blocks.arena import ArenaLayout, aligned_buffer
-from lowmem.blocks.run_dir import RunDir
-from lowmem.blocks.store import HostStore
-from lowmem.blocks.stream import BlockStream
-layouts = [ArenaLayout([("weight", (1024, 2048))], "adamw") for _ in range(3)]
-shared = ArenaLayout([("table", (1024, 1024))], "adamw")
-store = HostStore(RunDir({str(tmp_path)!r}), {{**{{f"block-{{b}}": layout for b, layout in enumerate(layouts)}}, "shared": shared}}, {{}})
-for b, layout in enumerate(layouts):
-    store.write(f"block-{{b}}", aligned_buffer(layout.total_bytes), 0)
-store._copies.clear()
-stream = BlockStream(store, layouts, shared, torch.device("cpu"), False, True)
-def others():
-    return len(os.listdir("/proc/self/task")) - len(threading.enumerate())
-before = others()
-for visit, b in enumerate([0, 1, 2, 0, 1, 2]):
-    buffer = stream.load(b)
-    stream.prefetch((b + 1) % 3)
-    stream.store({{b: buffer}}, torch.zeros(shared.total_bytes, dtype=torch.uint8), visit + 1, lambda files: None, wait=False)
-stream.finish()
-print(others() - before)
-stream.close()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compute_teams_child.py"), tmp_path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 0
 

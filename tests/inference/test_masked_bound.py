@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem.models.base import Batch, BlockModel
+from lowmem.models.base import BlockModel
 from lowmem.noise import Interval
+from lowmem.objectives.base import Batch
 from lowmem.objectives.masked import MaskedDenoising
 from lowmem.recipe import NoiseConfig
 

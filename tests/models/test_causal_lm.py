@@ -14,12 +14,12 @@ from lowmem.blocks.run_dir import RunDir
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import generate
 from lowmem.machine.profile import load_profile
-from lowmem.models.causal_lm import CausalLm
+from lowmem.models.causal_lm import CausalLm, CausalLmModel
 from lowmem.models.layers import clean_noisy_attention
 from lowmem.noise import Interval
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.plan import make_plan
-from lowmem.recipe import CausalLmModel, NoiseConfig, Recipe
+from lowmem.recipe import NoiseConfig, Recipe
 from lowmem.reporting.report import digest
 from lowmem.training.trainer import Trainer
 

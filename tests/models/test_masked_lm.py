@@ -19,11 +19,11 @@ from lowmem.inference.evaluation.masked import evaluate
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import sample_tokens
 from lowmem.machine.profile import load_profile
-from lowmem.models.masked_lm import MaskedLm
+from lowmem.models.masked_lm import MaskedLm, MaskedLmModel
 from lowmem.noise import Interval
 from lowmem.objectives.masked import T_MIN, MaskedDenoising
 from lowmem.planning.plan import Plan, make_plan
-from lowmem.recipe import MaskedLmModel, NoiseConfig, Recipe, recipe_from_dict
+from lowmem.recipe import NoiseConfig, Recipe, recipe_from_dict
 from lowmem.reporting.report import digest
 from lowmem.training.trainer import Trainer
 from lowmem.units import MIB

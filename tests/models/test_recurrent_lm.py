@@ -18,11 +18,11 @@ from lowmem.errors import ConfigError
 from lowmem.inference.evaluation.recurrent import generate
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.machine.profile import load_profile
-from lowmem.models.recurrent_lm import RecurrentLm
+from lowmem.models.recurrent_lm import RecurrentLm, RecurrentLmModel
 from lowmem.noise import Interval
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.planning.plan import make_plan
-from lowmem.recipe import NoiseConfig, RecurrentLmModel
+from lowmem.recipe import NoiseConfig
 from lowmem.reporting.report import digest
 from lowmem.training.trainer import Trainer
 

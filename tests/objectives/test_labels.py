@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from lowmem.errors import ConfigError
 from lowmem.inference.evaluate import evaluate_run
 from lowmem.job import train
-from lowmem.models.vit import Vit
+from lowmem.models.vit import Vit, VitModel
 from lowmem.noise import Interval
 from lowmem.objectives.labels import LabelDenoising
-from lowmem.recipe import NoiseConfig, VitModel
+from lowmem.recipe import NoiseConfig
 
 NOISE = NoiseConfig()
 

@@ -259,7 +259,7 @@ def test_the_operations_of_a_pass_are_six_for_each_weight_and_token_and_eight_wi
     recipe = recipe_with(method="end_to_end", model__dim=256, train__batch_size=8, train__micro_batch_size=8)
     with torch.device("meta"):
         model = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))()
-    counter = PassCounter(model, recipe)
+    counter = PassCounter(model, model.make_objective(recipe.noise), recipe)
     settings = make_plan(lambda: model, recipe, load_profile("cpu-16gib")).settings
     products = sum(
         p.numel() for name, p in model.layers.named_parameters() if p.ndim == 2 and "modulation" not in name

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from conftest import SHORT, recipe_with
 from racing import race, race_plan
+from torch import Tensor
 
-from lowmem.blocks import staging as staging_module
-from lowmem.blocks import store as store_module
+from lowmem.blocks import staging
+from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.staging import Ring
 from lowmem.data.datasets import describe_data, load_data
@@ -28,7 +29,7 @@ from lowmem.models import model_builder
 from lowmem.planning.plan import make_plan
 from lowmem.reporting.report import digest, read_report
 from lowmem.reporting.telemetry import Recorder, read_records
-from lowmem.training import open_run as weights_module
+from lowmem.training import open_run
 from lowmem.training.trainer import Trainer
 from lowmem.units import MIB
 
@@ -40,10 +41,9 @@ def test_copies_that_compute_outruns_still_bring_the_right_bytes_50_times(
     tmp_path: Path, through: str, num_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`ring`: through chunks into two slots, as on CUDA."""
-    for module in (store_module, staging_module):
-        monkeypatch.setattr(module, "CHUNK_BYTES", MIB // 2)  # some chunks a block
+    monkeypatch.setattr(staging, "CHUNK_BYTES", MIB // 2)  # some chunks a block
     if through == "ring":
-        monkeypatch.setattr(weights_module, "_open_ring", lambda plan, device, layouts: Ring(device, MIB))
+        monkeypatch.setattr(open_run, "_open_ring", lambda plan, device, layouts: Ring(device, MIB))
     profile = load_profile("cpu-4gib")
     expected = race(tmp_path / "resident", race_plan(profile, num_blocks, ROWS, STEPS, tier="device"), ROWS)
     plan = race_plan(profile, num_blocks, ROWS, STEPS, tier="disk", prefetch=True, write_back="beside")
@@ -132,16 +132,15 @@ def test_a_disk_that_is_full_after_some_bytes_stops_the_run_at_the_last_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken = run_short(tmp_path / "unbroken")
-    real, space = store_module.DiskStore._request, [10**9]
+    real, space = ChunkRequests.write, [10**9]
 
-    def request(self: Any, path: Path, position: int, chunk: Any, reading: bool) -> None:
-        if not reading:
-            space[0] -= chunk.numel()
-            if space[0] < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, path, position, chunk, reading)
+    def write(self: ChunkRequests, path: Path, position: int, chunk: Tensor) -> None:
+        space[0] -= chunk.numel()
+        if space[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, path, position, chunk)
 
-    monkeypatch.setattr(store_module.DiskStore, "_request", request)
+    monkeypatch.setattr(ChunkRequests, "write", write)
     assert stopped_once_full(tmp_path / "run", lambda: space.__setitem__(0, 10_000)) == 4
     space[0] = 10**9
     assert digest(run_short(tmp_path / "run")) == digest(unbroken)
@@ -190,7 +189,7 @@ def test_a_slow_disk_changes_the_time_and_not_the_digest_and_the_report_says_wha
     headers = sum(
         record.num_bytes for record in state.files.values()
     )  # at most: headers and the shared part are not paced apart
-    assert state.transfer_s["disk_read_s"] >= (traffic["disk_read_bytes"] - headers) / read_rate  # type: ignore[operator]
+    assert state.transfer_s.disk_read_s >= (traffic["disk_read_bytes"] - headers) / read_rate  # type: ignore[operator]
     assert stream["disk_written_bytes_per_s"] <= 1.1 * write_rate  # type: ignore[operator]
     assert stream["exposed_share"] > 0.01
     assert (

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.inference.evaluation import images, labels, masked, recurrent, tokens
 from lowmem.inference.frozen_run import FrozenRun
-from lowmem.models.base import Batch, BuildModel
+from lowmem.models.base import BuildModel
 from lowmem.models.dit import Dit
 from lowmem.models.masked_lm import MaskedLm
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
 from lowmem.noise import Interval, sample_sigma
+from lowmem.objectives.base import Batch
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
 from lowmem.reporting.report import digest

@@ -11,21 +11,13 @@ from torch import Tensor, nn
 
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
 from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
-from lowmem.models.causal_lm import CausalLm
-from lowmem.models.dit import Dit
-from lowmem.models.masked_lm import MaskedLm
-from lowmem.models.recurrent_lm import RecurrentLm
-from lowmem.models.vit import Vit
+from lowmem.models.causal_lm import CausalLm, CausalLmModel
+from lowmem.models.dit import Dit, DitModel
+from lowmem.models.masked_lm import MaskedLm, MaskedLmModel
+from lowmem.models.recurrent_lm import RecurrentLm, RecurrentLmModel
+from lowmem.models.vit import Vit, VitModel
 from lowmem.planning.settings import COMPUTE_DTYPE
-from lowmem.recipe import (
-    CausalLmModel,
-    DitModel,
-    MaskedLmModel,
-    NoiseConfig,
-    OptimizerConfig,
-    RecurrentLmModel,
-    VitModel,
-)
+from lowmem.recipe import NoiseConfig, OptimizerConfig
 from lowmem.training.trainable import SHARED, Scratch, Trainable
 
 TRANSFORMER: dict[str, Any] = {"num_layers": 3, "dim": 64, "num_heads": 2, "dropout": 0.1}

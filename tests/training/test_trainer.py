@@ -15,8 +15,9 @@ from lowmem.data.datasets import describe_data, load_data
 from lowmem.errors import BudgetError, ResumeError, StoreError
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
-from lowmem.models.base import Batch, BlockModel
+from lowmem.models.base import BlockModel
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding
+from lowmem.objectives.base import Batch
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.planning.plan import make_plan
 from lowmem.reporting.report import digest, read_report
