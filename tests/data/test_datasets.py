@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -69,6 +71,12 @@ def test_a_kind_of_images_needs_only_its_own_section_and_reader() -> None:
     assert describe_data(ramp) == DataSpec(image_shape=(1, 2, 2), num_classes=2)
     batch = load_data(ramp).batch(0, 0, 4)
     assert (batch["image"] == 1).all() and batch["image"].dtype == np.float32 and batch["label"].shape == (4,)
+
+
+def test_the_registry_imports_no_package_that_only_one_kind_needs() -> None:
+    heavy = ("torch", "PIL", "sklearn", "datasets", "tokenizers")
+    code = f"import sys, lowmem.data.config; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["digits", "text"])
