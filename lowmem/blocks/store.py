@@ -34,7 +34,7 @@ from lowmem.blocks.staging import THREADS, Pace, Ring
 from lowmem.blocks.traffic import Traffic, TransferTimes
 from lowmem.errors import StoreError
 
-NO_DIGEST = "0" * 64  # a working copy has none: no commit names it
+NO_DIGEST = "0" * 64  # of a working copy: equal to no digest, so that the next durable write makes a file
 CURE = "restore it from a copy; nothing was overwritten"
 
 
@@ -107,7 +107,7 @@ class DiskStore(Store):
         self.run_dir, self.layouts, self.ring, self.files = run_dir, layouts, ring, dict(files)
         self._requests = ChunkRequests()
         self._verified = set[str]()  # files that this process has written, or whose digest it has checked
-        self._first_digest = dict[str, bytes]()  # of each block's newest file: its first chunk's
+        self._first_digest = dict[str, bytes]()  # of the first chunk of each block's last durable write
         self._read_pace, self._write_pace = paces or (Pace(), Pace())
         self._readers = ThreadPoolExecutor(THREADS, "lowmem-reading")
         self._writers = ThreadPoolExecutor(THREADS, "lowmem-writing")
@@ -156,13 +156,9 @@ class DiskStore(Store):
         num_bytes = len(header) + buffer.numel()
         self._written_bytes += num_bytes
         self._verified.add(name)
-        # A working copy has no digests; a stale one of the first chunk would make a later write believe
-        # that nothing has changed.
+        digest = NO_DIGEST
         if durable:
-            self._first_digest[key] = digests[0]
-        else:
-            self._first_digest.pop(key, None)
-        digest = whole_digest(digests) if durable else NO_DIGEST
+            self._first_digest[key], digest = digests[0], whole_digest(digests)
         self.files[key] = FileRecord(name=name, num_bytes=num_bytes, digest=digest)
         return self.files[key]
 

@@ -291,6 +291,32 @@ def test_an_update_allocates_what_the_plan_counts(weights: str, grads: str) -> N
     assert counted <= counter.peak <= counted + 1024, "but for a few scalars"
 
 
+def test_the_average_follows_the_weights_closely_in_the_first_steps_and_less_and_less() -> None:
+    """With decay (1 + step) / (10 + step), until that reaches `optimizer.ema`; after every step."""
+    layout = ArenaLayout([("weight", (4, 64))], "adamw", ema=True)
+    arena = Arena(layout, aligned_buffer(layout.total_bytes))
+    config = CONFIG.model_copy(update={"ema": 0.4})
+    average, decays = arena.weights.clone().double(), []
+    for number in range(1, 9):
+        optim.update(arena, torch.ones(layout.numel), optim.Step(number, 1e-2, config))
+        decays.append([2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4, 0.4, 0.4][number - 1])
+        average = decays[-1] * average + (1 - decays[-1]) * arena.weights.double()
+        torch.testing.assert_close(arena.state["ema"].double(), average, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_norm_is_that_of_fp32_whatever_the_gradients_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 would keep three digits of it. Several slices, the last one shorter."""
+    monkeypatch.setattr(optim, "SLICE_NUMEL", 1024)
+    for seed in range(5):
+        grads = torch.randn(5000, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        norm = optim.gradient_norm(grads)
+        assert norm.dtype == torch.float32
+        assert float(norm) == pytest.approx(float(grads.double().norm()), rel=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_clipping_equals_that_of_torch(dtype: torch.dtype, rtol: float) -> None:
     flat = torch.randn(3000, generator=torch.Generator().manual_seed(3)).to(dtype)

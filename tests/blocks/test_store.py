@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -10,7 +11,6 @@ import os
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from lowmem.blocks import staging
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
 from lowmem.blocks.run_dir import RunDir
 from lowmem.blocks.staging import Pace, Ring
-from lowmem.blocks.store import DiskStore, HostStore, Store
+from lowmem.blocks.store import NO_DIGEST, DiskStore, HostStore, Store
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 
@@ -33,6 +33,8 @@ LAYOUTS = {
 }
 OTHER_NAMES = {**LAYOUTS, "block-0": ArenaLayout([("other", (70, 61)), ("bias", (70,))], "adamw8bit")}
 
+# Of `block-0`: the data are two whole chunks and a shorter one; none of them is as long as the header.
+CHUNK, REST = 12288, 8192
 Opens = Callable[..., Store]
 
 
@@ -49,8 +51,8 @@ pytestmark = pytest.mark.parametrize("opens", [open_disk, open_host])
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`block-0` is several chunks."""
-    monkeypatch.setattr(staging, "CHUNK_BYTES", 8192)
+    assert LAYOUTS["block-0"].total_bytes == 2 * CHUNK + REST
+    monkeypatch.setattr(staging, "CHUNK_BYTES", CHUNK)
 
 
 def random_buffer(key: str, seed: int = 0) -> Tensor:
@@ -257,18 +259,45 @@ def test_a_block_whose_bytes_did_not_change_keeps_its_file(opens: Opens, tmp_pat
     first = store.write("block-0", random_buffer("block-0"), 1)
     assert store.write("block-0", random_buffer("block-0"), 2) == first
     assert store.traffic().disk_written_bytes == first.num_bytes and len(list(tmp_path.iterdir())) == 1
-    for changed in (0, LAYOUTS["block-0"].total_bytes - 1):  # the first chunk, the last
-        buffer = random_buffer("block-0")
-        buffer[changed] ^= 1
-        newer = store.write("block-0", buffer, 3 + changed)
-        assert newer.name != first.name and newer.digest != first.digest
-        assert torch.equal(read(opens(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), buffer)
+
+
+@pytest.mark.parametrize("changed", [0, CHUNK, -1], ids=["first chunk", "second chunk", "last chunk"])
+def test_a_block_with_one_changed_byte_gets_a_new_file(opens: Opens, tmp_path: Path, changed: int) -> None:
+    store = opens(RunDir(tmp_path), LAYOUTS, {})
+    first = store.write("block-0", random_buffer("block-0"), 1)
+    buffer = random_buffer("block-0")
+    buffer[changed] ^= 1
+    newer = store.write("block-0", buffer, 2)
+    assert newer.name != first.name and newer.digest != first.digest
+    assert torch.equal(read(opens(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), buffer)
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["with the same bytes", "with other bytes"])
+def test_a_working_copy_is_never_what_a_commit_names(opens: Opens, tmp_path: Path, seed: int) -> None:
+    store = opens(RunDir(tmp_path), LAYOUTS, {})
+    first = store.write("block-0", random_buffer("block-0"), 1)
+    store.write("block-0", random_buffer("block-0", seed), 2, durable=False)
+    assert torch.equal(read(store, "block-0"), random_buffer("block-0", seed))
+    record = store.write("block-0", random_buffer("block-0"), 3)
+    assert record.digest == first.digest != NO_DIGEST
+    assert torch.equal(
+        read(opens(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0")
+    )
+
+
+def test_a_read_of_the_weights_alone_does_not_vouch_for_the_rest(opens: Opens, tmp_path: Path) -> None:
+    store, path = written(opens, tmp_path)
+    flip_last_byte(path)
+    with contextlib.suppress(StoreError):  # a store in RAM reads the whole block, and finds it at once
+        store.read("block-0", aligned_buffer(LAYOUTS["block-0"].weights_read_bytes))
+    with pytest.raises(StoreError, match="data differ"):
+        read(store, "block-0")
 
 
 def test_the_digest_is_that_of_the_chunks_digests(opens: Opens, tmp_path: Path) -> None:
     store, path = written(opens, tmp_path)
     data = path.read_bytes()[len(LAYOUTS["block-0"].header()) :]
-    chunks = [data[start : start + 8192] for start in range(0, len(data), 8192)]
+    chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
     assert len(chunks) > 2
     assert (
         store.files["block-0"].digest
@@ -298,7 +327,48 @@ def test_bytes_pass_a_ring_of_a_few_chunks_both_ways(opens: Opens, tmp_path: Pat
     assert ring.traffic() == Traffic(host_to_device_bytes=size, device_to_host_bytes=out)
 
 
-@contextmanager
+class Short(io.FileIO):
+    """Moves half of each request of `length` bytes without an error, as a system without room may."""
+
+    length = 0
+
+    def readinto(self, buffer: Any) -> int:  # type: ignore[override]
+        return super().readinto(self._half(buffer))
+
+    def write(self, data: Any) -> int:  # type: ignore[override]
+        return super().write(self._half(data))
+
+    def _half(self, data: memoryview) -> memoryview:
+        return data[: len(data) // 2] if len(data) == self.length else data
+
+
+@pytest.mark.parametrize("length", [CHUNK, REST], ids=["a whole chunk", "the last one"])
+def test_a_request_that_reads_less_than_it_should_is_refused(
+    opens: Opens, tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of the weights alone, which no digest checks."""
+    store, path = written(opens, tmp_path)
+    monkeypatch.setattr(Short, "length", length)
+    monkeypatch.setattr(io, "FileIO", Short)
+    with pytest.raises(StoreError, match=f"moved {length // 2} of {length} bytes in one request") as caught:
+        store.read("block-0", aligned_buffer(CHUNK + REST))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [CHUNK, REST], ids=["a whole chunk", "the last one"])
+def test_a_request_that_writes_less_than_it_should_is_refused_and_leaves_no_file(
+    opens: Opens, tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, path = written(opens, tmp_path)
+    record = store.files["block-0"]
+    monkeypatch.setattr(Short, "length", length)
+    monkeypatch.setattr(io, "FileIO", Short)
+    with pytest.raises(StoreError, match=f"moved {length // 2} of {length} bytes in one request"):
+        store.write("block-0", random_buffer("block-0", seed=5), 8)
+    assert list(tmp_path.iterdir()) == [path] and store.files["block-0"] == record
+
+
+@contextlib.contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
@@ -308,7 +378,9 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("cause", ["no space", "too large at once", "too large half-way"])
+@pytest.mark.parametrize(
+    "cause", ["no space", "too large at once", "too large between chunks", "too large in the last chunk"]
+)
 def test_a_write_that_does_not_fit_is_one_line_and_the_old_file_still_counts(
     opens: Opens, tmp_path: Path, cause: str
 ) -> None:
@@ -316,9 +388,12 @@ def test_a_write_that_does_not_fit_is_one_line_and_the_old_file_still_counts(
     record = store.files["block-0"]
     if cause == "no space":
         (tmp_path / "block-0000.000008.safetensors").symlink_to("/dev/full")
-    limit = {"no space": resource.RLIM_INFINITY, "too large at once": 4096, "too large half-way": 12288}[
-        cause
-    ]
+    limit = {
+        "no space": resource.RLIM_INFINITY,
+        "too large at once": 4096,
+        "too large between chunks": 4096 + CHUNK,
+        "too large in the last chunk": record.num_bytes - 2048,  # the system then writes a part of it
+    }[cause]
     with largest_file(limit), pytest.raises(StoreError, match="block-0000.000008.safetensors") as caught:
         store.write("block-0", random_buffer("block-0", seed=5), 8)
     assert "\n" not in str(caught.value)

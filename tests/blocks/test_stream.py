@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lowmem.blocks import staging
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
-from lowmem.blocks.run_dir import FileRecord, RunDir
+from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import RING_CHUNKS, Ring
 from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
@@ -195,12 +195,19 @@ def test_a_resident_block_is_there_once_and_no_slot_is_made(
     assert staging_bytes(SLOT_BYTES, True, True, copied, NUM_BLOCKS)[0] == 0
 
 
-def test_a_prefetched_block_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_prefetched_block_is_read_before_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_stream(tmp_path) as stream:
+        read, has_read = stream.block_store.read, threading.Event()
+
+        def recorded(key: str, buffer: Tensor) -> None:
+            read(key, buffer)
+            has_read.set()
+
+        monkeypatch.setattr(stream.block_store, "read", recorded)
         stream.prefetch(3)
-        deadline = time.monotonic() + 10
-        while not stream.traffic().disk_read_bytes and time.monotonic() < deadline:
-            time.sleep(0.005)
+        assert has_read.wait(60)
         read_bytes = stream.traffic().disk_read_bytes
         assert read_bytes == stream.block_store.files["block-3"].num_bytes
         assert holds(stream.load(3), 3)
@@ -235,10 +242,18 @@ def test_a_commit_is_called_with_the_new_files_once_they_are_on_the_disk(
             }
         )
 
+    looked = threading.Event()
     with open_stream(tmp_path) as stream:
-        slowly(monkeypatch, stream.block_store)
+        write = stream.block_store.write
+
+        def write_later(*args: Any) -> FileRecord:
+            assert wait or looked.wait(60)
+            return write(*args)
+
+        monkeypatch.setattr(stream.block_store, "write", write_later)
         stream.store({1: stream.load(1)}, SHARED_BUFFER, 1, committed, wait)
         assert len(commits) == (1 if wait else 0)
+        looked.set()
         stream.finish()
     assert commits == [{"block-0001.000001.safetensors": True, "shared.000001.safetensors": True}]
 
@@ -281,6 +296,86 @@ def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(
                 else:
                     stream.load(2)
     assert commits == []
+
+
+def test_a_kept_block_gives_its_slot_back_only_when_its_write_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As block 0 does, which ends a step and begins the next one while it is still being written."""
+    events: list[str] = []
+    released = threading.Event()
+    with open_stream(tmp_path) as stream:
+        write, give = stream.block_store.write, stream._slots.give
+
+        def write_after_the_release(*args: Any) -> FileRecord:
+            assert released.wait(60)
+            record = write(*args)
+            events.append("written")
+            return record
+
+        def recorded_give(slot: Tensor) -> None:
+            events.append("slot free")
+            give(slot)
+
+        monkeypatch.setattr(stream.block_store, "write", write_after_the_release)
+        monkeypatch.setattr(stream._slots, "give", recorded_give)
+        buffer = stream.load(0)
+        buffer[: BLOCKS[0].total_bytes].copy_(fill(0, 1))
+        stream.write_back(0, buffer, 1, durable=True, keep=True)
+        stream.release(0, buffer)
+        events.append("released")
+        released.set()
+        assert holds(stream.load(0), 0, 1)
+    assert events == ["released", "written", "slot free"]
+
+
+def test_a_commit_is_on_the_disk_in_order_files_folder_state_move_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any other order a power cut could leave a state that names what is not there."""
+    run, events = RunDir(tmp_path), list[str]()
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        there = {path.stat().st_ino: path.name for path in [tmp_path, *tmp_path.iterdir()]}
+        events.append(f"sync {there[os.fstat(handle).st_ino]}")
+        real_fsync(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        events.append(f"move {source.name} to {target.name}")
+        real_replace(source, target)
+
+    with open_stream(tmp_path) as stream:
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "replace", replace)
+        buffer = stream.load(1)
+        buffer[0] ^= 1
+        stream.write_back(1, buffer, 1, durable=True)
+        other = stream.load(2)
+        other[0] ^= 1
+        stream.store({2: other}, SHARED_BUFFER, 1, lambda files: run.commit(RunState(files=files)), wait=True)
+    folder = tmp_path.name
+    assert events == [
+        "sync block-0001.000001.safetensors",
+        "sync block-0002.000001.safetensors",
+        "sync shared.000001.safetensors",
+        f"sync {folder}",
+        "sync state.json.tmp",
+        "move state.json.tmp to state.json",
+        f"sync {folder}",
+    ]
+
+
+def test_the_shared_part_is_loaded_as_it_was_stored_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_stream(tmp_path) as stream:
+        slowly(monkeypatch, stream.block_store)
+        stream.store({0: stream.load(0)}, SHARED_BUFFER, 1, lambda files: None, wait=False)
+        loaded = stream.load_shared()
+        assert torch.equal(loaded, SHARED_BUFFER)
+        loaded.zero_()  # a buffer of its own: to train in it changes nothing else
+        assert torch.equal(stream.load_shared(), SHARED_BUFFER)
 
 
 def threads_since(before: set[threading.Thread]) -> set[str]:
