@@ -52,15 +52,16 @@ def largest_models(
 ) -> dict[str, Plan]:
     """The plans of the deepest and of the widest model that fit, all else as the recipe has it.
 
-    Width grows by whole heads of the recipe's size. Fit is taken to end once for good as the model grows. Raises
-    BudgetError if not even the smallest model fits.
+    Width grows by whole heads of the recipe's size. Fit is taken to end once for good as the model grows.
+    Raises BudgetError if not even the smallest model fits.
     """
     # The machine is looked at once, because what is free on it changes.
     machine, settled = _machine(profile), load_recipe(recipe, overrides)
     model, blocks = settled.model, settled.blocks.num_blocks
     if not isinstance(model, TransformerModel):
         raise ConfigError(
-            f"--max-model: found model.name '{model.name}'; allowed: a model with num_layers, dim and num_heads"
+            f"--max-model: found model.name '{model.name}'; allowed: a model with num_layers, dim and "
+            "num_heads"
         )
     head = model.dim // model.num_heads
 
@@ -101,8 +102,8 @@ def plan_run(
 ) -> Plan:
     """The plan frozen in `run_dir` if there is one, else a new one.
 
-    Without a profile a run goes on with the one that it began with, whatever this machine looks like now. Raises
-    ResumeError if the recipe is not the frozen one.
+    Without a profile a run goes on with the one that it began with, whatever this machine looks like now.
+    Raises ResumeError if the recipe is not the frozen one.
     """
     run = RunDir(run_dir)
     if not run.exists():

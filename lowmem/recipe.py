@@ -1,8 +1,9 @@
 """A recipe: one training run in YAML, with strict keys, named choices, and `--set key=value` on top.
 
-`auto` stands for what the planner settles from the machine's profile; the settled value is written in `plan.json`.
-Counts are integers, rates and probabilities are floats. A step is one optimizer update; `train.num_steps` counts steps
-*per block*. Every architecture has a section of its own, in the module of its model (see `ARCHITECTURES`).
+`auto` stands for what the planner settles from the machine's profile; the settled value is written in
+`plan.json`. Counts are integers, rates and probabilities are floats. A step is one optimizer update;
+`train.num_steps` counts steps *per block*. Every architecture has a section of its own, in the module of its
+model (see `ARCHITECTURES`).
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ class CustomModel(ModelConfig):
 
     def builder(self, recipe: Recipe, spec: DataSpec) -> Callable[[], Any]:
         raise ConfigError(
-            "model.name: 'custom' models are trained from Python: Trainer(build_model, plan, run_dir).fit(batches)"
+            "model.name: 'custom' models are trained from Python: "
+            "Trainer(build_model, plan, run_dir).fit(batches)"
         )
 
 
@@ -177,8 +179,10 @@ class NoiseConfig(Section):
         low, high = (STANDARD_NORMAL.cdf((level - self.p_mean) / self.p_std) for level in levels)
         if high - low < LEAST_PROBABILITY:
             raise ValueError(
-                f"p_mean {self.p_mean} and p_std {self.p_std} put a share of {high - low:.1e} of all levels between "
-                f"sigma_min and sigma_max; allowed: at least {LEAST_PROBABILITY}; move p_mean to where the levels are"
+                f"p_mean {self.p_mean} and p_std {self.p_std} put a share of {high - low:.1e} of all levels "
+                f"between sigma_min and sigma_max; allowed: at least {LEAST_PROBABILITY}; move p_mean to "
+                "where "
+                "the levels are"
             )
         return self
 
@@ -313,13 +317,14 @@ def _update_before_gradients_are_whole(recipe: Recipe) -> str | None:
         return None
     if clip is not None:
         return (
-            f"optimizer.during_backward: found true; allowed with optimizer.grad_clip {clip}, which needs all "
-            "gradients at once: false, auto; set optimizer.grad_clip: null"
+            f"optimizer.during_backward: found true; allowed with optimizer.grad_clip {clip}, which needs "
+            "all gradients at once: false, auto; set optimizer.grad_clip: null"
         )
     if train.micro_batch_size not in ("auto", train.batch_size):
         return (
-            f"optimizer.during_backward: found true; allowed with train.micro_batch_size {train.micro_batch_size}, "
-            f"whose gradients add up: false, auto; set train.micro_batch_size: {train.batch_size}"
+            "optimizer.during_backward: found true; allowed with train.micro_batch_size "
+            f"{train.micro_batch_size}, whose gradients add up: false, auto; set train.micro_batch_size: "
+            f"{train.batch_size}"
         )
     return None
 
@@ -328,7 +333,8 @@ def _warmup_longer_than_the_run(recipe: Recipe) -> str | None:
     train = recipe.train
     if train.warmup_steps <= train.num_steps:
         return None
-    return f"train.warmup_steps: found {train.warmup_steps}; allowed: at most train.num_steps = {train.num_steps}"
+    found, most = train.warmup_steps, train.num_steps
+    return f"train.warmup_steps: found {found}; allowed: at most train.num_steps = {most}"
 
 
 CONTRADICTIONS = (

@@ -59,7 +59,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     [["--help"], ["train", "--help"], ["profiles"], ["recipes"], ["status", "RUN"], ["report", "RUN"]],
 )
 def test_light_verbs_answer_without_loading_torch(arguments: list[str], trained: Path) -> None:
-    program = "import sys; from lowmem import cli\ntry: cli.main()\nexcept SystemExit as e: assert not e.code, e.code\nassert 'torch' not in sys.modules"
+    lines = ["import sys", "from lowmem import cli", "try: cli.main()"]
+    lines += ["except SystemExit as e: assert not e.code, e.code", "assert 'torch' not in sys.modules"]
+    program = "\n".join(lines)
     command = [
         sys.executable,
         "-c",

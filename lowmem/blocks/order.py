@@ -33,7 +33,10 @@ class BlockQueue:
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any], num_blocks: int) -> BlockQueue:
-        """The queue of a run. `recipe`: a plain dict, as in plan.json; `num_blocks`: as the plan settled it."""
+        """The queue of a run.
+
+        `recipe`: a plain dict, as in plan.json; `num_blocks`: as the plan settled it.
+        """
         blocks, train = recipe["blocks"], recipe["train"]
         return cls(
             recipe["method"],

@@ -50,7 +50,8 @@ def _other_data(recipe: Recipe, overrides: Sequence[str]) -> Dataset:
     found = describe_data(other.data, other.train.seq_len, tokenizer)
     if found != spec:
         raise ConfigError(
-            f"--data: found {_words(found)}; allowed: {_words(spec)}, as the run was trained on; give data of that kind"
+            f"--data: found {_words(found)}; allowed: {_words(spec)}, as the run was trained on; "
+            "give data of that kind"
         )
     return load_data(other.data, other.train.seq_len, tokenizer, augmented=False)
 

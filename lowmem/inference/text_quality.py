@@ -41,7 +41,8 @@ def distinct_n(tokens: Tensor, n: int) -> float:
     """
     if tokens.shape[1] < n:
         raise ConfigError(
-            f"distinct-{n}: found sequences of {tokens.shape[1]} tokens; allowed: at least {n}; give longer ones, or a smaller n"
+            f"distinct-{n}: found sequences of {tokens.shape[1]} tokens; allowed: at least {n}; give longer "
+            "ones, or a smaller n"
         )
     grams = tokens.unfold(1, n, 1).flatten(0, 1)
     return len(torch.unique(grams, dim=0)) / len(grams)
@@ -86,7 +87,8 @@ def at_matched_diversity(curve_a: Curve, curve_b: Curve) -> Matched:
     if low > high:
         reached = " and ".join(f"{xs[0]:.4f} to {xs[-1]:.4f}" for xs in (xs_a, xs_b))
         raise ConfigError(
-            f"matched diversity: the two reach {reached}; allowed: ranges with a part in common; draw at more temperatures"
+            f"matched diversity: the two reach {reached}; allowed: ranges with a part in common; "
+            "draw at more temperatures"
         )
     middle = (low + high) / 2
     return Matched(middle, float(np.interp(middle, xs_a, ys_a)), float(np.interp(middle, xs_b, ys_b)))
@@ -175,7 +177,8 @@ def _real_text(plan: Plan, num: int) -> Tensor:
     data = load_data(plan.recipe.data, plan.recipe.train.seq_len)
     if data.num_test < num:
         raise DataError(
-            f"held-out text: found {data.num_test} windows of train.seq_len tokens; allowed: at least the {num} samples; lower --num"
+            f"held-out text: found {data.num_test} windows of train.seq_len tokens; allowed: at least the "
+            f"{num} samples; lower --num"
         )
     wanted = {index * data.num_test // num for index in range(num)}
     windows = (batch["tokens"] for index, batch in enumerate(data.test_batches(1)) if index in wanted)
@@ -187,7 +190,8 @@ def _check_judge(plan: Plan) -> None:
     if recipe.method != "end_to_end" or recipe.model.name != "causal_lm":
         found = f"method {recipe.method} with model {recipe.model.name}"
         raise ConfigError(
-            f"judge: found {found}; allowed: method end_to_end with model causal_lm; train such a one on the same text"
+            f"judge: found {found}; allowed: method end_to_end with model causal_lm; train such a one on the "
+            "same text"
         )
 
 
@@ -201,7 +205,8 @@ def _check_together(plans: dict[str, Plan], judge: str, judge_plan: Plan) -> Non
         recipe = plan.recipe
         if os.path.realpath(run) == os.path.realpath(judge):
             raise ConfigError(
-                f"judge: {run} is one of the runs it is to judge; allowed: one trained apart; train it with another seed"
+                f"judge: {run} is one of the runs it is to judge; allowed: one trained apart; train it with "
+                "another seed"
             )
         if recipe.train.seq_len is None or recipe.model.name not in (
             "causal_lm",
@@ -209,17 +214,20 @@ def _check_together(plans: dict[str, Plan], judge: str, judge_plan: Plan) -> Non
             "recurrent_lm",
         ):
             raise ConfigError(
-                f"judge: {run} holds model {recipe.model.name}; allowed: causal_lm, masked_lm, recurrent_lm; leave it out"
+                f"judge: {run} holds model {recipe.model.name}; allowed: causal_lm, masked_lm, recurrent_lm; "
+                "leave it out"
             )
         if recipe.train.seq_len != length:
             raise ConfigError(
-                f"judge: {run} has train.seq_len {recipe.train.seq_len}; allowed: {length}, the judge's; train one of them anew"
+                f"judge: {run} has train.seq_len {recipe.train.seq_len}; allowed: {length}, the judge's; "
+                "train one of them anew"
             )
         found = _vocabulary(plan)
         if found != vocabulary:
             sizes = f"{len(found)} tokens to the judge's {len(vocabulary)}"
             raise ConfigError(
-                f"judge: {run} has another vocabulary ({sizes}); allowed: the same; train both on one tokenizer"
+                f"judge: {run} has another vocabulary ({sizes}); allowed: the same; train both on one "
+                "tokenizer"
             )
 
 

@@ -83,8 +83,9 @@ def check_model(model: BlockModel) -> None:
             )
     for name, buffer in model.named_buffers():
         raise ConfigError(
-            f"build_model: buffer '{name}' {tuple(buffer.shape)} would not stream with its block; compute it, "
-            "or make it a parameter"
+            f"build_model: buffer '{name}' {tuple(buffer.shape)} would not stream with its block; "
+            ""
+            "compute it, or make it a parameter"
         )
 
 
@@ -99,7 +100,8 @@ def images_of(recipe: Recipe, spec: DataSpec, patch_size: int) -> tuple[tuple[in
     """
     if spec.image_shape is None or spec.num_classes is None:
         raise ConfigError(
-            f"model.name: '{recipe.model.name}' needs images with labels; data.name '{recipe.data.name}' has none"
+            f"model.name: '{recipe.model.name}' needs images with labels; data.name '{recipe.data.name}' has "
+            "none"
         )
     _, height, width = spec.image_shape
     if height % patch_size or width % patch_size:

@@ -3,7 +3,8 @@ section 5.5).
 
 Token i is predicted at position i from tokens < i (shifted input, causal attention throughout):
     e = prelude(tokens)      s <- core(adapter([s, e]))      logits = head(coda(s))
-As a denoiser (B = 1) the state s is the noisy target itself: one pass at a drawn level is one iteration, trained alone.
+As a denoiser (B = 1) the state s is the noisy target itself: one pass at a drawn level is one iteration, trained
+on its own.
 Trained end to end, s starts as noise and back-propagation runs through the last iterations of the loop.
 """
 
@@ -44,7 +45,8 @@ class RecurrentLmModel(TransformerModel):
     def _core_left(self) -> RecurrentLmModel:
         if self.num_layers < self.least_layers:
             raise ValueError(
-                f"num_layers {self.num_layers} leaves no core between {self.prelude_layers} and {self.coda_layers} "
+                f"num_layers {self.num_layers} leaves no core between {self.prelude_layers} and "
+                f"{self.coda_layers} "
                 "layers; raise it"
             )
         return self

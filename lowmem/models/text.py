@@ -50,7 +50,7 @@ class TextModel(BlockModel):
         )
 
     def shifted(self, tokens: Tensor) -> Tensor:
-        """[B, L] -> [B, L, D]: the start token, then all but the last, so that position i knows tokens < i."""
+        """[B, L] -> [B, L, D]: the start token, then all tokens but the last: position i knows tokens < i."""
         start = torch.full_like(tokens[:, :1], self.vocab_size)
         return self.clean(torch.cat([start, tokens[:, :-1]], dim=1))
 

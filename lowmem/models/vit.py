@@ -35,7 +35,10 @@ class VitModel(TransformerModel):
         guidance = recipe.eval.guidance
         if guidance in ("auto", 1) or self.image_drop:
             return None
-        return f"eval.guidance: found {guidance}; allowed without model.image_drop: 1; train with model.image_drop: 0.1"
+        return (
+            f"eval.guidance: found {guidance}; allowed without model.image_drop: 1; "
+            "train with model.image_drop: 0.1"
+        )
 
 
 class Vit(BlockModel):

@@ -1,8 +1,10 @@
 """Masked diffusion in continuous time (MD4, arXiv 2406.04329; DiffusionBlocks, App. D): tokens are masked,
 not noised.
 
-    t         level: 0 is clean, 1 is all masked      alpha(t)  share of tokens not masked, from 1 down to 0
-    w(t)      -alpha'(t) / (1 - alpha(t))             NELBO     sum over masked tokens of w(t) CE, integrated over t
+    t         level: 0 is clean, 1 is all masked
+    alpha(t)  share of tokens not masked, from 1 down to 0
+    w(t)      -alpha'(t) / (1 - alpha(t))
+    NELBO     sum over masked tokens of w(t) CE, integrated over t
 
 The integral splits over the blocks' intervals of t, so their losses on intervals that do not overlap add up
 to one bound on the negative log-likelihood. Losses are in nats per token. Logits exist for `head_chunk`

@@ -199,7 +199,8 @@ class PassCounter:
                 if not settings.during_backward or "inplace" not in str(problem):
                     raise
                 raise ConfigError(
-                    "optimizer.during_backward: found true; allowed with this model, which needs a weight again "
+                    "optimizer.during_backward: found true; allowed with this model, which needs a weight "
+                    "again "
                     "after its gradient is whole: false; set optimizer.during_backward: false"
                 ) from None
             del loss, batch

@@ -43,8 +43,6 @@ def write_page(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLik
     Raises ResumeError or StoreError for a folder that is no run, ProfileError for a plan without a machine's
     profile, ConfigError without matplotlib or where `out` cannot be written.
     """
-    from jinja2 import Environment, PackageLoader
-
     reports = [read_report(run_dir) for run_dir in run_dirs]
     histories = [
         read_history(folder, _is_unified(report)) for folder, report in zip(run_dirs, reports, strict=True)
@@ -56,10 +54,7 @@ def write_page(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLik
             _run(Path(folder), name, report, history)
             for folder, name, report, history in zip(run_dirs, names, reports, histories, strict=True)
         ]
-    template = Environment(loader=PackageLoader("lowmem", "reporting"), autoescape=True).get_template(
-        "page.html.j2"
-    )
-    text = template.render(
+    text = _template().render(
         title=f"lowmem: {names[0] if len(names) == 1 else f'{len(names)} runs'}",
         runs=runs,
         comparison=comparison,
@@ -80,6 +75,18 @@ def write_curves(
 
 def _is_unified(report: Report) -> bool:
     return profile_from_dict(report.content["profile"], "plan.json: profile").unified
+
+
+def _template() -> Any:
+    """The page's jinja2 template, which escapes every value."""
+    try:
+        from jinja2 import Environment, PackageLoader
+    except ImportError:
+        raise ConfigError(
+            "page: needs jinja2, which is not installed; allowed: any 3 or newer: pip install 'lowmem[plots]'"
+        ) from None
+    environment = Environment(loader=PackageLoader("lowmem", "reporting"), autoescape=True)
+    return environment.get_template("page.html.j2")
 
 
 def _written(path: Path, text: str) -> Path:

@@ -133,7 +133,8 @@ class Attempt:
         run.check_files(state)
         if state.visits_done > self.queue.num_visits:
             raise StoreError(
-                f"{run.state_path}: {state.visits_done} visits done of {self.queue.num_visits}; restore it from a copy"
+                f"{run.state_path}: {state.visits_done} visits done of {self.queue.num_visits}; "
+                "restore it from a copy"
             )
         run.remove_leftovers(state)
         return state

@@ -1,6 +1,6 @@
 """Exact back-propagation with one block on the device at a time.
 
-    forward     input part | block 0 | block 1 | ...     keeps what crosses the borders between blocks, nothing else
+    forward     input part | block 0 | block 1 | ...     keeps what crosses the borders between blocks
     backward    last block and the loss | ... | block 1 | block 0 | input part again
 
 All micro-batches of a step pass a block before the next block is fetched, so a step moves the same bytes
@@ -10,12 +10,12 @@ step and begins the next, so it stays on the device.
 
 The bits are those of plain autograd through the whole model:
   * Every block is entered with the generator's state of the forward pass, so dropout and all draws repeat.
-  * All layers use `cond`, and autograd adds its gradients up in the order of the backward pass. Here `cond` is a root
-    of each block's backward pass beside the block's output, and the sum so far is its gradient there. So the sum goes
-    on in the same order.
-  * Parameters of the shared part that both the input and the output part use (a tied table) get the same sum. Over
-    several micro-batches the output parts' gradients come first here, and alternate with the others in plain autograd.
-    The two differ by rounding in that case alone.
+  * All layers use `cond`, and autograd adds its gradients up in the order of the backward pass. Here `cond`
+    is a root of each block's backward pass beside the block's output, and the sum so far is its gradient.
+    So the sum goes on in the same order.
+  * Parameters of the shared part that both the input and the output part use (a tied table) get the same sum.
+    Over several micro-batches the output parts' gradients come first here, and alternate with the others in
+    plain autograd. The two differ by rounding in that case alone.
 """
 
 from __future__ import annotations

@@ -132,8 +132,8 @@ class Trainer:
         if not math.isfinite(mean_loss):
             raise TrainingError(
                 f"visit {visit.index}, block {', '.join(map(str, visit.blocks))}: loss {mean_loss} in steps "
-                f"{visit.first_step} to {visit.first_step + visit.num_steps - 1}; allowed: a finite number; the last "
-                f"commit is kept: lower train.lr (now {self.recipe.train.lr}) in another --run-dir"
+                f"{visit.first_step} to {visit.first_step + visit.num_steps - 1}; allowed: a finite number; "
+                f"the last commit is kept: lower train.lr (now {self.recipe.train.lr}) in another --run-dir"
             )
         return mean_loss
 

@@ -1,4 +1,4 @@
-"""Updates during backward against updates after it: the same bits, for every architecture, with less memory."""
+"""Updates during backward against updates after it: the same bits for every architecture, in less memory."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def classify_end_to_end(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
 
 
 def classify_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[str, Any]:
-    """All figures of a classifier in blocks, in one pass over the blocks; the chain takes `num_steps` steps."""
+    """All figures of a classifier in blocks, in one pass over them; the chain takes `num_steps` steps."""
     _, objective = frozen.parts(BlockModel, LabelDenoising)
     noise, num_blocks, config = objective.noise, len(frozen.blocks), frozen.plan.recipe.eval
     batches = test_batches(frozen, data)

@@ -70,7 +70,7 @@ def _alphas(block: int, num_blocks: int) -> list[float]:
 def _cross_entropy(
     frozen: FrozenRun, layers: Iterable[nn.Module], batches: list[Batch], t: float
 ) -> tuple[float, float]:
-    """Mean over masked tokens, in nats: with the true unmasked tokens around them, and with another window's."""
+    """Mean over masked tokens in nats: with the true unmasked tokens around them, and with another's."""
     _, objective = frozen.parts(BlockModel, MaskedDenoising)
     sums, count = [0.0, 0.0], 0.0
     torch.manual_seed(mix_seed("levels", t))
