@@ -1,4 +1,4 @@
-"""What the crash tests run in a process of its own, to be killed: a short run of the digits recipe."""
+"""A short run of the digits recipe, for the crash tests to run in a process of its own and to kill."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from conftest import recipe_with
 
 
 def train_short(folder: str, overrides: dict[str, Any], die_at: tuple[str, int] | None = None) -> None:
-    """Trains to the end; with `die_at` kills itself, as `kill -9` does, at that call of fsync, or of write to
-    a block's file (0 is the first).
+    """Trains to the end. With `die_at` it kills itself, as `kill -9` does, at that call of fsync, or of write
+    to a block's file (0 is the first).
     """
     import torch
 

@@ -231,8 +231,8 @@ def test_status_shows_blocks_and_memory_of_a_finished_run(run: Any, trained: Pat
 
 SWALLOWING = """
 import os, signal, sys, weakref
-import lowmem.training.trainer
-record_step = lowmem.training.trainer.Trainer._record_step
+import lowmem.training.attempt
+record_step = lowmem.training.attempt.Attempt.record_step
 
 class Thing:
     pass
@@ -247,7 +247,7 @@ def once(self, visit, step, *rest):
         del thing
     record_step(self, visit, step, *rest)
 
-lowmem.training.trainer.Trainer._record_step = once
+lowmem.training.attempt.Attempt.record_step = once
 from lowmem.cli import main
 main()
 """

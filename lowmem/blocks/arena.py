@@ -1,11 +1,11 @@
-"""A block as one contiguous buffer: weights first, then optimizer state; every tensor a view.
+"""Lays a block out as one contiguous buffer: weights first, then optimizer state, every tensor a view.
 
-    | weights, fp32 or bf16, each parameter on a border of 256 elements | state fields | padding to 4096 bytes |
+    | weights, fp32 or bf16, each parameter at a multiple of 256 elements | state fields | padding to 4096 |
 
-One buffer is one file, one read, one copy. Parameters are ordered so that those with one kind of state and
-one weight decay lie together (`groups`): an optimizer step is a few flat calls whatever the number of
-parameters. The header makes the file a valid safetensors file whose data start on a 4096-byte border, so it
-can be read straight into an aligned buffer.
+So a block is one buffer, one file, one read and one copy. Parameters with the same kind of state and the same
+weight decay lie next to each other (`groups`): an optimizer step is a few flat calls, however many parameters
+there are. The header makes the file a valid safetensors file whose data begin on a 4096-byte border, so that
+they can be read straight into an aligned buffer.
 """
 
 from __future__ import annotations
@@ -25,15 +25,19 @@ from torch import Tensor, nn
 from lowmem.units import round_up
 
 PAGE = 4096  # bytes: alignment of buffers, of files' data, and of unbuffered reads and writes
-ALIGNMENT = 256  # bytes: alignment of each tensor in a buffer
+ALIGNMENT = 256  # bytes: alignment of each state field in a buffer
+GROUP_SIZE = 256  # elements that share one absmax of 8-bit state; parameters are aligned to it
+MIN_8BIT_NUMEL = 4096  # smaller parameters keep fp32 state, as in bitsandbytes
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class ParameterSlot:
+    """A parameter's place in the flat weights."""
+
     name: str
     shape: tuple[int, ...]
-    start: int  # element in the flat weights
+    start: int  # its first element
 
     @property
     def numel(self) -> int:
@@ -42,7 +46,7 @@ class ParameterSlot:
 
 @dataclass(frozen=True)
 class Group:
-    """A run of the flat weights updated by one call."""
+    """A run of the flat weights that one call updates."""
 
     start: int
     stop: int
@@ -50,10 +54,19 @@ class Group:
     quantized: bool
 
 
+class StateField(NamedTuple):
+    """One flat tensor of optimizer state: `numel` elements of `dtype`."""
+
+    name: str
+    dtype: torch.dtype
+    numel: int
+
+
 class ArenaLayout:
     """Where everything of a block lies.
 
-    A function of the parameters' names and shapes, their dtype and the optimizer's state, nothing else.
+    It follows from the parameters' names and shapes, their dtype and the optimizer's state alone, so that a
+    resumed run finds its bytes where the first one left them.
     """
 
     def __init__(
@@ -64,10 +77,9 @@ class ArenaLayout:
         weights_dtype: torch.dtype = torch.float32,
     ) -> None:
         def kind(parameter: tuple[str, tuple[int, ...]]) -> tuple[bool, bool]:
+            """(fp32 state, no weight decay): quantized parameters come first, vectors are not decayed."""
             _, shape = parameter
-            return not (optimizer == "adamw8bit" and prod(shape) >= MIN_8BIT_NUMEL), len(
-                shape
-            ) < 2  # vectors are not decayed
+            return not (optimizer == "adamw8bit" and prod(shape) >= MIN_8BIT_NUMEL), len(shape) < 2
 
         self.slots: list[ParameterSlot] = []
         self.groups: list[Group] = []
@@ -99,7 +111,7 @@ class ArenaLayout:
 
     @property
     def weights_read_bytes(self) -> int:
-        """Of a read that needs the weights alone: they lie first."""
+        """Bytes to read where the weights alone are needed: they lie first."""
         return round_up(self.weights_bytes, PAGE)
 
     @property
@@ -111,48 +123,65 @@ class ArenaLayout:
         return sum(slot.numel for slot in self.slots)
 
     def header(self) -> bytes:
-        """The safetensors header, padded with spaces so that data start on a page.
+        """The file's safetensors header, padded with spaces so that the data begin on a page.
 
-        Gaps are named tensors, as the format demands.
+        The format allows no gaps, so each gap is a tensor with a name of its own.
         """
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+
+        def add(name: str, dtype: str, shape: tuple[int, ...], start: int, stop: int) -> None:
+            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+        end = 0
+        for name, dtype, shape, start, num_bytes in self._spans():
+            if start > end:
+                add(f"padding.{end}", "U8", (start - end,), end, start)
+            add(name, dtype, shape, start, start + num_bytes)
+            end = start + num_bytes
+        if self.total_bytes > end:
+            add(f"padding.{end}", "U8", (self.total_bytes - end,), end, self.total_bytes)
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        length = round_up(8 + len(text), PAGE) - 8  # the text follows 8 bytes that hold its length
+        return struct.pack("<Q", length) + text.ljust(length)
+
+    def _spans(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+        """(name, dtype, shape, first byte, bytes) of every tensor, in the order of their bytes."""
         dtype, itemsize = SAFETENSORS_DTYPE[self.weights_dtype], self.weights_dtype.itemsize
         spans = [
             (slot.name, dtype, slot.shape, slot.start * itemsize, slot.numel * itemsize)
             for slot in self.slots
         ]
-        spans += [
-            (
-                f"optimizer.{field.name}",
-                SAFETENSORS_DTYPE[field.dtype],
-                (field.numel,),
-                start,
-                field.numel * field.dtype.itemsize,
-            )
-            for field, start in self.fields.values()
-        ]
-        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, dtype, shape, start, nbytes in [*spans, ("", "", (), self.total_bytes, 0)]:
-            if start > end:
-                entries[f"padding.{end}"] = {
-                    "dtype": "U8",
-                    "shape": [start - end],
-                    "data_offsets": [end, start],
-                }
-            if name:
-                entries[name] = {
-                    "dtype": dtype,
-                    "shape": list(shape),
-                    "data_offsets": [start, start + nbytes],
-                }
-            end = start + nbytes
-        text = json.dumps(entries, separators=(",", ":")).encode()
-        length = round_up(8 + len(text), PAGE) - 8
-        return struct.pack("<Q", length) + text.ljust(length)
+        for field, start in self.fields.values():
+            num_bytes = field.numel * field.dtype.itemsize
+            name = f"optimizer.{field.name}"
+            spans.append((name, SAFETENSORS_DTYPE[field.dtype], (field.numel,), start, num_bytes))
+        return spans
+
+
+def state_fields(optimizer: str, quantized_numel: int, numel: int, ema: bool = False) -> list[StateField]:
+    """The optimizer's state for `numel` weights, in the order in which it lies in the buffer.
+
+    `quantized_numel`: how many of them, the first ones, have 8-bit state if the optimizer is an 8-bit one.
+    `ema`: also keep the weights' average.
+    """
+    fp32, average = torch.float32, [StateField("ema", torch.float32, numel)] if ema else []
+    if optimizer == "adamw":
+        return [StateField("exp_avg", fp32, numel), StateField("exp_avg_sq", fp32, numel), *average]
+    groups, rest = quantized_numel // GROUP_SIZE, numel - quantized_numel
+    fields = [
+        StateField("state1", torch.uint8, quantized_numel),
+        StateField("state2", torch.uint8, quantized_numel),
+        StateField("absmax1", fp32, groups),
+        StateField("absmax2", fp32, groups),
+        StateField("exp_avg", fp32, rest),
+        StateField("exp_avg_sq", fp32, rest),
+        *average,
+    ]
+    return [field for field in fields if field.numel]
 
 
 class Arena:
-    """A layout laid over a buffer (uint8, at least `total_bytes`), on any device."""
+    """A layout laid over a buffer (uint8, at least `total_bytes` of it), on any device."""
 
     def __init__(self, layout: ArenaLayout, buffer: Tensor) -> None:
         self.layout = layout
@@ -165,14 +194,12 @@ class Arena:
 
     @property
     def result(self) -> Tensor:
-        """What training has come to: the average of the weights where one is kept, else the weights."""
+        """The weights to use: their average if one is kept, else the weights themselves."""
         return self.state.get("ema", self.weights)
 
 
 def parameter_views(layout: ArenaLayout, flat: Tensor) -> dict[str, Tensor]:
-    """Each parameter's view of a flat vector of the layout's length: weights, a bf16 copy of them, or
-    gradients.
-    """
+    """Each parameter's view of a flat vector [numel]: of the weights, a bf16 copy of them, or gradients."""
     return {slot.name: flat[slot.start : slot.start + slot.numel].view(slot.shape) for slot in layout.slots}
 
 
@@ -182,14 +209,15 @@ OnGradient = Callable[[str, nn.Parameter], None]
 def bind(
     model: nn.Module, weights: Mapping[str, Tensor], grads: Mapping[str, Tensor] | OnGradient | None
 ) -> None:
-    """Makes `weights` the model's parameters of those names, gradients gathering in `grads` (None: frozen).
+    """Makes `weights` the model's parameters of those names.
 
-    Where `grads` is a function, it is called with name and parameter during backward, as soon as nothing more
-    will be added to the parameter's `grad`. It may then change the parameter, and must say so with
-    `torch.autograd.graph.increment_version`.
+    Gradients gather in `grads`; None freezes the parameters. A function `grads` is called with a parameter's
+    name and the parameter during backward, as soon as its `grad` is complete. It may then change the
+    parameter, and must say so with `torch.autograd.graph.increment_version`.
     """
     for name, value in weights.items():
-        # .data: a version of its own, for a change of one parameter is none of its neighbours in the arena
+        # `.data` gives each parameter a version counter of its own: an update of its neighbour in the arena
+        # must not make autograd believe that this one has changed.
         parameter = nn.Parameter(value.data, requires_grad=grads is not None)
         if callable(grads):
             parameter.register_post_accumulate_grad_hook(functools.partial(grads, name))  # type: ignore[no-untyped-call]
@@ -199,15 +227,15 @@ def bind(
 
 
 def unbind(model: nn.Module, layout: ArenaLayout) -> None:
-    """Gives the parameters back to the meta device: no memory, no gradient."""
+    """Puts the parameters back on the meta device: no memory, no gradient."""
     for slot in layout.slots:
         _set_parameter(model, slot.name, _on_meta(slot.name, slot.shape))
 
 
 @functools.cache
 def _on_meta(name: str, shape: tuple[int, ...]) -> nn.Parameter:
-    """Made once: a small object that outlives each visit would lie amid freed activations, and the C
-    library's heap grow around it.
+    """Makes each meta parameter once. New small objects at every visit would lie among freed activations and
+    keep the C library from giving that memory back.
     """
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
@@ -218,50 +246,13 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 
 def aligned_buffer(num_bytes: int) -> Tensor:
-    """Host memory, uint8, zeros, that starts on a page.
+    """Host memory [num_bytes] (uint8, zeros) that starts on a page.
 
-    NumPy's, not torch's: that would fill it with a team of threads, and where a reader or writer thread asks
-    for the buffer it would get a team of its own. OpenMP's teams then outnumber the cores, so they sleep
-    instead of spinning between operations, for the rest of the run. NumPy also asks for huge pages.
+    NumPy makes it, because torch would fill it with a team of OpenMP threads, and each reader or writer
+    thread that asks for a buffer would get a team of its own. Once the teams outnumber the cores, OpenMP lets
+    its threads sleep between operations instead of spinning, and compute is slower for the rest of the run.
+    NumPy also asks the system for huge pages.
     """
     whole = torch.from_numpy(np.zeros(num_bytes + PAGE, dtype=np.uint8))
     first = -whole.data_ptr() % PAGE
     return whole[first : first + num_bytes]
-
-
-GROUP_SIZE = 256  # elements that share one absmax
-
-
-MIN_8BIT_NUMEL = 4096  # smaller parameters keep fp32 state, as in bitsandbytes
-
-
-class StateField(NamedTuple):
-    """One flat tensor of optimizer state; `numel` elements of `dtype`."""
-
-    name: str
-    dtype: torch.dtype
-    numel: int
-
-
-def state_fields(optimizer: str, quantized_numel: int, numel: int, ema: bool = False) -> list[StateField]:
-    """State for `numel` weights, the first `quantized_numel` of them in 8 bits when the optimizer is an 8-bit
-    one; `ema`: and their average.
-    """
-    average = [StateField("ema", torch.float32, numel)] if ema else []
-    if optimizer == "adamw":
-        return [
-            StateField("exp_avg", torch.float32, numel),
-            StateField("exp_avg_sq", torch.float32, numel),
-            *average,
-        ]
-    groups = quantized_numel // GROUP_SIZE
-    fields = [
-        StateField("state1", torch.uint8, quantized_numel),
-        StateField("state2", torch.uint8, quantized_numel),
-        StateField("absmax1", torch.float32, groups),
-        StateField("absmax2", torch.float32, groups),
-        StateField("exp_avg", torch.float32, numel - quantized_numel),
-        StateField("exp_avg_sq", torch.float32, numel - quantized_numel),
-        *average,
-    ]
-    return [field for field in fields if field.numel]

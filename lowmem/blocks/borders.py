@@ -1,59 +1,64 @@
-"""What crosses the borders between blocks in a step of exact back-propagation, kept while the blocks come and
-go.
+"""Keeps the activations at the borders between blocks, in a step of exact back-propagation whose blocks come
+and go.
 
-Row b holds the input of block b, of every micro-batch; one row more holds the gradient of the border that the
-backward pass is at. On the device nothing moves. Away from it (host memory beside a CUDA device, or a file
-without a name) tensors go out and come back on a thread beside compute. The order of a step is known before
-it begins, so what is needed next is fetched early, and the last that went out are kept at hand: what moves is
-a function of the order alone, which the plan counts with the same code (`Window`).
+Row b holds the input of block b, for every micro-batch; one row more holds the gradient of the border that
+the backward pass has reached. `NearBorders` keeps all of them on the device. `AwayBorders` keeps them in host
+memory, or in a file without a name, and moves them on a thread beside compute. The order of a step's calls is
+known before it begins (`order.border_calls`), so what is needed next is fetched early, and what went out last
+is still at hand. What moves is a function of that order alone: the plan counts it with the same code
+(`Window`).
 """
 
 from __future__ import annotations
 
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowmem.blocks.arena import PAGE, aligned_buffer
+from lowmem.blocks.block_file import refusals_of
 from lowmem.blocks.order import Place, border_calls
+from lowmem.blocks.staging import IN, OUT
+from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.recipe import Tier
 from lowmem.units import round_up
 
-AT_HAND = 2  # tensors that went out last and are still here
+AT_HAND = 2  # tensors that went out last and are still on the device
 AHEAD = 2  # tensors that are fetched before they are asked for
-IN_USE = 2  # an input and a gradient
-RANDOM_STATE_BYTES = 5056  # of the generator on the CPU, kept for each block and micro-batch
+IN_USE = 2  # tensors that compute holds: an input and a gradient
+RANDOM_STATE_BYTES = 5056  # the CPU generator's state, kept for each block and micro-batch
+T = TypeVar("T")
 
 
 class Window:
-    """Which tensors of a step are at hand, and which to fetch when."""
+    """Follows a step's calls, and tells which tensors are at hand and which to fetch when."""
 
     def __init__(self, order: Iterator[tuple[bool, Place]]) -> None:
         self._order, self._position = list(order), 0
         self._at_hand: list[Place] = []  # oldest first
-        self._fetched: set[Place] = set()
+        self._fetched: set[Place] = set()  # on their way, or here and not yet asked for
 
     def put(self, place: Place) -> None:
         self._step(True, place)
         self._at_hand = [*self._at_hand, place][-AT_HAND:]
 
     def get(self, place: Place) -> tuple[bool, list[Place]]:
-        """Whether the place must be fetched now, being neither at hand nor on its way; and what to fetch for
-        the gets that come soon.
+        """Tells whether the place must be fetched now, being neither at hand nor on its way, and which places
+        to fetch for the gets that follow.
         """
         self._step(False, place)
-        missing, wanted = place not in self._fetched and place not in self._at_hand, list[Place]()
+        missing = place not in self._fetched and place not in self._at_hand
         self._fetched.discard(place)
-        puts = list[Place]()
-        gets = 0
+        wanted, puts, gets = list[Place](), list[Place](), 0
         for is_put, other in islice(self._order, self._position, None):
             if is_put:
                 puts.append(other)
@@ -61,6 +66,7 @@ class Window:
             if gets == AHEAD:
                 break
             gets += 1
+            # What is still at hand when its turn comes is not fetched. What has yet to be put cannot be.
             then_at_hand = other in [*self._at_hand, *puts][-AT_HAND:]
             if not then_at_hand and other not in puts and other not in self._fetched:
                 wanted.append(other)
@@ -75,63 +81,90 @@ class Window:
 
 
 class BorderBytes(NamedTuple):
-    """What the borders take, by tier, and what of them a step moves."""
+    """Bytes that the borders take, by tier, and what they move in a step."""
 
     device: int = 0
     host: int = 0
     disk: int = 0
-    host_to_device: int = 0
-    device_to_host: int = 0
-    disk_read: int = 0
-    disk_written: int = 0
+    traffic: Traffic = Traffic()
 
 
 def border_bytes(
     tier: Tier, unified: bool, border: int, waiting: int, num_blocks: int, parts: int, two_passes: bool
 ) -> BorderBytes:
-    """`border`, `waiting`: bytes of a micro-batch at one border, and of what else of it waits on the device
-    for the whole step.
+    """Counts the borders of a step over `parts` micro-batches.
+
+    `border`: bytes of one micro-batch at one border. `waiting`: bytes of a micro-batch that stay on the
+    device for the whole step (the condition and the like).
     """
-    states, slot, count = (
-        num_blocks * parts * RANDOM_STATE_BYTES,
-        round_up(border, PAGE),
-        (num_blocks + 1) * parts,
-    )
+    states, count = num_blocks * parts * RANDOM_STATE_BYTES, (num_blocks + 1) * parts
     if tier == "device":
         return BorderBytes(device=parts * waiting + count * border, host=states)
+    slot, on_disk = round_up(border, PAGE), tier == "disk"
+    puts, gets = moved_in_a_step(num_blocks, parts, two_passes)
+    return BorderBytes(
+        device=parts * waiting + (AT_HAND + AHEAD + IN_USE) * border,
+        host=states + (slot if on_disk else count * slot),
+        disk=count * slot if on_disk else 0,
+        traffic=Traffic(
+            host_to_device_bytes=0 if unified else gets * border,
+            device_to_host_bytes=0 if unified else puts * border,
+            disk_read_bytes=gets * slot if on_disk else 0,
+            disk_written_bytes=puts * slot if on_disk else 0,
+        ),
+    )
+
+
+def moved_in_a_step(num_blocks: int, parts: int, two_passes: bool) -> tuple[int, int]:
+    """Tensors that go out and that come back in a step, away from the device."""
     order = list(border_calls(num_blocks, parts, two_passes))
-    window, fetched, puts = Window(iter(order)), 0, 0
+    window, puts, gets = Window(iter(order)), 0, 0
     for is_put, place in order:
         if is_put:
             window.put(place)
             puts += 1
         else:
             missing, wanted = window.get(place)
-            fetched += missing + len(wanted)
-    on_disk = tier == "disk"
-    return BorderBytes(
-        device=parts * waiting + (AT_HAND + AHEAD + IN_USE) * border,
-        host=states + (slot if on_disk else count * slot),
-        disk=count * slot if on_disk else 0,
-        host_to_device=0 if unified else fetched * border,
-        device_to_host=0 if unified else puts * border,
-        disk_read=fetched * slot if on_disk else 0,
-        disk_written=puts * slot if on_disk else 0,
-    )
+            gets += missing + len(wanted)
+    return puts, gets
 
 
-class Borders:
-    """Tensors [B, T, D] of one step by place, on the device."""
-
-    exposed_s = 0.0
-    host_to_device_bytes = device_to_host_bytes = disk_read_bytes = disk_written_bytes = 0
+class Borders(ABC):
+    """Tensors [B, T, D] of one step, by place. Calls come in the order of `border_calls`."""
 
     def __init__(self, num_blocks: int, parts: int, two_passes: bool) -> None:
         self.num_blocks, self.parts, self.two_passes = num_blocks, parts, two_passes
+        self.exposed_s = 0.0  # seconds that compute waited for a tensor
+
+    @abstractmethod
+    def begin(self) -> None:
+        """A step begins."""
+
+    @abstractmethod
+    def put(self, place: Place, h: Tensor) -> None:
+        """Keeps `h`, which must not be changed afterwards."""
+
+    @abstractmethod
+    def get(self, place: Place) -> Tensor:
+        """Returns what was last put there, on the device."""
+
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """Bytes moved so far."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees everything."""
+
+
+class NearBorders(Borders):
+    """All tensors stay on the device."""
+
+    def __init__(self, num_blocks: int, parts: int, two_passes: bool) -> None:
+        super().__init__(num_blocks, parts, two_passes)
         self._there: dict[Place, Tensor] = {}
 
     def begin(self) -> None:
-        """A step begins."""
         self._there.clear()
 
     def put(self, place: Place, h: Tensor) -> None:
@@ -140,39 +173,35 @@ class Borders:
     def get(self, place: Place) -> Tensor:
         return self._there[place]
 
-    def traffic(self) -> dict[str, int]:
-        """Bytes moved so far."""
-        return {
-            name: getattr(self, name)
-            for name in (
-                "host_to_device_bytes",
-                "device_to_host_bytes",
-                "disk_read_bytes",
-                "disk_written_bytes",
-            )
-        }
+    def traffic(self) -> Traffic:
+        return Traffic()
 
     def close(self) -> None:
         self._there.clear()
 
 
 class AwayBorders(Borders):
-    """The same, with all but a few tensors in host memory (`folder` None) or in a file of `folder` that no
-    name leads to.
+    """All but a few tensors rest in host memory (`folder` None), or in a file of `folder` without a name.
+
+    Raises StoreError if the file cannot be written or read: at a later `put`, `get` or `begin`, since the
+    thread that met it works beside compute.
     """
 
     def __init__(
         self, num_blocks: int, parts: int, two_passes: bool, device: torch.device, folder: Path | None
     ) -> None:
         super().__init__(num_blocks, parts, two_passes)
-        self._device, self._folder = device, folder
+        self._device = device
         self._thread = ThreadPoolExecutor(1, "lowmem-borders")
-        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else []  # type: ignore[no-untyped-call]
-        self._file = None if folder is None else _open_unnamed(folder / "borders.tmp")
-        self._rest: Tensor | None = None  # all places in host memory, or one slot for the file
+        on_cuda = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in (IN, OUT)] if on_cuda else []  # type: ignore[no-untyped-call]
+        self._path = None if folder is None else folder / "borders.tmp"
+        self._file = None if self._path is None else _open_unnamed(self._path)
+        self._away: _Slots | None = None  # made at the first put, which tells the tensors' size
         self._window = Window(iter(()))
         self._at_hand: list[tuple[Place, Tensor, Future[None]]] = []  # oldest first
         self._fetched: dict[Place, Future[Tensor]] = {}
+        self._traffic = Traffic()
 
     def begin(self) -> None:
         for _, _, written in self._at_hand:
@@ -183,17 +212,14 @@ class AwayBorders(Borders):
     def put(self, place: Place, h: Tensor) -> None:
         self._window.put(place)
         h = h.detach().contiguous()
-        if self._rest is None:
-            self._like, self._slot_bytes = (
-                torch.empty_like(h, device="meta"),
-                round_up(h.numel() * h.element_size(), PAGE),
-            )
-            self._rest = aligned_buffer(
-                self._slot_bytes * (1 if self._file is not None else (self.num_blocks + 1) * self.parts)
-            )
-        self.device_to_host_bytes += h.numel() * h.element_size() if self._streams else 0
-        self.disk_written_bytes += self._slot_bytes if self._file is not None else 0
-        self._at_hand.append((place, h, self._thread.submit(self._out, place, h, self._now())))
+        if self._away is None:
+            self._away = _Slots(h, 1 if self._file is not None else (self.num_blocks + 1) * self.parts)
+        away = self._away
+        self._traffic += Traffic(
+            device_to_host_bytes=away.num_bytes if self._streams else 0,
+            disk_written_bytes=away.slot_bytes if self._file is not None else 0,
+        )
+        self._at_hand.append((place, h, self._thread.submit(self._out, away, place, h, self._now())))
         if len(self._at_hand) > AT_HAND:
             self._waited(self._at_hand.pop(0)[2])
 
@@ -203,41 +229,66 @@ class AwayBorders(Borders):
         self._fetched.update({other: self._fetch(other) for other in wanted})
         if on_its_way is None:
             return next(h for other, h, _ in reversed(self._at_hand) if other == place)
-        return torch.as_tensor(self._waited(on_its_way))
+        return self._waited(on_its_way)
 
-    def _fetch(self, place: Place) -> Future[Tensor]:
-        target = torch.empty_like(
-            self._like, device=self._device
-        )  # made here: its memory belongs to the stream that computes
-        self.host_to_device_bytes += target.numel() * target.element_size() if self._streams else 0
-        self.disk_read_bytes += self._slot_bytes if self._file is not None else 0
-        return self._thread.submit(self._in, place, target, self._now())
+    def traffic(self) -> Traffic:
+        return self._traffic
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._at_hand.clear()
+        self._fetched.clear()
+        self._away = None
         if self._file is not None:
             os.close(self._file)
 
+    def _fetch(self, place: Place) -> Future[Tensor]:
+        away = self._away
+        assert away is not None, "a step begins with a put"
+        # Made here and not on the thread: its memory belongs to the CUDA stream that computes.
+        target = torch.empty_like(away.like, device=self._device)
+        self._traffic += Traffic(
+            host_to_device_bytes=away.num_bytes if self._streams else 0,
+            disk_read_bytes=away.slot_bytes if self._file is not None else 0,
+        )
+        return self._thread.submit(self._in, away, place, target, self._now())
+
+    def _now(self) -> torch.cuda.Event | None:
+        """The point that compute has reached. A copy that waits for it may read what compute has put, and
+        overwrite what compute has freed.
+        """
+        return torch.cuda.current_stream(self._device).record_event() if self._streams else None
+
+    def _waited(self, future: Future[T]) -> T:
+        start = time.perf_counter()
+        result = future.result()
+        self.exposed_s += time.perf_counter() - start
+        return result
+
     # --------------------------------------------------------------------------------------------------------
-    # On the thread
+    # On the thread: one call after another, so the file needs only one slot
 
-    def _out(self, place: Place, h: Tensor, ready: torch.cuda.Event | None) -> None:
-        slot, flat = self._slot(place), h.flatten().view(torch.uint8)
-        self._copy(slot[: len(flat)], flat, ready, 1)
-        if self._file is not None:
-            self._request(os.pwrite(self._file, memoryview(slot.numpy().data), self._offset(place)))
+    def _out(self, away: _Slots, place: Place, h: Tensor, ready: torch.cuda.Event | None) -> None:
+        index, flat = self._index(place), h.flatten().view(torch.uint8)
+        slot = away.slot(index)
+        self._copy(slot[: len(flat)], flat, ready, OUT)
+        if self._file is not None and self._path is not None:
+            with refusals_of(self._path):
+                self._check(os.pwrite(self._file, slot.numpy().data, index * away.slot_bytes), away)
 
-    def _in(self, place: Place, target: Tensor, ready: torch.cuda.Event | None) -> Tensor:
-        slot, flat = self._slot(place), target.flatten().view(torch.uint8)
-        if self._file is not None:
-            self._request(os.preadv(self._file, [memoryview(slot.numpy().data)], self._offset(place)))
-        self._copy(flat, slot[: len(flat)], ready, 0)
+    def _in(self, away: _Slots, place: Place, target: Tensor, ready: torch.cuda.Event | None) -> Tensor:
+        index, flat = self._index(place), target.flatten().view(torch.uint8)
+        slot = away.slot(index)
+        if self._file is not None and self._path is not None:
+            with refusals_of(self._path):
+                self._check(os.preadv(self._file, [slot.numpy().data], index * away.slot_bytes), away)
+        self._copy(flat, slot[: len(flat)], ready, IN)
         return target
 
     def _copy(self, target: Tensor, source: Tensor, ready: torch.cuda.Event | None, way: int) -> None:
-        """`ready`: when compute has made the source, or is done with what lay where the target lies.
+        """Copies, and returns when the bytes are there.
 
-        Returns when the bytes are there.
+        `ready`: when compute has made the source, or no longer uses what lay in the target's memory before.
         """
         if ready is None:
             target.copy_(source)
@@ -248,45 +299,42 @@ class AwayBorders(Borders):
             target.copy_(source, non_blocking=True)
         stream.synchronize()
 
-    # --------------------------------------------------------------------------------------------------------
+    def _index(self, place: Place) -> int:
+        return place[0] * self.parts + place[1]
 
-    def _slot(self, place: Place) -> Tensor:
-        assert self._rest is not None
-        if self._file is not None:
-            return self._rest
-        start = self._offset(place)
-        return self._rest[start : start + self._slot_bytes]
-
-    def _offset(self, place: Place) -> int:
-        return (place[0] * self.parts + place[1]) * self._slot_bytes
-
-    def _now(self) -> torch.cuda.Event | None:
-        return torch.cuda.current_stream(self._device).record_event() if self._streams else None
-
-    def _waited(self, future: Future[Any]) -> Any:
-        start = time.perf_counter()
-        result = future.result()
-        self.exposed_s += time.perf_counter() - start
-        return result
-
-    def _request(self, moved: int) -> None:
-        if moved != self._slot_bytes:
+    def _check(self, moved: int, away: _Slots) -> None:
+        """Raises StoreError unless all of a slot was moved: the system may move less, without an error."""
+        if moved != away.slot_bytes:
             raise StoreError(
-                f"{self._folder}: moved {moved} of {self._slot_bytes} bytes of an activation; the disk is full or failing; free space, then run again"
+                f"{self._path}: moved {moved} of {away.slot_bytes} bytes of an activation; "
+                "the disk is full or failing; free space, then run again"
             )
 
 
+class _Slots:
+    """Host memory for tensors like `h`: one slot for every place, or a single one on the way to the file."""
+
+    def __init__(self, h: Tensor, count: int) -> None:
+        self.like = torch.empty_like(h, device="meta")
+        self.num_bytes = h.numel() * h.element_size()
+        self.slot_bytes = round_up(self.num_bytes, PAGE)
+        self._count, self._bytes = count, aligned_buffer(count * self.slot_bytes)
+
+    def slot(self, index: int) -> Tensor:
+        start = index % self._count * self.slot_bytes
+        return self._bytes[start : start + self.slot_bytes]
+
+
 def _open_unnamed(path: Path) -> int:
-    """A file for unbuffered reads and writes (where the file system knows them) that is gone when the process
-    ends, however it ends.
+    """Opens a file that is gone when the process ends, however it ends; unbuffered where possible.
+
+    Raises StoreError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    try:
+    with refusals_of(path):
         try:
             file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
-        except OSError:
+        except OSError:  # the file system knows no O_DIRECT
             file = os.open(path, flags, 0o600)
         path.unlink()
-    except OSError as problem:
-        raise StoreError(f"{path}: {problem.strerror}; mend this, then run the same command again") from None
     return file

@@ -1,10 +1,13 @@
-"""AdamW over plain flat tensors: bitsandbytes' 8-bit kernel, or torch's fused fp32 one.
+"""Updates a block's weights with AdamW on flat slices: bitsandbytes' 8-bit kernel, or torch's fused one.
 
-Why not the stock 8-bit `step()`: it synchronises the whole device after every parameter, launches on stream
-0, and keeps its state in a dictionary keyed by parameter objects. Here the update is a free function of
-slices, its state are fields of the block's arena, so state streams, rests and is saved with its block.
-Quantization groups are 256 elements; the arena starts each parameter on such a border, so a flat update is
-bit-equal to bitsandbytes parameter by parameter.
+The update is a function of slices, and its state consists of fields of the block's arena. So the state
+streams, rests and is saved together with its block. The stock 8-bit `step()` would not do: it synchronises
+the whole device after every parameter, launches on stream 0, and keeps its state in a dictionary by parameter
+object. Quantization groups have 256 elements and the arena starts each parameter on such a border, so a flat
+update is bit-equal to that of bitsandbytes parameter by parameter.
+
+AdamW: Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2. 8-bit state: Dettmers et
+al., "8-bit optimizers via block-wise quantization".
 """
 
 from __future__ import annotations
@@ -12,29 +15,25 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem.blocks.arena import GROUP_SIZE
+from lowmem.blocks.arena import GROUP_SIZE, Arena, Group
 from lowmem.recipe import OptimizerConfig
 from lowmem.schedule import mix_seed
 from lowmem.units import MIB
 
-if TYPE_CHECKING:
-    from lowmem.blocks.arena import Arena, Group
-
 SLICE_NUMEL = 1024 * 1024  # elements updated at once: bounds the kernel's temporaries
-SLICE_WORKSPACE_BYTES = (
-    38 * MIB
-)  # of the 8-bit kernel, measured on the CPU for one slice of that size (about nine fp32 copies)
+# Temporaries of the 8-bit kernel for one slice of that size, measured on a CPU (about nine fp32 copies).
+SLICE_WORKSPACE_BYTES = 38 * MIB
 ODDS_NUMEL = 256 * 1024  # elements whose rounding is drawn at once
 
 
 def workspace_bytes(numel: int, quantized: bool, weights_dtype: torch.dtype, grads_dtype: torch.dtype) -> int:
-    """Temporaries of an update of `numel` elements of one group, at their most."""
+    """The largest temporaries, in bytes, of an update of `numel` elements of one group."""
     numel = min(numel, SLICE_NUMEL)
     kept_in_bf16 = weights_dtype != torch.float32
     updating = 4 * numel * (kept_in_bf16 + (grads_dtype != torch.float32))
@@ -47,10 +46,10 @@ def workspace_bytes(numel: int, quantized: bool, weights_dtype: torch.dtype, gra
 
 
 class Rounding:
-    """The odds with which one step's fp32 results become bf16: 16 random bits for each element.
+    """Rounds one step's fp32 results to bf16 at random, with 16 random bits for each element.
 
-    They are a function of (seed, element), so of no order and no slicing, and nothing of them is saved. Drawn
-    `ODDS_NUMEL` at a time.
+    The bits follow from (seed, element) alone, not from the order or the size of the slices, so none of them
+    need be saved. They are drawn `ODDS_NUMEL` at a time.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -59,15 +58,13 @@ class Rounding:
         self._odds = torch.empty(ODDS_NUMEL // 4, dtype=torch.int64, device=device)
 
     def round(self, values: Tensor, first: int, target: Tensor) -> None:
-        """Writes fp32 `values` [n] into bf16 `target` [n], each to one of its two neighbours by chance, the
-        nearer the likelier.
+        """Writes fp32 `values` [n] to bf16 `target` [n], each to one of its two neighbours.
 
-        The mean is the value itself; what bf16 has exactly stays. `first`: the first value's element.
-        Overwrites `values`.
+        A neighbour is as likely as it is near, so the mean is the value itself; a value that bf16 can hold
+        stays as it is. `first`: the place of the first value in the flat weights. Overwrites `values`.
         """
-        bits = values.view(
-            torch.int32
-        )  # the upper half of an fp32 is a bf16: carry into it at random, then cut the lower half off
+        # The upper half of an fp32 is a bf16: carry into it at random, then cut the lower half off.
+        bits = values.view(torch.int32)
         done = 0
         while done < len(values):
             part, skipped = divmod(first + done, ODDS_NUMEL)
@@ -80,24 +77,26 @@ class Rounding:
     def _odds_of(self, part: int) -> Tensor:
         if part != self._part:
             self._generator.manual_seed(mix_seed(self._seed, part))
-            self._odds.random_(-(1 << 63), None, generator=self._generator)  # all 64 bits
+            self._odds.random_(-(1 << 63), None, generator=self._generator)  # all 64 bits: four elements
             self._part = part
         return self._odds.view(torch.int16)
 
 
 def gradient_norm(grads: Tensor) -> Tensor:
-    """The L2 norm, fp32, on the device."""
-    parts = torch.split(grads, SLICE_NUMEL)  # on a CPU the norm of a bf16 tensor widens all of it
-    norms = torch.empty(
-        len(parts), device=grads.device
-    )  # made first: small tensors made on the way would keep freed slices apart
+    """The L2 norm of `grads` [n] of any dtype: an fp32 scalar on the device."""
+    # In slices, because on a CPU the norm of a bf16 tensor widens all of it at once.
+    parts = torch.split(grads, SLICE_NUMEL)
+    # Made before the loop: small tensors made between the slices would keep the freed ones apart.
+    norms = torch.empty(len(parts), device=grads.device)
     for norm, part in zip(norms, parts, strict=True):
         norm.copy_(torch.linalg.vector_norm(part, dtype=torch.float32))
     return torch.as_tensor(torch.linalg.vector_norm(norms))
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What brings gradients of that norm to `max_norm` at most, without reading the norm back."""
+    """The factor that brings gradients of that norm to at most `max_norm`: a scalar on the device, since
+    reading the norm would make the host wait.
+    """
     return torch.as_tensor((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
@@ -107,7 +106,7 @@ def clip_gradients(grads: Tensor, max_norm: float) -> None:
 
 
 def whole_factor(norms: Sequence[Tensor], config: OptimizerConfig) -> Tensor:
-    """The factor of a whole model's gradients, from the norms of its parts."""
+    """The factor for a whole model's gradients, from the norms of its parts (`optimizer.clip: global`)."""
     assert config.grad_clip is not None
     return clip_factor(gradient_norm(torch.stack(list(norms))), config.grad_clip)
 
@@ -118,14 +117,14 @@ class Step(NamedTuple):
     number: int  # from 1
     lr: float
     config: OptimizerConfig
-    rounding: Rounding | None = None  # needed by bf16 weights
+    rounding: Rounding | None = None  # for bf16 weights
 
 
 def update(arena: Arena, grads: Tensor, step: Step, factor: Tensor | None = None) -> None:
-    """One optimizer step, in place. `grads` [N] in the compute dtype; clipping changes them.
+    """Makes one optimizer step in place. `grads` [numel], in the compute dtype; clipping changes them.
 
-    `factor`: of the gradients, where the whole model's norm decides (`optimizer.clip: global`); None: their
-    own norm does.
+    `factor` scales the gradients where the whole model's norm decides (`optimizer.clip: global`); with None
+    their own norm decides.
     """
     if factor is not None:
         grads.mul_(factor.to(grads.dtype))
@@ -136,31 +135,33 @@ def update(arena: Arena, grads: Tensor, step: Step, factor: Tensor | None = None
 
 
 def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Step) -> None:
-    """Updates the elements of `group` from `first` on, one for each of `grads`, a slice at a time; `first` is
-    the start of a parameter or group.
+    """Updates the elements of `group` from `first` on, as many as `grads` [n] has, a slice at a time.
+
+    `first` is the start of a parameter or of the group. An element without a gradient of its own (padding)
+    may be updated with 0.
     """
     whole = len(grads) // GROUP_SIZE * GROUP_SIZE
     for start in range(0, whole, SLICE_NUMEL):
         part = grads[start : min(start + SLICE_NUMEL, whole)].contiguous()
         _update_slice(arena, group, slice(first + start, first + start + len(part)), part, step)
-    if whole < len(grads):  # a parameter's end, with the padding behind it
+    if whole < len(grads):  # a parameter's end: the kernel needs a whole group, and padding follows
         part = F.pad(grads[whole:], (0, GROUP_SIZE - len(grads) + whole))
         _update_slice(arena, group, slice(first + whole, first + whole + GROUP_SIZE), part, step)
 
 
 def _update_slice(arena: Arena, group: Group, rows: slice, grads: Tensor, step: Step) -> None:
-    """Widened to fp32, updated, kept in the weights' own dtype. What it allocates is `workspace_bytes`."""
+    """Updates in fp32 and stores the result in the weights' dtype. It allocates `workspace_bytes`."""
     stored = arena.weights[rows]
-    weights = stored.float()  # in fp32 the stored ones themselves
+    weights = stored.float()  # not a copy if they are fp32 already
     weight_decay = step.config.weight_decay if group.decay else 0.0
     (_adamw8bit if group.quantized else _adamw)(arena, rows, weights, grads.float(), step, weight_decay)
     if stored.dtype != torch.float32:
         assert step.rounding is not None
         step.rounding.round(weights, rows.start, stored)
-    if step.config.ema is not None:  # warm-up: the first weights are soon forgotten
-        arena.state["ema"][rows].lerp_(
-            weights, 1 - min(step.config.ema, (1 + step.number) / (10 + step.number))
-        )
+    if step.config.ema is not None:
+        # A shorter memory in the first steps, so that the first weights are soon forgotten.
+        decay = min(step.config.ema, (1 + step.number) / (10 + step.number))
+        arena.state["ema"][rows].lerp_(weights, 1 - decay)
 
 
 def _adamw(
@@ -201,7 +202,7 @@ def _adamw8bit(
         arena.state["state2"][rows],
         step.config.betas[0],
         step.config.betas[1],
-        0.0,  # beta3, alpha: other optimizers of the family
+        0.0,  # beta3 and alpha: other optimizers of the family use them
         0.0,
         step.config.eps,
         step.number,
@@ -215,8 +216,8 @@ def _adamw8bit(
 
 
 @functools.cache
-def bitsandbytes_functional():  # type: ignore[no-untyped-def]
-    """bitsandbytes, imported where it is first used: the import takes seconds and about 115 MiB."""
+def bitsandbytes_functional() -> Any:
+    """bitsandbytes.functional, imported at its first use: the import takes seconds and about 115 MiB."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that we do not use
     import bitsandbytes.functional
 

@@ -1,14 +1,15 @@
-"""The order of visits: a pure function of the recipe, so a run's place in it is one number.
+"""Tells which block is visited when, and in which order a step goes through the blocks.
 
 A visit is one stay on the device: `num_steps` optimizer steps of one block (diffusion_blocks), or of all of
-them (end_to_end).
+them (end_to_end). The order follows from the recipe alone, so a run's place in it is a single number.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class BlockQueue:
-    """`num_steps` steps for every block, `visit_steps` at a time (the last visit of a block may be shorter)."""
+    """`num_steps` steps for every block, `visit_steps` at a time; a block's last visit may be shorter."""
 
     method: str
     num_blocks: int
@@ -29,6 +30,19 @@ class BlockQueue:
     visit_steps: int
     order: str
     seed: int
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any], num_blocks: int) -> BlockQueue:
+        """The queue of a run. `recipe`: a plain dict, as in plan.json; `num_blocks`: as the plan settled it."""
+        blocks, train = recipe["blocks"], recipe["train"]
+        return cls(
+            recipe["method"],
+            num_blocks,
+            train["num_steps"],
+            blocks["visit_steps"],
+            blocks["order"],
+            train["seed"],
+        )
 
     @property
     def visits_per_round(self) -> int:
@@ -53,15 +67,15 @@ class BlockQueue:
         )
 
     def pending(self, visits_done: int) -> Iterator[tuple[Visit, Visit | None]]:
-        """Each visit still to make, with the one after it (None at the end) so that its block can be fetched
-        early.
+        """Yields each visit still to make, with the one after it (None at the end): its block can then be
+        fetched early.
         """
         for index in range(visits_done, self.num_visits):
             yield self.visit(index), self.visit(index + 1) if index + 1 < self.num_visits else None
 
     def steps_done(self, visits_done: int) -> int:
-        """Optimizer steps in the first `visits_done` visits, over all blocks: also the shared part's own step
-        count.
+        """Optimizer steps of all blocks in the first `visits_done` visits. The shared part has made as many,
+        because it is trained with every block.
         """
         rounds, places = divmod(visits_done, self.visits_per_round)
         whole = min(rounds * self.visit_steps, self.num_steps) * self.visits_per_round
@@ -80,7 +94,10 @@ Place = tuple[int, int]  # row, micro-batch
 
 
 def border_calls(num_blocks: int, parts: int, two_passes: bool) -> Iterator[tuple[bool, Place]]:
-    """A step's calls in order: whether it is a put, and the place."""
+    """Yields the calls of `Borders` in a step of exact back-propagation: (whether it is a put, the place).
+
+    `parts`: micro-batches. `two_passes`: backward is made twice, first for the whole model's gradient norm.
+    """
     every, gradient = range(parts), num_blocks
     yield from ((True, (0, part)) for part in every)
     for block in range(num_blocks - 1):
@@ -97,10 +114,10 @@ def border_calls(num_blocks: int, parts: int, two_passes: bool) -> Iterator[tupl
 
 
 def fetches(num_blocks: int, two_passes: bool) -> list[tuple[int, bool]]:
-    """The blocks that a step takes, in order, each with whether its weights are enough: forward, backward
-    (twice for a global norm).
+    """The blocks that a streamed step needs, in order, as (block, whether its weights are enough).
 
-    The first is there from the step before.
+    Forward to the last block but one, then backward from the last one (twice if the gradients' global norm is
+    needed first). Block 0 ends a step and begins the next one, so the first entry is already on the device.
     """
     there, back = range(num_blocks - 1), range(num_blocks - 1, -1, -1)
     return [

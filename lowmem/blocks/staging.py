@@ -1,10 +1,9 @@
-"""Host memory on the way to a device and back: a small ring of page-locked chunks through which blocks of any
-size pass.
+"""Carries bytes between host and device through a small ring of page-locked chunks.
 
-A chunk belongs to one thread at a time: it is filled, copied, its copy's event is awaited, and it goes back.
-So a ring never needs more memory than threads x chunk, whatever a block weighs, and a chunk is never
-overwritten while a copy reads it. Chunks are of exact size (torch's own pinned allocator rounds up to a power
-of two) and locked once, before the first block.
+A chunk belongs to one thread at a time: the thread fills it, copies it, waits for the copy's event, and gives
+it back. So a ring takes threads x chunk of memory, whatever a block weighs, and no chunk is overwritten while
+a copy still reads it. Chunks have their exact size (torch's own pinned allocator rounds up to a power of two)
+and are locked once, before the first block.
 """
 
 from __future__ import annotations
@@ -24,34 +23,37 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks.arena import aligned_buffer
+from lowmem.blocks.traffic import Traffic, TransferTimes
 from lowmem.units import MIB
 
-CHUNK_BYTES = 16 * MIB  # of one request to the disk, one copy, and one part of a file's digest
-THREADS = (
-    2  # for each way; measured for 1, 2 and 4: one thread computes digests while the other waits for the disk
-)
+CHUNK_BYTES = 16 * MIB  # one request to the disk, one copy, and one part of a file's digest
+# For each way. Of 1, 2 and 4, two were fastest: one computes digests while the other waits for the disk.
+THREADS = 2
 RING_CHUNKS = 2 * THREADS
 SMALLEST_RING = 2  # chunks: one each way
-PROBE_SHARE = (
-    0.8  # of what a probe could lock where that was less than asked: the rest of the machine locks pages too
-)
+# The part of what a probe could lock that a ring takes, where the probe got less than it asked for: other
+# programs lock pages too.
+PROBE_SHARE = 0.8
 PROBE_TIMEOUT_S = 120
+LOCK_PROBE = ("-m", "lowmem.blocks.lock_probe")
 IN, OUT = 0, 1  # host to device, device to host
 
 
 class SlotPool:
-    """At most `size` buffers, made when first needed; `take` waits for a free one.
+    """At most `size` buffers. Each is made when it is first taken; `take` waits until one is free.
 
-    In turn, so that all are soon made, as the plan counts.
+    The buffer that has been free for longest is taken next, so all of them are soon made and the memory in
+    use is what the plan counts.
     """
 
     def __init__(self, size: int, make: Callable[[], Tensor]) -> None:
-        self._free: queue.Queue[Tensor | None] = queue.Queue()
+        self._free: queue.Queue[Tensor | None] = queue.Queue()  # None: not made yet
         self._make = make
         for _ in range(size):
             self._free.put(None)
 
     def fill(self) -> None:
+        """Makes all buffers now."""
         for slot in [self.take() for _ in range(self._free.qsize())]:
             self.give(slot)
 
@@ -63,16 +65,16 @@ class SlotPool:
         self._free.put(slot)
 
     def clear(self) -> None:
-        """Lets go of every free slot: for the end."""
+        """Drops every free buffer. The pool must not be used afterwards."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._free.get_nowait()
 
 
 class Pace:
-    """`with pace(num_bytes)` takes at least num_bytes / rate seconds, one after the other over all threads.
+    """A slower disk or link: `with pace(num_bytes)` takes at least num_bytes / rate seconds.
 
-    No rate: as long as it takes.
+    All threads share one rate. Without a rate nothing waits.
     """
 
     def __init__(self, bytes_per_s: float | None = None) -> None:
@@ -90,10 +92,7 @@ class Pace:
 
 
 class Ring:
-    """Chunks between host and device, with what passed them.
-
-    `lock(buffer)` page-locks a chunk or says that it may not; `close` ends that.
-    """
+    """Chunks of host memory between host and device; counts what passes them."""
 
     def __init__(
         self,
@@ -104,8 +103,12 @@ class Ring:
         unlock: Callable[[Tensor], None] | None = None,
         paces: tuple[Pace, Pace] | None = None,
     ) -> None:
+        """`lock` page-locks a chunk, or returns False if it may not; `unlock` undoes that.
+
+        `paces`: the least time of copies to the device and from it.
+        """
         self.device, self.chunk_bytes = device, min(CHUNK_BYTES, max_chunk_bytes)
-        self.passed_bytes, self.copy_s = [0, 0], [0.0, 0.0]  # IN, OUT
+        self._passed_bytes, self._copy_s = [0, 0], [0.0, 0.0]  # IN, OUT
         self._paces, self._counting = paces or (Pace(), Pace()), threading.Lock()
         on_cuda = device.type == "cuda"
         self._streams: Any = [torch.cuda.Stream(device) for _ in (IN, OUT)] if on_cuda else None  # type: ignore[no-untyped-call]
@@ -115,23 +118,34 @@ class Ring:
             if lock is None or not lock(chunk):
                 break
             self._locked.append(chunk)
+        # A smaller ring of locked chunks is faster than a full one with pageable chunks among them; one chunk
+        # for both ways is not enough.
         pageable = 0 if len(self._locked) >= SMALLEST_RING else RING_CHUNKS - len(self._locked)
         chunks = self._locked + [aligned_buffer(self.chunk_bytes) for _ in range(pageable)]
         self.num_chunks = len(chunks)
         self._chunks = SlotPool(len(chunks), iter(chunks).__next__)
 
     def facts(self) -> dict[str, Any]:
-        """For a record of the run."""
+        """What the ring could get, for the run's record."""
         return {
             "chunk_bytes": self.chunk_bytes,
             "chunks": self.num_chunks,
             "locked_bytes": len(self._locked) * self.chunk_bytes,
         }
 
-    def close(self) -> None:
-        """Before the memory is given back: what is freed while it is locked cannot be locked again.
+    def traffic(self) -> Traffic:
+        """Bytes that passed so far, each way."""
+        passed = self._passed_bytes
+        return Traffic(host_to_device_bytes=passed[IN], device_to_host_bytes=passed[OUT])
 
-        Copies must have finished.
+    def transfer_s(self) -> TransferTimes:
+        """Seconds that the copies took, each way."""
+        return TransferTimes(host_to_device_s=self._copy_s[IN], device_to_host_s=self._copy_s[OUT])
+
+    def close(self) -> None:
+        """Unlocks the chunks; copies must have finished.
+
+        Comes before their memory is freed: CUDA never again locks memory that was freed while it was locked.
         """
         while self._locked:
             chunk = self._locked.pop()
@@ -140,16 +154,16 @@ class Ring:
 
     @contextlib.contextmanager
     def to_device(self, part: Tensor) -> Iterator[Tensor]:
-        """A chunk to fill; its bytes are in `part`, on the device, on leaving."""
+        """Gives a chunk to fill; on leaving, its bytes are copied to `part`, a tensor on the device."""
         with self._chunk(part) as chunk:
             yield chunk
             self._copy(part, chunk, IN)
 
     @contextlib.contextmanager
     def from_device(self, part: Tensor) -> Iterator[Tensor]:
-        """A chunk that holds the bytes of `part`, a tensor on the device.
+        """Gives a chunk that holds the bytes of `part`, a tensor on the device.
 
-        Kernels that write it must have finished.
+        Kernels that write `part` must have finished.
         """
         with self._chunk(part) as chunk:
             self._copy(chunk, part, OUT)
@@ -164,13 +178,14 @@ class Ring:
             self._chunks.give(chunk)
 
     def _copy(self, target: Tensor, source: Tensor, way: int) -> None:
-        """A copy on the way's own stream; the calling thread alone waits for its event."""
+        """Copies on that way's own CUDA stream; only the calling thread waits for it."""
         with self._paces[way](source.numel()):
             if self._streams is None:
                 began = time.perf_counter()
                 target.copy_(source)
                 copy_s = time.perf_counter() - began
             else:
+                # `blocking`: the thread sleeps until the event and leaves its core to compute.
                 start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 with torch.cuda.stream(self._streams[way]):
                     start.record()
@@ -179,12 +194,12 @@ class Ring:
                 end.synchronize()
                 copy_s = start.elapsed_time(end) / 1000
         with self._counting:
-            self.passed_bytes[way] += source.numel()
-            self.copy_s[way] += max(copy_s, self._paces[way].least_s(source.numel()))
+            self._passed_bytes[way] += source.numel()
+            self._copy_s[way] += max(copy_s, self._paces[way].least_s(source.numel()))
 
 
 def ring_bytes(max_chunk_bytes: int) -> int:
-    """What a ring takes of the host's memory, for blocks of at most that size. The plan counts the same."""
+    """Host memory that a ring takes for blocks of at most that size. The plan counts with this too."""
     return RING_CHUNKS * min(CHUNK_BYTES, max_chunk_bytes)
 
 
@@ -193,12 +208,10 @@ def ring_bytes(max_chunk_bytes: int) -> int:
 
 
 def lock_pages(buffer: Tensor) -> bool:
-    """Page-locks host memory in place, until `unlock_pages`.
-
-    False where CUDA refuses; the refusal is cleared, so that no later call meets it.
-    """
+    """Page-locks host memory in place, until `unlock_pages`. Returns False if CUDA refuses."""
     if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)) == 0:  # type: ignore[no-untyped-call]
         return True
+    # CUDA keeps the refusal and reports it at the next call, whatever that is: let this one meet it.
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")
     return False
@@ -208,27 +221,12 @@ def unlock_pages(buffer: Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())  # type: ignore[no-untyped-call]
 
 
-_PROBE = """
-import sys
-from lowmem.blocks.arena import aligned_buffer
-from lowmem.blocks.staging import lock_pages
-kept, chunk_bytes = [], int(sys.argv[2])
-for _ in range(int(sys.argv[1]) // chunk_bytes):
-    kept.append(aligned_buffer(chunk_bytes))
-    if not lock_pages(kept[-1]):
-        break
-    print(len(kept) * chunk_bytes, flush=True)
-"""
-
-
 @functools.cache
-def probe_lockable_bytes(wanted_bytes: int, chunk_bytes: int, script: str = _PROBE) -> int:
-    """How much of `wanted_bytes` may be page-locked, tried in a child: a refusal can spoil the process that
-    meets it.
-    """
+def probe_lockable_bytes(wanted_bytes: int, chunk_bytes: int, probe: tuple[str, ...] = LOCK_PROBE) -> int:
+    """Bytes of `wanted_bytes` that may be page-locked in chunks, as `lock_probe` finds in a child process."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", script, str(wanted_bytes), str(chunk_bytes)],
+            [sys.executable, *probe, str(wanted_bytes), str(chunk_bytes)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,48 +1,99 @@
-"""Where blocks rest: one safetensors file each on disk, and in RAM as well when the tier is `host`.
+"""Keeps the blocks that are not in compute: each in one file on disk, and with tier `host` also in RAM.
 
-Files move in chunks, a few at a time, past the page cache (O_DIRECT) or through it where the file system
-refuses. Bytes of a device pass a ring of host chunks on their way. A block's first read in a process checks
-its digest, every read its size and header; the digest is computed chunk by chunk on the threads that read and
-write, so that it costs no time of its own.
+`BlockStream` knows only the interface, `Store`. A `DiskStore` moves files in chunks, on a few reading and a
+few writing threads; bytes of a device pass a ring of host chunks on their way. It checks a file's size and
+header at every read, and its digest at the first whole read in a process. A `HostStore` holds a `DiskStore`
+and one more copy of every block in RAM.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import functools
-import hashlib
-import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import xxhash
 from torch import Tensor
 
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks.block_file import (
+    ChunkRequests,
+    chunk_digest,
+    in_chunks,
+    open_file,
+    refusals_of,
+    removed_if_it_fails,
+    whole_digest,
+)
 from lowmem.blocks.run_dir import FileRecord, RunDir
-from lowmem.blocks.staging import CHUNK_BYTES, THREADS, Pace, Ring
+from lowmem.blocks.staging import THREADS, Pace, Ring
+from lowmem.blocks.traffic import Traffic, TransferTimes
 from lowmem.errors import StoreError
 
-REFUSED_DIRECT = (
-    errno.EINVAL,
-    errno.ENOTSUP,
-)  # what O_DIRECT meets at open, or at the first request, where it is not supported
-NO_DIGEST = "0" * 64  # of a working copy
-T = TypeVar("T")
+NO_DIGEST = "0" * 64  # of a working copy: equal to no digest, so that the next durable write makes a file
+CURE = "restore it from a copy; nothing was overwritten"
 
 
-class DiskStore:
-    """Blocks by key ("block-0", ..., "shared"), in files of the run folder.
+class Store(ABC):
+    """Blocks by key ("block-0", ..., "shared"), each a flat buffer of bytes (uint8, [total_bytes]).
 
-    Buffers are uint8: host memory from `aligned_buffer`, or memory of another kind that `ring` copies from
-    and to.
+    A buffer is host memory from `aligned_buffer`, or memory of a device that `ring` copies to and from.
     """
+
+    ring: Ring | None
+    files: dict[str, FileRecord]  # the newest file of each block; it may be ahead of what is committed
+
+    @abstractmethod
+    def read(self, key: str, buffer: Tensor) -> None:
+        """Fills `buffer` with the block's newest bytes: all of them, or as many of the first as fit in.
+
+        Raises StoreError if the file is missing, torn, changed, or of another layout. Only a whole read
+        checks the digest.
+        """
+
+    @abstractmethod
+    def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
+        """Writes the block's bytes to a new file, which is on the disk when this returns.
+
+        Returns its record; a block whose bytes have not changed keeps its file. The file counts only once a
+        commit names it. Without `durable` the bytes are a working copy, which a later write of the same visit
+        replaces: no commit may name it. Kernels that write the buffer must have finished. Raises StoreError.
+        """
+
+    @abstractmethod
+    def take_over(self, key: str, buffer: Tensor) -> Tensor:
+        """Returns a buffer with the same bytes that `write` may be given instead.
+
+        Where that is another buffer, the store has copied the bytes, and the caller may use its own again.
+        """
+
+    @abstractmethod
+    def copy_out(self, buffer: Tensor, host: Tensor) -> None:
+        """Copies `buffer` to host memory. Kernels that write it must have finished."""
+
+    @abstractmethod
+    def traffic(self) -> Traffic:
+        """Bytes moved since the store was opened."""
+
+    @abstractmethod
+    def transfer_s(self) -> TransferTimes:
+        """Seconds that this traffic took."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """How bytes move, for the run's record."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the store's threads and frees its memory."""
+
+
+class DiskStore(Store):
+    """Blocks in files of the run folder."""
 
     def __init__(
         self,
@@ -52,111 +103,97 @@ class DiskStore:
         ring: Ring | None = None,
         paces: tuple[Pace, Pace] | None = None,
     ) -> None:
-        self.run_dir, self.layouts, self.ring = run_dir, layouts, ring
-        self.files = dict(files)  # the newest file of each block: may be ahead of what is committed
-        self.read_bytes = self.written_bytes = 0
-        self.read_s = self.write_s = 0.0
-        self.direct = hasattr(os, "O_DIRECT")  # until it is refused
-        self._verified, self._first_digest = set[str](), dict[str, bytes]()
+        """`paces`: the least time of reads and of writes, to play a slower disk."""
+        self.run_dir, self.layouts, self.ring, self.files = run_dir, layouts, ring, dict(files)
+        self._requests = ChunkRequests()
+        self._verified = set[str]()  # files that this process has written, or whose digest it has checked
+        self._first_digest = dict[str, bytes]()  # of the first chunk of each block's last durable write
         self._read_pace, self._write_pace = paces or (Pace(), Pace())
-        self._readers, self._writers = (
-            ThreadPoolExecutor(THREADS, f"lowmem-{job}") for job in ("reading", "writing")
-        )
+        self._readers = ThreadPoolExecutor(THREADS, "lowmem-reading")
+        self._writers = ThreadPoolExecutor(THREADS, "lowmem-writing")
+        # Reads are counted by one thread of the stream and writes by another, so none of these needs a lock.
+        self._read_bytes = self._written_bytes = 0
+        self._read_s = self._write_s = 0.0
 
     def read(self, key: str, buffer: Tensor) -> None:
-        """Fills `buffer` [total_bytes], or as much as fits in it of the front. Raises StoreError: file
-        missing, torn, of another layout, or changed.
-
-        A part tells nothing of the digest: whoever commits what comes of it has read the whole too.
-        """
         record, header = self.files[key], self.layouts[key].header()
         path = self.run_dir.path / record.name
-        verify = record.name not in self._verified and buffer.numel() == self.layouts[key].total_bytes
+        whole = buffer.numel() == self.layouts[key].total_bytes
+        # The digest covers all of the data, so a read of the weights alone cannot check it, and must not
+        # mark the file as checked either. Whatever is committed was read whole before it was trained.
+        verify = whole and record.name not in self._verified
         head = aligned_buffer(len(header))
         began = time.perf_counter()
-        with _one_line(path):
-            with _open(path, os.O_RDONLY) as file:
-                found = os.fstat(file.fileno()).st_size
-            if found != record.num_bytes:
-                raise StoreError(
-                    f"{path}: expected {record.num_bytes} bytes, found {found} bytes; restore it from a copy; nothing was overwritten"
-                )
-            self._request(path, 0, head, reading=True)
-            digests = self._move(path, len(header), buffer, reading=True, digested=verify)
-        self.read_s += time.perf_counter() - began
-        self.read_bytes += len(header) + buffer.numel()
+        with refusals_of(path):
+            self._check_size(path, record)
+            self._requests.read(path, 0, head)
+            digests = self._read_data(path, len(header), buffer, verify)
+        self._read_s += time.perf_counter() - began
+        self._read_bytes += len(header) + buffer.numel()
         if bytes(head.numpy()) != header:
-            raise StoreError(
-                f"{path}: its header is not that of this run's block; restore it from a copy; nothing was overwritten"
-            )
-        if verify and _whole_digest(digests) != record.digest:
-            raise StoreError(
-                f"{path}: its data differ from what was committed; restore it from a copy; nothing was overwritten"
-            )
+            raise StoreError(f"{path}: its header is not that of this run's block; {CURE}")
         if verify:
+            if whole_digest(digests) != record.digest:
+                raise StoreError(f"{path}: its data differ from what was committed; {CURE}")
             self._verified.add(record.name)
 
     def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
-        """A new file with the bytes of `buffer`, on the disk when this returns; the file there is, where no
-        byte has changed.
-
-        It counts only once a commit names it. Kernels that write the buffer must have finished. Raises
-        StoreError if it cannot be written. Not `durable`: a working copy that a later write of the visit
-        replaces, so neither fsync nor digest; no commit may name it.
-        """
         if durable and self._unchanged(key, buffer):
             return self.files[key]
         name, header = self.run_dir.file_name(key, visits_done), self.layouts[key].header()
         path = self.run_dir.path / name
         began = time.perf_counter()
-        with _one_line(path), _whole_or_gone(path):
-            _open(path, os.O_WRONLY | os.O_CREAT).close()
+        with refusals_of(path), removed_if_it_fails(path):
+            open_file(path, os.O_WRONLY | os.O_CREAT).close()
             head = aligned_buffer(len(header))
             head.numpy()[:] = memoryview(header)
-            self._request(path, 0, head, reading=False)
-            digests = self._move(path, len(header), buffer, reading=False, digested=durable)
-            if durable:
-                with _open(path, os.O_WRONLY) as file:
+            self._requests.write(path, 0, head)
+            digests = self._write_data(path, len(header), buffer, durable)
+            if durable:  # here and not at the commit: the disk is done with it while the next block trains
+                with open_file(path, os.O_WRONLY) as file:
                     os.fsync(file.fileno())
-        self.write_s += time.perf_counter() - began
-        record = FileRecord(
-            name=name,
-            num_bytes=len(header) + buffer.numel(),
-            digest=_whole_digest(digests) if durable else NO_DIGEST,
-        )
-        self.written_bytes += record.num_bytes
+        self._write_s += time.perf_counter() - began
+        num_bytes = len(header) + buffer.numel()
+        self._written_bytes += num_bytes
         self._verified.add(name)
+        digest = NO_DIGEST
         if durable:
-            self._first_digest[key] = digests[0]
-        else:
-            self._first_digest.pop(key, None)
-        self.files[key] = record
-        return record
+            self._first_digest[key], digest = digests[0], whole_digest(digests)
+        self.files[key] = FileRecord(name=name, num_bytes=num_bytes, digest=digest)
+        return self.files[key]
 
-    def keep(self, key: str, buffer: Tensor) -> Tensor:
-        """What `write` may be given in place of `buffer`, so that this one is free at once: here itself."""
+    def take_over(self, key: str, buffer: Tensor) -> Tensor:
         return buffer
 
     def copy_out(self, buffer: Tensor, host: Tensor) -> None:
-        """`host` takes the bytes of `buffer`, through the ring where that is a device's.
+        # Copies with NumPy, here and below: torch would start a team of compute threads for each of ours
+        # (see `aligned_buffer`).
+        def copy_chunk(part: slice) -> None:
+            with self._from_device(buffer[part]) as chunk:
+                host.numpy()[part] = chunk.numpy()
 
-        Kernels that write it must have finished.
-        """
-
-        def copy_chunk(start: int) -> None:
-            with self._host(buffer[start : start + CHUNK_BYTES], reading=False) as chunk:
-                host.numpy()[start : start + CHUNK_BYTES] = chunk.numpy()
-
-        _in_chunks(self._writers, buffer.numel(), copy_chunk)
+        in_chunks(self._writers, buffer.numel(), copy_chunk)
 
     def copy_in(self, host: Tensor, buffer: Tensor) -> None:
-        """The other way round."""
+        """Copies host memory to `buffer`."""
 
-        def copy_chunk(start: int) -> None:
-            with self._host(buffer[start : start + CHUNK_BYTES], reading=True) as chunk:
-                chunk.numpy()[:] = host.numpy()[start : start + CHUNK_BYTES]
+        def copy_chunk(part: slice) -> None:
+            with self._to_device(buffer[part]) as chunk:
+                chunk.numpy()[:] = host.numpy()[part]
 
-        _in_chunks(self._readers, buffer.numel(), copy_chunk)
+        in_chunks(self._readers, buffer.numel(), copy_chunk)
+
+    def traffic(self) -> Traffic:
+        disk = Traffic(disk_read_bytes=self._read_bytes, disk_written_bytes=self._written_bytes)
+        return disk if self.ring is None else disk + self.ring.traffic()
+
+    def transfer_s(self) -> TransferTimes:
+        disk = TransferTimes(disk_read_s=self._read_s, disk_written_s=self._write_s)
+        return disk if self.ring is None else disk + self.ring.transfer_s()
+
+    def facts(self) -> dict[str, Any]:
+        ring = {} if self.ring is None else self.ring.facts()
+        return {"past_page_cache": self._requests.direct, **ring}
 
     def close(self) -> None:
         self._readers.shutdown(wait=True)
@@ -164,145 +201,107 @@ class DiskStore:
         if self.ring is not None:
             self.ring.close()
 
-    def _unchanged(self, key: str, buffer: Tensor) -> bool:
-        """Whether the newest file holds these bytes.
+    # --------------------------------------------------------------------------------------------------------
 
-        Looks at the first chunk alone where that has changed, as after any training.
+    def _check_size(self, path: Path, record: FileRecord) -> None:
+        with open_file(path, os.O_RDONLY) as file:
+            found = os.fstat(file.fileno()).st_size
+        if found != record.num_bytes:
+            raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {CURE}")
+
+    def _unchanged(self, key: str, buffer: Tensor) -> bool:
+        """Tells whether the newest file holds exactly these bytes.
+
+        Training changes every chunk, so the first one settles nearly every call; equal bytes there prove
+        nothing about the rest.
         """
         first = self._first_digest.get(key)
 
-        def digest_chunk(start: int) -> bytes:
-            with self._host(buffer[start : start + CHUNK_BYTES], reading=False) as chunk:
-                return _digest(chunk)
+        def digest_chunk(part: slice) -> bytes:
+            with self._from_device(buffer[part]) as chunk:
+                return chunk_digest(chunk)
 
-        if first is None or digest_chunk(0) != first:
+        if first is None or in_chunks(self._writers, 1, digest_chunk) != [first]:
             return False
-        return (
-            _whole_digest(_in_chunks(self._writers, buffer.numel(), digest_chunk)) == self.files[key].digest
-        )
+        digests = in_chunks(self._writers, buffer.numel(), digest_chunk)
+        return whole_digest(digests) == self.files[key].digest
 
-    def _move(self, path: Path, position: int, buffer: Tensor, reading: bool, digested: bool) -> list[bytes]:
-        """A data section that begins at `position`, into `buffer` or out of it; the digests of its chunks,
-        empty where none are wanted.
-        """
-        pool, pace = (self._readers, self._read_pace) if reading else (self._writers, self._write_pace)
+    def _read_data(self, path: Path, position: int, buffer: Tensor, digested: bool) -> list[bytes]:
+        """Fills `buffer` from `position` on; returns the chunks' digests, empty ones if none are wanted."""
 
-        def move_chunk(start: int) -> bytes:
-            with self._host(buffer[start : start + CHUNK_BYTES], reading) as chunk, pace(chunk.numel()):
-                self._request(path, position + start, chunk, reading)
-                return _digest(chunk) if digested else b""
+        def read_chunk(part: slice) -> bytes:
+            with self._to_device(buffer[part]) as chunk, self._read_pace(chunk.numel()):
+                self._requests.read(path, position + part.start, chunk)
+                return chunk_digest(chunk) if digested else b""
 
-        return _in_chunks(pool, buffer.numel(), move_chunk)
+        return in_chunks(self._readers, buffer.numel(), read_chunk)
 
-    def _host(self, part: Tensor, reading: bool) -> AbstractContextManager[Tensor]:
-        """`part` in host memory: itself, or a chunk of the ring that is copied to it (reading) or from it."""
-        if self.ring is None or part.device.type != self.ring.device.type:
-            return nullcontext(part)
-        return self.ring.to_device(part) if reading else self.ring.from_device(part)
+    def _write_data(self, path: Path, position: int, buffer: Tensor, digested: bool) -> list[bytes]:
+        """Writes `buffer` at `position`; returns the chunks' digests, empty ones if none are wanted."""
 
-    def _request(self, path: Path, position: int, chunk: Tensor, reading: bool) -> None:
-        """One read or write with a handle of its own: threads share no position, and a refusal concerns one
-        request alone.
-        """
-        data = memoryview(chunk.numpy())  # type: ignore[arg-type]
-        flags = os.O_RDONLY if reading else os.O_WRONLY
-        try:
-            with _open(path, flags | (os.O_DIRECT if self.direct else 0)) as file:
-                file.seek(position)
-                moved = file.readinto(data) if reading else file.write(data)
-        except OSError as problem:
-            if self.direct and problem.errno in REFUSED_DIRECT:
-                self.direct = False
-                return self._request(path, position, chunk, reading)
-            raise
-        if moved != len(data):
-            raise StoreError(
-                f"{path}: moved {moved} of {len(data)} bytes in one request; the disk is full or failing; free space, then run again"
-            )
+        def write_chunk(part: slice) -> bytes:
+            with self._from_device(buffer[part]) as chunk, self._write_pace(chunk.numel()):
+                self._requests.write(path, position + part.start, chunk)
+                return chunk_digest(chunk) if digested else b""
+
+        return in_chunks(self._writers, buffer.numel(), write_chunk)
+
+    def _to_device(self, part: Tensor) -> AbstractContextManager[Tensor]:
+        """Host memory to fill: `part` itself, or a chunk of the ring that is copied to it afterwards."""
+        ring = self._ring_of(part)
+        return nullcontext(part) if ring is None else ring.to_device(part)
+
+    def _from_device(self, part: Tensor) -> AbstractContextManager[Tensor]:
+        """Host memory with the bytes of `part`: `part` itself, or a chunk of the ring."""
+        ring = self._ring_of(part)
+        return nullcontext(part) if ring is None else ring.from_device(part)
+
+    def _ring_of(self, part: Tensor) -> Ring | None:
+        passes = self.ring is not None and part.device.type == self.ring.device.type
+        return self.ring if passes else None
 
 
-class HostStore(DiskStore):
-    """The same, with every block also in RAM, so that reads cost a copy.
+class HostStore(Store):
+    """Blocks in RAM, so that a read costs a copy; their files, the checkpoint, are kept by a `DiskStore`.
 
-    Files are written all the same: they are the checkpoint.
+    A block is read from disk when it is first asked for. Working copies never reach the disk.
     """
 
-    @functools.cached_property
-    def _copies(self) -> dict[str, Tensor]:
-        return {}
+    def __init__(self, disk: DiskStore) -> None:
+        self.disk, self.ring, self.files = disk, disk.ring, disk.files
+        self._copies: dict[str, Tensor] = {}
 
     def read(self, key: str, buffer: Tensor) -> None:
         if key not in self._copies:
-            whole = aligned_buffer(self.layouts[key].total_bytes)
-            super().read(key, whole)
+            whole = aligned_buffer(self.disk.layouts[key].total_bytes)
+            self.disk.read(key, whole)  # the whole block, so this checks its digest
             self._copies[key] = whole
-        self.copy_in(self._copies[key][: buffer.numel()], buffer)
+        self.disk.copy_in(self._copies[key][: buffer.numel()], buffer)
 
     def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
-        kept = self.keep(key, buffer)
-        return super().write(key, kept, visits_done) if durable else self.files[key]
+        copy = self.take_over(key, buffer)
+        return self.disk.write(key, copy, visits_done) if durable else self.files[key]
+
+    def take_over(self, key: str, buffer: Tensor) -> Tensor:
+        copy = self._copies.get(key)
+        if copy is None:
+            copy = self._copies[key] = aligned_buffer(buffer.numel())
+        if buffer is not copy:
+            self.disk.copy_out(buffer, copy)
+        return copy
+
+    def copy_out(self, buffer: Tensor, host: Tensor) -> None:
+        self.disk.copy_out(buffer, host)
+
+    def traffic(self) -> Traffic:
+        return self.disk.traffic()
+
+    def transfer_s(self) -> TransferTimes:
+        return self.disk.transfer_s()
+
+    def facts(self) -> dict[str, Any]:
+        return self.disk.facts()
 
     def close(self) -> None:
-        super().close()
+        self.disk.close()
         self._copies.clear()
-
-    def keep(self, key: str, buffer: Tensor) -> Tensor:
-        if key not in self._copies:
-            self._copies[key] = aligned_buffer(buffer.numel())
-        kept = self._copies[key]
-        if buffer is not kept:
-            self.copy_out(buffer, kept)
-        return kept
-
-
-def _in_chunks(pool: ThreadPoolExecutor, num_bytes: int, work: Callable[[int], T]) -> list[T]:
-    """`work(start)` of every chunk, on the pool's threads; results in order.
-
-    An error is raised when no thread is at work any more.
-    """
-    futures = [pool.submit(work, start) for start in range(0, num_bytes, CHUNK_BYTES)]
-    try:
-        return [future.result() for future in futures]
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
-
-
-def _digest(chunk: Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(memoryview(chunk.numpy()))  # type: ignore[arg-type]
-
-
-def _whole_digest(digests: list[bytes]) -> str:
-    """sha256 over the XXH3 checksums (128 bits) of a data section's chunks: it tells torn and changed bytes
-    at a tenth of sha256's own cost.
-    """
-    return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _open(path: Path, flags: int) -> io.FileIO:
-    def opener(name: str, _: int) -> int:
-        return os.open(name, flags | getattr(os, "O_BINARY", 0), 0o644)
-
-    return io.FileIO(str(path), "wb" if flags & os.O_WRONLY else "rb", opener=opener)
-
-
-@contextlib.contextmanager
-def _whole_or_gone(path: Path) -> Iterator[None]:
-    """A file that cannot be written to its end is removed: the disk may be full."""
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """What the system says of a file, as a StoreError."""
-    try:
-        yield
-    except OSError as problem:
-        raise StoreError(
-            f"{path}: {problem.strerror}; the last commit is kept: mend this, then run the same command again"
-        ) from None

@@ -23,10 +23,10 @@ from lowmem.blocks.run_dir import RunDir
 from lowmem.data.datasets import load_data
 from lowmem.data.text import load_tokenizer
 from lowmem.errors import ConfigError, DataError
-from lowmem.inference.evaluation.tokens import headline
-from lowmem.inference.frozen_run import FrozenRun
-from lowmem.inference.generate import draw_tokens, open_run
-from lowmem.models.causal_lm import CausalLm
+from lowmem.inference.evaluation.common import headline
+from lowmem.inference.frozen_run import FrozenRun, open_run
+from lowmem.inference.kinds import kind_of
+from lowmem.inference.sampling import Draw
 from lowmem.planning.plan import Plan, read_plan
 
 NGRAMS = (1, 2, 3, 4)
@@ -54,9 +54,8 @@ def judge_nats(judge: FrozenRun, tokens: Tensor) -> Tensor:
 
     Raises ConfigError if the judge is not a causal model trained end to end.
     """
-    plan, model = judge.plan, judge.model
+    plan = judge.plan
     _check_judge(plan)
-    assert isinstance(model, CausalLm)
     parts = torch.split(tokens.to(judge.device), plan.recipe.eval.batch_size)
     return judge.losses([{"tokens": part} for part in parts]).cpu()
 
@@ -122,10 +121,14 @@ def judge_runs(
     real = _real_text(judge_plan, num)
     drawn: dict[tuple[str, float], Tensor] = {}
     for run in plans:
-        with open_run(run) as frozen, torch.no_grad():
+        with open_run(run, for_drawing=True) as frozen, torch.no_grad():
             start = torch.zeros(num, 0, dtype=torch.long, device=frozen.device)
             for temperature in temperatures:
-                drawn[run, temperature] = draw_tokens(frozen, start, seq_len, temperature, top_p, seed).cpu()
+                draw_tokens = kind_of(frozen).draw_tokens
+                assert draw_tokens is not None, "checked before"
+                drawn[run, temperature] = draw_tokens(
+                    frozen, start, seq_len, Draw(temperature, top_p, seed)
+                ).cpu()
 
     with open_run(judge) as opened:
 

@@ -1,4 +1,8 @@
-"""TODO module docstring."""
+"""Finds out what this machine is: describes it as a profile, and chooses the device that a profile trains on.
+
+What a machine has is asked of the system and the driver. Rates, and what the runtime takes, are measured only
+on request: that takes a minute and writes a file.
+"""
 
 from __future__ import annotations
 
@@ -13,48 +17,52 @@ import tempfile
 import timeit
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import ProfileError
+from lowmem.machine import memory
 from lowmem.machine.nvml import open_nvml
 from lowmem.machine.profile import LinkSpec, Profile, profile_from_dict
 from lowmem.units import GIB, MIB
 
-LANE_GIB_PER_S = {
-    1: 0.233,
-    2: 0.466,
-    3: 0.917,
-    4: 1.834,
-    5: 3.668,
-    6: 7.043,
-}  # PCIe generation: one lane, one direction, in theory
+if TYPE_CHECKING:
+    import torch
 
-
-LINK_FRACTION, LINK_UNKNOWN_GIB_PER_S = (
-    0.8,
-    12.0,
-)  # what a pinned copy reaches, of the theoretical rate; the rate where NVML does not tell
-
-
+# PCIe generation -> GiB/s of one lane in one direction, in theory.
+LANE_GIB_PER_S = {1: 0.233, 2: 0.466, 3: 0.917, 4: 1.834, 5: 3.668, 6: 7.043}
+LINK_FRACTION = 0.8  # of the theoretical rate, what a copy from pinned memory reaches
+LINK_UNKNOWN_GIB_PER_S = 12.0  # the rate where NVML does not tell the link
 MEASURE_BYTES = 256 * MIB
-
-
 LEAST_RUNTIME_BYTES = 32 * MIB
-
-
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+RUNTIME_PROBE = ("-m", "lowmem.runtime_probe")  # a module of a higher floor, so it is run and not imported
+RUNTIME_PROBE_TIMEOUT_S = 300
+
+
+def training_device(profile: Profile) -> torch.device:
+    """Returns the device to train on. Raises ProfileError if this machine has none of the profile's type."""
+    import torch
+
+    kind = profile.device.type
+    if kind == "mps":
+        raise ProfileError(
+            f"profile {profile.name}: training on device type 'mps' is not supported; "
+            "use a cpu profile on this machine"
+        )
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ProfileError(
+            f"profile {profile.name}: needs a CUDA device and none is found here; "
+            "use --dry-run, or a cpu profile (`lowmem profiles` lists them)"
+        )
+    return torch.device(kind)
 
 
 def detect_profile(measure: bool = False, folder: Path | None = None) -> Profile:
-    """A profile of this machine, named `detected`; `measure` adds rates (`folder`: on the disk to measure;
-    None: the working folder).
+    """Describes this machine as a profile named `detected`.
 
-    Raises ProfileError: neither driver nor torch tells the device's memory, or `folder` cannot be written.
+    `measure` adds rates; the disk is that of `folder` (None: the working folder). Raises ProfileError if
+    neither driver nor torch tells the device's memory, or if `folder` cannot be written.
     """
-    from lowmem.machine import memory  # psutil
-
     host_bytes = memory.total_bytes()
     in_use = host_bytes - memory.available_bytes()  # by others: this process has hardly begun
     host = {"memory_gib": _gib(host_bytes), "reserve_gib": _gib(max(host_bytes / 4, in_use))}
@@ -72,13 +80,14 @@ def detect_profile(measure: bool = False, folder: Path | None = None) -> Profile
 
 
 def _gib(num_bytes: float) -> float:
+    """GiB to three places, rounded down: a profile must not promise more than there is."""
     return num_bytes * 1000 // GIB / 1000
 
 
 def _detect_cuda(host: dict[str, float]) -> dict[str, Any] | None:
-    """`device`, `link` and `source` as the driver tells them, or None without an NVIDIA device.
+    """Asks the driver for `device`, `link` and `source`. Returns None if there is no NVIDIA device.
 
-    Raises ProfileError: memory unknown.
+    Raises ProfileError if nobody tells its memory.
     """
     ask = open_nvml()
     if ask is None:
@@ -86,9 +95,9 @@ def _detect_cuda(host: dict[str, float]) -> dict[str, Any] | None:
     name = ask("nvmlDeviceGetName") or "NVIDIA device"
     major, _ = ask("nvmlDeviceGetCudaComputeCapability") or (0, 0)
     device: dict[str, Any] = {"type": "cuda", "compute_dtype": "bfloat16" if major >= 8 else "float32"}
-    memory = ask("nvmlDeviceGetMemoryInfo")
-    total_bytes = memory.total if memory else 0
-    if not memory:  # as on unified-memory parts
+    found = ask("nvmlDeviceGetMemoryInfo")
+    total_bytes = found.total if found else 0
+    if not found:  # as on devices whose memory is the host's
         with contextlib.suppress(ImportError):
             import torch
 
@@ -98,32 +107,33 @@ def _detect_cuda(host: dict[str, float]) -> dict[str, Any] | None:
                     return {"device": {**device, **host, "unified": True}, "source": name}
     if not total_bytes:
         raise ProfileError(
-            f"detect: neither NVML nor torch tells the memory of {name}; write a profile by hand and give its path"
+            f"detect: neither NVML nor torch tells the memory of {name}; "
+            "write a profile by hand and give its path"
         )
     lane = LANE_GIB_PER_S.get(ask("nvmlDeviceGetMaxPcieLinkGeneration"), 0)
-    rate = (
-        round(lane * (ask("nvmlDeviceGetMaxPcieLinkWidth") or 0) * LINK_FRACTION, 1) or LINK_UNKNOWN_GIB_PER_S
-    )
+    lanes = ask("nvmlDeviceGetMaxPcieLinkWidth") or 0
+    rate = round(lane * lanes * LINK_FRACTION, 1) or LINK_UNKNOWN_GIB_PER_S
     device |= {"memory_gib": _gib(total_bytes), "reserve_gib": _gib(total_bytes / 10)}
     return {"device": device, "link": dict.fromkeys(LinkSpec.model_fields, rate), "source": name}
 
 
-def _measure_disk(folder: Path) -> dict[str, float]:
-    """GiB/s of one large file without a name, past the page cache (no read rate where that is not possible).
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
 
-    Raises ProfileError.
+
+def _measure_disk(folder: Path) -> dict[str, float]:
+    """Measures GiB/s of one large file without a name, past the page cache.
+
+    The read rate is left out where the cache cannot be avoided. Raises ProfileError.
     """
     try:
         with (
             tempfile.TemporaryFile(dir=folder, buffering=0) as file,
-            mmap.mmap(-1, min(MEASURE_BYTES, 8 * MIB)) as chunk,
+            mmap.mmap(-1, min(MEASURE_BYTES, 8 * MIB)) as chunk,  # on a page, as O_DIRECT wants it
         ):
-            chunk[:] = os.urandom(
-                len(chunk)
-            )  # page-aligned, as O_DIRECT wants; random, so that nothing compresses it
-            with contextlib.suppress(
-                ImportError, AttributeError, OSError
-            ):  # not every system and file system has O_DIRECT
+            chunk[:] = os.urandom(len(chunk))  # random, so that no disk can compress it
+            # not every system and file system has O_DIRECT
+            with contextlib.suppress(ImportError, AttributeError, OSError):
                 fcntl: Any = importlib.import_module("fcntl")
                 fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
             start = timeit.default_timer()
@@ -141,63 +151,43 @@ def _measure_disk(folder: Path) -> dict[str, float]:
             return {key: round(rate, 3) for key, rate in rates.items()}
     except OSError as found:
         raise ProfileError(
-            f"detect: no test file in {folder}: {found.strerror}; allowed: a folder to write {MEASURE_BYTES} bytes in"
+            f"detect: no test file in {folder}: {found.strerror}; "
+            f"allowed: a folder to write {MEASURE_BYTES} bytes in"
         ) from None
 
 
-_RUNTIME_CHILD = """
-import sys, tempfile
-from lowmem import job
-from lowmem.reporting import report
-from lowmem.machine.detect import detect_profile
-small = ["model.num_layers=2", "model.dim=384", "model.num_heads=6", "blocks.num_blocks=2", "blocks.visit_steps=1", "optimizer.name=adamw"]
-small += ["train.num_steps=2", "train.batch_size=8", "train.seq_len=128", "train.warmup_steps=0", "train.micro_batch_size=8"]
-small += ["eval.num_batches=1", "eval.batch_size=1", "train.precision=float32"]
-with tempfile.TemporaryDirectory(dir=sys.argv[1]) as folder:
-    run = job.train("stdlib-causal", None, folder + "/run", small)
-    content = report.read_report(run).content
-predicted = content["predicted"]
-print(content["measured"]["device_peak_bytes"] - predicted["device_peak_bytes"] + predicted["by_category"]["runtime_floor"])
-"""
-
-
 def _measure_device(raw: dict[str, Any], folder: Path) -> bool:
-    """Adds peak_tflops, the memory's and the link's rates, and runtime_gib (a small run's peak less what it
-    holds) to `raw`.
+    """Adds peak_tflops, runtime_gib and the memory's and the link's rates to `raw`.
 
-    False, and nothing added, where torch cannot use the device.
+    Returns False, and adds nothing, if torch cannot use the device.
     """
     import torch
 
     device, cuda = raw["device"], raw["device"]["type"] == "cuda"
     if cuda and not torch.cuda.is_available():
         return False
-    with contextlib.suppress(
-        OSError, subprocess.SubprocessError, ValueError
-    ):  # then RUNTIME_FLOOR_GIB stands
-        child = subprocess.run(
-            [sys.executable, "-c", _RUNTIME_CHILD, str(folder)],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=True,
-        )
-        if int(child.stdout) >= LEAST_RUNTIME_BYTES:  # less: NVML tells no process's memory here
-            device["runtime_gib"] = _gib(int(child.stdout))
+    runtime_bytes = _measure_runtime(folder)
+    if runtime_bytes is not None:
+        device["runtime_gib"] = _gib(runtime_bytes)
 
-    def best_s(run: Callable[[], object]) -> float:  # of 3, after one that warms up
-        return min(timeit.repeat(lambda: (run(), cuda and torch.cuda.synchronize()), number=1, repeat=4)[1:])  # type: ignore[func-returns-value]
+    def best_s(run: Callable[[], object]) -> float:
+        """The shortest of 3 runs, after one that warms up."""
+
+        def timed() -> None:
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+
+        return min(timeit.repeat(timed, number=1, repeat=4)[1:])
 
     size = MATMUL_SIZE[device["type"]]
     a = torch.randn(size, size, device=device["type"], dtype=getattr(torch, device["compute_dtype"]))
     device["peak_tflops"] = round(2 * size**3 / best_s(lambda: a @ a) / 1e12, 6)
-    memory = [torch.ones(MEASURE_BYTES, dtype=torch.uint8, device=device["type"]) for _ in range(2)]
-    device["memory_gib_per_s"] = round(
-        2 * MEASURE_BYTES / GIB / best_s(lambda: memory[1].copy_(memory[0])), 2
-    )
-    with contextlib.suppress(
-        RuntimeError
-    ):  # pinned memory may be refused: then the link keeps its rule of thumb
+    source, target = (torch.ones(MEASURE_BYTES, dtype=torch.uint8, device=device["type"]) for _ in range(2))
+    moved_gib = 2 * MEASURE_BYTES / GIB  # read and written
+    device["memory_gib_per_s"] = round(moved_gib / best_s(lambda: target.copy_(source)), 2)
+    # pinned memory may be refused: the link then keeps the rate that follows from its lanes
+    with contextlib.suppress(RuntimeError):
         if "link" in raw:
             host = torch.ones(MEASURE_BYTES, dtype=torch.uint8, pin_memory=True)
             there = torch.empty_like(host, device="cuda")
@@ -209,15 +199,21 @@ def _measure_device(raw: dict[str, Any], folder: Path) -> bool:
     return True
 
 
-def training_device(profile: Profile) -> torch.device:
-    """The device to train on. Raises ProfileError if this machine has none of the profile's type."""
-    kind = profile.device.type
-    if kind == "mps":
-        raise ProfileError(
-            f"profile {profile.name}: training on device type 'mps' is not supported; use a cpu profile on this machine"
+def _measure_runtime(folder: Path) -> int | None:
+    """Bytes that the runtime takes before the first tensor: a small run's peak less what the run holds.
+
+    None if the run fails, or if NVML does not tell one process's memory here: the figure would be too small.
+    """
+    try:
+        child = subprocess.run(
+            [sys.executable, *RUNTIME_PROBE, str(folder)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=RUNTIME_PROBE_TIMEOUT_S,
+            check=True,
         )
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ProfileError(
-            f"profile {profile.name}: needs a CUDA device and none is found here; use --dry-run, or a cpu profile (`lowmem profiles` lists them)"
-        )
-    return torch.device(kind)
+        found = int(child.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return found if found >= LEAST_RUNTIME_BYTES else None

@@ -1,6 +1,6 @@
-"""Versions and hardware of this machine, for reports and bug reports.
+"""Records the versions and the hardware of this machine, for reports and bug reports.
 
-Imports none of the packages it names.
+It asks for versions without importing the packages, so that looking costs no time and changes nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ PACKAGES = (
     "psutil",
     "nvidia-ml-py",
     "safetensors",
+    "xxhash",
     "numpy",
     "pydantic",
     "PyYAML",
     "rich",
     "typer",
     "filelock",
+    "jinja2",
+    "matplotlib",
 )
 
 
 def read_environment() -> dict[str, Any]:
+    """Versions by package (None: not installed), the system, its memory in bytes, and its GPUs' names."""
     return {
         "lowmem": _version("lowmem"),
         "python": platform.python_version(),

@@ -1,9 +1,9 @@
-"""The C library's heap, told to give back what is freed: then a run's peak is what its tensors take, and the
-plan can predict it.
+"""Makes the C library give freed memory back to the system, so that a run's peak is what its tensors take.
 
-glibc serves requests above a threshold from maps of their own, which go back to the system when freed, and
-raises that threshold to 32 MiB as such maps are freed: from then on freed activations stay in its heap, up to
-a tenth of a GiB of them. Setting the threshold fixes it. Other C libraries and systems are left alone.
+glibc serves a request above a threshold from a map of its own, which goes back to the system when it is
+freed. But each such free raises the threshold, up to 32 MiB, and from then on freed activations stay in the
+heap: up to a tenth of a GiB of them. A threshold that is set stays where it is, and the plan can predict the
+peak. Other C libraries and systems are left alone.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import sys
 
 from lowmem.units import MIB
 
-MMAP_THRESHOLD_BYTES = (
-    1 * MIB
-)  # smaller requests come from the heap; a lower threshold costs steps far more in page faults than it saves
-GAPS = 0.33  # of what lies in the heap at its peak: the gaps between, measured
+# Smaller requests come from the heap. A lower threshold would cost more time in page faults than it saves
+# memory.
+MMAP_THRESHOLD_BYTES = 1 * MIB
+GAPS = 0.33  # of what lies in the heap at its peak: freed memory between what is in use, as measured
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def give_back_freed() -> bool:
-    """Whether the heap could be told. For the whole process, from here on."""
+    """Sets the threshold for the rest of this process. Returns whether the C library took it."""
     if not sys.platform.startswith("linux"):
         return False
-    with contextlib.suppress(OSError, AttributeError):  # no mallopt: another C library
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         return bool(
             mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)

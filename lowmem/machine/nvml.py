@@ -1,4 +1,8 @@
-"""TODO module docstring."""
+"""Asks NVIDIA's management library (NVML) about the first visible device, where there is one.
+
+NVML tells a card's memory without starting CUDA, and it sees what torch's allocator does not. No package, no
+driver, no device and calls that a device does not support are all ordinary cases, not errors.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ from typing import Any
 
 
 def open_nvml() -> Callable[..., Any] | None:
-    """`ask(call, ...)` of the first visible NVIDIA device, None where that call is not answered; None without
-    driver or device.
+    """Returns `ask(name of the call, its arguments...)`, or None where there is no device to ask.
+
+    `ask` returns None if the device does not answer that call.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
@@ -22,7 +27,9 @@ def open_nvml() -> Callable[..., Any] | None:
             if visible.isdigit()
             else nvml.nvmlDeviceGetHandleByUUID(visible)
         )
-    except Exception:  # no package, library, driver, permission or device: all mean none to use
+    except (
+        Exception
+    ):  # no package, library, driver, permission or device: each means that there is none to use
         return None
 
     def ask(call: str, *given: Any) -> Any:

@@ -1,8 +1,7 @@
-"""A machine in YAML: memory, reserves, rates. Profiles that come with the package, and one of the machine at
-hand.
+"""Describes a machine, as a profile in YAML: its memory, what of it is reserved, and its rates.
 
-GiB and GiB/s in YAML (1 GiB = 1024^3 bytes), integer bytes in the properties. This module loads without
-torch, psutil and pynvml.
+YAML has GiB and GiB/s (1 GiB = 1024^3 bytes); the properties are integers of bytes. A profile comes with the
+package, from a user's file, or from `detect`. This module loads without torch, psutil and pynvml.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from lowmem.errors import ProfileError
 from lowmem.schema import Section, find_file, names_in, parse, read_yaml
 from lowmem.units import GIB, from_gib
 
-RUNTIME_FLOOR_GIB = {"cpu": 0.241, "mps": 0.241, "cuda": 0.45}  # process and driver, before the first tensor
+# What process and driver take before the first tensor.
+RUNTIME_FLOOR_GIB = {"cpu": 0.241, "mps": 0.241, "cuda": 0.45}
 
 
 class DeviceSpec(Section):
@@ -25,13 +25,11 @@ class DeviceSpec(Section):
     memory_gib: PositiveFloat
     reserve_gib: NonNegativeFloat = 0.0  # for the desktop, the system and other processes
     compute_dtype: Literal["float32", "bfloat16", "float16"]
-    peak_tflops: PositiveFloat | None = (
-        None  # 10^12 dense floating-point operations per second in compute_dtype
-    )
+    # 10^12 dense floating-point operations per second in compute_dtype
+    peak_tflops: PositiveFloat | None = None
     memory_gib_per_s: PositiveFloat | None = None  # of the device's memory, read and written
-    runtime_gib: NonNegativeFloat | None = (
-        None  # taken before the first tensor; None: RUNTIME_FLOOR_GIB of the type
-    )
+    # taken before the first tensor; None: RUNTIME_FLOOR_GIB of the type
+    runtime_gib: NonNegativeFloat | None = None
     unified: bool | None = None  # one memory for device and host; None: by type (all but cuda)
 
 
@@ -39,9 +37,8 @@ class HostSpec(Section):
     memory_gib: PositiveFloat
     reserve_gib: NonNegativeFloat
     pinned_max_gib: NonNegativeFloat = 0.5
-    min_available_gib: NonNegativeFloat | None = (
-        None  # with less left on the machine a run stops at its next commit; None: see min_available_bytes
-    )
+    # with less left on the machine a run stops at its next commit; None: see `Profile.min_available_bytes`
+    min_available_gib: NonNegativeFloat | None = None
 
 
 class DiskSpec(Section):
@@ -56,6 +53,8 @@ class LinkSpec(Section):
 
 
 class Profile(Section):
+    """A machine: what it has, and what of that a run may use."""
+
     schema_version: Literal[1] = Field(alias="schema")
     name: str = Field(min_length=1)
     device: DeviceSpec
@@ -70,26 +69,30 @@ class Profile(Section):
         for part, spec in (("device", device), ("host", host)):
             if spec.reserve_gib >= spec.memory_gib:
                 raise ValueError(
-                    f"{part}.reserve_gib: found {spec.reserve_gib}; allowed: below {part}.memory_gib = {spec.memory_gib}; lower it"
+                    f"{part}.reserve_gib: found {spec.reserve_gib}; "
+                    f"allowed: below {part}.memory_gib = {spec.memory_gib}; lower it"
                 )
         if device.type != "cuda" and device.unified is False:
             raise ValueError(
-                f"device.unified: found false; a {device.type} device computes in the host's memory; remove the key"
+                f"device.unified: found false; a {device.type} device computes in the host's memory; "
+                "remove the key"
             )
         if self.unified and (device.memory_gib, device.reserve_gib) != (host.memory_gib, host.reserve_gib):
             same = f"memory_gib: {device.memory_gib} and reserve_gib: {device.reserve_gib}"
             raise ValueError(
-                f"host: found {host.memory_gib} and {host.reserve_gib}; device and host are one memory here: set device's {same}"
+                f"host: found {host.memory_gib} and {host.reserve_gib}; "
+                f"device and host are one memory here: set device's {same}"
             )
         if not self.unified and self.link is None:
             raise ValueError(
-                "key 'link' is missing; a cuda device needs its two rates in GiB/s: add it, or device.unified: true"
+                "key 'link' is missing; a cuda device needs its two rates in GiB/s: "
+                "add it, or device.unified: true"
             )
         return self
 
     @property
     def unified(self) -> bool:
-        """Whether device and host are one pool of memory (then the two budgets are one and the same)."""
+        """Tells whether device and host are one pool of memory; the two budgets are then the same one."""
         return self.device.type != "cuda" if self.device.unified is None else self.device.unified
 
     @property
@@ -114,27 +117,25 @@ class Profile(Section):
 
     @property
     def min_available_bytes(self) -> int:
-        """A quarter of the host's reserve, at most 1 GiB, where the profile does not say: the rest of the
-        machine has then used up the others.
+        """Memory that must be left on the machine while a run goes on.
+
+        By default a quarter of the host's reserve, and at most 1 GiB: other programs have then used up the
+        rest of the reserve.
         """
         host = self.host
-        return from_gib(
-            min(host.reserve_gib / 4, 1.0) if host.min_available_gib is None else host.min_available_gib
-        )
+        by_default = min(host.reserve_gib / 4, 1.0)
+        return from_gib(by_default if host.min_available_gib is None else host.min_available_gib)
 
     @property
     def link_rates(self) -> tuple[float | None, float | None]:
         """Bytes per second to the device and from it; None: unknown, or nothing to cross."""
-        link = self.link
-        return (
-            (None, None)
-            if link is None
-            else (link.host_to_device_gib_per_s * GIB, link.device_to_host_gib_per_s * GIB)
-        )
+        if self.link is None:
+            return None, None
+        return self.link.host_to_device_gib_per_s * GIB, self.link.device_to_host_gib_per_s * GIB
 
     @property
     def disk_rates(self) -> tuple[float | None, float | None]:
-        """Bytes per second read and written."""
+        """Bytes per second read and written; None: unknown."""
         read, write = (
             (rate and rate * GIB) for rate in (self.disk.read_gib_per_s, self.disk.write_gib_per_s)
         )
@@ -142,16 +143,16 @@ class Profile(Section):
 
 
 def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
-    """The profile of that name or path.
+    """Loads the profile of that name or path.
 
-    Raises ProfileError: unknown profile or key, wrong type, or values that contradict each other.
+    Raises ProfileError if the profile or a key is unknown, a type is wrong, or values contradict each other.
     """
     path = find_file(name_or_path, "hardware", "profile", ProfileError)
     return profile_from_dict(read_yaml(path, ProfileError), f"profile {path.stem}")
 
 
 def profile_from_dict(raw: dict[str, Any], where: str) -> Profile:
-    """`raw` as a profile; `where` begins the message of the ProfileError it may raise."""
+    """Makes a profile of `raw`. `where` begins the message of the ProfileError that it may raise."""
     return parse(Profile, raw, where, ProfileError)
 
 

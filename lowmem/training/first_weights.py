@@ -1,4 +1,8 @@
-"""TODO module docstring."""
+"""Creates a run's first weights and writes them to its files, one block at a time.
+
+A module draws its weights with a seed of its own, so they do not depend on how layers are grouped into
+blocks.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from torch import Tensor, nn
 from lowmem.blocks.arena import Arena, aligned_buffer, bind, parameter_views, unbind
 from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.store import DiskStore
-from lowmem.blocks.stream import block_key
+from lowmem.blocks.stream import SHARED_KEY, block_key
 from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan
 from lowmem.planning.settings import layouts_of
@@ -17,28 +21,22 @@ from lowmem.training.open_run import layouts_by_key
 
 
 def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, FileRecord]:
-    """Writes every block's and the shared part's first file. At no time is more than one of them in memory.
+    """Writes the first file of every block and of the shared part, and returns their records.
 
-    A layer's weights are a function of (seed, layer), whatever the number of blocks.
+    At most one of them is in memory at a time. Raises StoreError if a file cannot be written.
     """
     layouts, shared_layout = layouts_of(model, plan.settings)
     store = DiskStore(run, layouts_by_key(layouts, shared_layout), {})
-    buffer = aligned_buffer(
-        max(layout.total_bytes for layout in (*layouts, shared_layout))
-    )  # one for all: freed ones stay in the C library's heap
+    # One buffer for all of them: a freed one may stay in the C library's heap.
+    buffer = aligned_buffer(max(layout.total_bytes for layout in (*layouts, shared_layout)))
+    seed = plan.recipe.train.seed
     for block, layers in enumerate(model.block_slices(plan.settings.num_blocks)):
-        _create(
-            store,
-            block_key(block),
-            buffer,
-            model,
-            [(f"layers.{i}", model.layers[i]) for i in layers],
-            plan.recipe.train.seed,
-        )
+        modules = [(f"layers.{i}", model.layers[i]) for i in layers]
+        _create(store, block_key(block), buffer, model, modules, seed)
     shared = [(name, module) for name, module in model.named_children() if name != "layers"]
     if hasattr(model, "reset_parameters"):
-        shared.append(("model", model))  # parameters that the model owns itself; its layers' are on meta here
-    _create(store, "shared", buffer, model, shared, plan.recipe.train.seed)
+        shared.append(("model", model))  # for parameters of its own; those of its layers are on meta here
+    _create(store, SHARED_KEY, buffer, model, shared, seed)
     store.close()
     return store.files
 
@@ -51,18 +49,20 @@ def _create(
     modules: list[tuple[str, nn.Module]],
     seed: int,
 ) -> None:
+    """Draws the weights of `modules`, given by name, into `buffer` and writes them as the block `key`."""
     layout = store.layouts[key]
     arena = Arena(layout, buffer.zero_())
     views = parameter_views(layout, arena.weights)
     with torch.no_grad():
         for name, module in modules:
+            # Drawn in fp32 whatever the weights' dtype is, so that both start from the same values.
             drawn = {
                 n: view.float() for n, view in views.items() if module is model or n.startswith(f"{name}.")
-            }  # in fp32, however kept
+            }
             bind(model, drawn, None)
             torch.manual_seed(mix_seed(seed, "weights", name))
             owners = [module] if module is model else list(module.modules())
-            for owner in reversed(owners):  # children first, so that a module may overrule them
+            for owner in reversed(owners):  # children first, so that a module may change what they drew
                 reset = getattr(owner, "reset_parameters", None)
                 if reset is not None:
                     reset()

@@ -1,4 +1,8 @@
-"""A run's weights: made one block at a time, and opened as a stream of blocks for training or reading."""
+"""Opens what a run needs beside its model: the stream of its blocks, and the borders between them.
+
+Both follow the tiers that the plan settled. On CUDA this is also where torch's allocator is held to the
+profile's budget, and where the ring of page-locked memory is made.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lowmem.blocks.arena import ArenaLayout
-from lowmem.blocks.borders import AwayBorders, Borders
+from lowmem.blocks.borders import AwayBorders, Borders, NearBorders
 from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.staging import (
     RING_CHUNKS,
@@ -19,7 +23,7 @@ from lowmem.blocks.staging import (
     unlock_pages,
 )
 from lowmem.blocks.store import DiskStore, HostStore
-from lowmem.blocks.stream import BlockStream, block_key
+from lowmem.blocks.stream import SHARED_KEY, BlockStream, block_key
 from lowmem.machine.detect import training_device
 from lowmem.machine.monitor import NvmlReader, Sample
 from lowmem.machine.profile import Profile
@@ -31,19 +35,17 @@ from lowmem.planning.settings import is_resident, layouts_of
 def open_stream(
     run: RunDir, plan: Plan, model: BlockModel, files: dict[str, FileRecord], resident: bool = False
 ) -> BlockStream:
-    """The stream of a run's blocks at the tier that the plan settled, or with all of them on the device."""
+    """Opens the run's blocks at the plan's tier; `resident`: with all of them on the device.
+
+    `files`: the committed ones, by key. Raises ProfileError if this machine lacks the profile's device.
+    """
     layouts, shared_layout = layouts_of(model, plan.settings)
     profile, device = plan.profile, training_device(plan.profile)
-    kind = HostStore if plan.settings.tier == "host" and not profile.unified else DiskStore
-    store = kind(
-        run,
-        layouts_by_key(layouts, shared_layout),
-        files,
-        _open_ring(plan, device, layouts),
-        _paces(plan, profile.disk_rates),
-    )
+    ring, paces = _open_ring(plan, device, layouts), _paces(plan, profile.disk_rates)
+    disk = DiskStore(run, layouts_by_key(layouts, shared_layout), files, ring, paces)
+    in_ram = plan.settings.tier == "host" and not profile.unified
     return BlockStream(
-        store,
+        HostStore(disk) if in_ram else disk,
         layouts,
         shared_layout,
         device,
@@ -53,7 +55,7 @@ def open_stream(
 
 
 def open_borders(plan: Plan, device: torch.device, folder: Path) -> Borders:
-    """Where a streamed step keeps activations, as the plan settled it."""
+    """Opens the borders of a streamed step at the plan's tier; those on disk lie in `folder`."""
     settings, recipe = plan.settings, plan.recipe
     shape = (
         settings.num_blocks,
@@ -61,18 +63,15 @@ def open_borders(plan: Plan, device: torch.device, folder: Path) -> Borders:
         recipe.optimizer.clips_whole,
     )
     if settings.borders == "device" or (settings.borders == "host" and plan.profile.unified):
-        return Borders(*shape)
+        return NearBorders(*shape)
     return AwayBorders(*shape, device, folder if settings.borders == "disk" else None)
 
 
 def _open_ring(plan: Plan, device: torch.device, layouts: list[ArenaLayout]) -> Ring | None:
-    """None where compute reads host memory.
-
-    Caps the allocator first: the ring's streams are a part of the run.
-    """
+    """Makes the ring of page-locked memory; None if compute reads host memory itself."""
     if device.type != "cuda":
         return None
-    cap_allocator(plan.profile)
+    cap_allocator(plan.profile)  # first, because the ring's CUDA streams already count as the run's
     wanted_bytes = ring_bytes(max(layout.total_bytes for layout in layouts))
     chunk_bytes = wanted_bytes // RING_CHUNKS
     allowed_bytes = min(wanted_bytes, plan.profile.pinned_max_bytes // chunk_bytes * chunk_bytes)
@@ -83,20 +82,20 @@ def _open_ring(plan: Plan, device: torch.device, layouts: list[ArenaLayout]) -> 
 
 
 def _paces(plan: Plan, rates: tuple[float | None, float | None]) -> tuple[Pace, Pace]:
+    """`rates` in bytes per second, kept only where the recipe asks for it (`offload.pace`)."""
     return (Pace(rates[0]), Pace(rates[1])) if plan.recipe.offload.pace else (Pace(), Pace())
 
 
 def cap_allocator(profile: Profile) -> None:
-    """Holds torch to the profile's card where this one is larger: its memory less the reserve and less what
-    the runtime itself takes.
+    """Limits torch's allocator to the profile's budget, if this card has more memory than that.
 
-    That is what NVML says of this process beyond torch's own, or the profile's figure where that is more
-    (kernels are loaded late).
+    The runtime's own share comes out of the budget too. It is what NVML counts for this process beyond
+    torch's memory, or the profile's figure if that is larger: some kernels are loaded only later.
     """
     total_bytes = torch.cuda.get_device_properties(0).total_memory
     if profile.device_budget_bytes >= total_bytes:
         return
-    torch.zeros(1, device="cuda")  # the runtime is there from here on
+    torch.zeros(1, device="cuda")  # loads the runtime, so that NVML sees it
     sample = Sample(host_bytes=0)
     NvmlReader().fill(sample)
     runtime_bytes = max(
@@ -108,4 +107,5 @@ def cap_allocator(profile: Profile) -> None:
 
 
 def layouts_by_key(layouts: list[ArenaLayout], shared_layout: ArenaLayout) -> dict[str, ArenaLayout]:
-    return {**{block_key(block): layout for block, layout in enumerate(layouts)}, "shared": shared_layout}
+    """Layouts by the keys that a store uses."""
+    return {**{block_key(block): layout for block, layout in enumerate(layouts)}, SHARED_KEY: shared_layout}

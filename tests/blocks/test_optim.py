@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks import optim
-from lowmem.blocks.arena import Arena, ArenaLayout, aligned_buffer, parameter_views
+from lowmem.blocks.arena import MIN_8BIT_NUMEL, Arena, ArenaLayout, aligned_buffer, parameter_views
 from lowmem.planning.passes import LiveBytes
 from lowmem.recipe import OptimizerConfig
 
@@ -56,7 +56,7 @@ def train(arena: Arena, dtype: torch.dtype = torch.float32, upcast: bool = False
 def train_stock(
     make: type[torch.optim.Optimizer], start: Arena, **options: object
 ) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-    """The same weights, gradients and rates through a stock optimizer: parameters by name, and the optimizer."""
+    """Trains the same weights with a stock optimizer; returns the parameters by name, and the optimizer."""
     layout = start.layout
     parameters = {
         name: torch.nn.Parameter(value.clone())
@@ -94,7 +94,7 @@ def test_flat_8bit_update_is_bit_equal_to_bitsandbytes_per_parameter(
     arena = train(fresh_arena("adamw8bit"))
     weights, checked = parameter_views(arena.layout, arena.weights), 0
     for slot in arena.layout.slots:
-        if slot.numel < optim.MIN_8BIT_NUMEL:
+        if slot.numel < MIN_8BIT_NUMEL:
             continue
         checked += 1
         state, rows = states[slot.name], slice(slot.start, slot.start + slot.numel)
@@ -115,7 +115,7 @@ def test_small_parameters_keep_fp32_state_close_to_that_of_bitsandbytes(
     arena = train(fresh_arena("adamw8bit"))
     weights, first, checked = parameter_views(arena.layout, arena.weights), arena.layout.fp32_state_start, 0
     for slot in arena.layout.slots:
-        if slot.numel >= optim.MIN_8BIT_NUMEL:
+        if slot.numel >= MIN_8BIT_NUMEL:
             continue
         checked += 1
         rows = slice(slot.start - first, slot.start - first + slot.numel)
@@ -210,7 +210,7 @@ def test_what_bf16_has_exactly_stays() -> None:
 
 
 def test_the_odds_of_elements_and_of_steps_are_independent() -> None:
-    """Half-way values: neighbours, parts drawn apart, and two steps; each of the four 16-bit words of a draw."""
+    """For half-way values: neighbours, parts drawn apart, two steps, and the four 16-bit words of a draw."""
     count = 4 * optim.ODDS_NUMEL
     ups = [(rounded(1 + 2**-8, seed, count) > 1).double() - 0.5 for seed in (0, 1)]
     for other in (*(ups[0].roll(by) for by in (1, 2, 3, 4, 4096, optim.ODDS_NUMEL)), ups[1]):
@@ -289,6 +289,32 @@ def test_an_update_allocates_what_the_plan_counts(weights: str, grads: str) -> N
         )
     counted = optim.workspace_bytes(layout.groups[0].stop, False, arena.weights.dtype, dtype)
     assert counted <= counter.peak <= counted + 1024, "but for a few scalars"
+
+
+def test_the_average_follows_the_weights_closely_in_the_first_steps_and_less_and_less() -> None:
+    """With decay (1 + step) / (10 + step), until that reaches `optimizer.ema`; after every step."""
+    layout = ArenaLayout([("weight", (4, 64))], "adamw", ema=True)
+    arena = Arena(layout, aligned_buffer(layout.total_bytes))
+    config = CONFIG.model_copy(update={"ema": 0.4})
+    average, decays = arena.weights.clone().double(), []
+    for number in range(1, 9):
+        optim.update(arena, torch.ones(layout.numel), optim.Step(number, 1e-2, config))
+        decays.append([2 / 11, 3 / 12, 4 / 13, 5 / 14, 0.4, 0.4, 0.4, 0.4][number - 1])
+        average = decays[-1] * average + (1 - decays[-1]) * arena.weights.double()
+        torch.testing.assert_close(arena.state["ema"].double(), average, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_norm_is_that_of_fp32_whatever_the_gradients_dtype(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 would keep three digits of it. Several slices, the last one shorter."""
+    monkeypatch.setattr(optim, "SLICE_NUMEL", 1024)
+    for seed in range(5):
+        grads = torch.randn(5000, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        norm = optim.gradient_norm(grads)
+        assert norm.dtype == torch.float32
+        assert float(norm) == pytest.approx(float(grads.double().norm()), rel=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from lowmem.blocks.staging import (
     CHUNK_BYTES,
-    IN,
-    OUT,
     RING_CHUNKS,
     Pace,
     Ring,
@@ -22,6 +20,7 @@ from lowmem.blocks.staging import (
     probe_lockable_bytes,
     ring_bytes,
 )
+from lowmem.blocks.traffic import Traffic
 from lowmem.units import MIB
 
 CPU, CHUNK = torch.device("cpu"), 4096
@@ -99,8 +98,9 @@ def test_what_passed_a_ring_is_counted_each_way() -> None:
     for _ in range(2):
         with ring.from_device(there):
             pass
-    assert (ring.passed_bytes[IN], ring.passed_bytes[OUT]) == (1000, 2000)
-    assert min(ring.copy_s) > 0
+    assert ring.traffic() == Traffic(host_to_device_bytes=1000, device_to_host_bytes=2000)
+    copied = ring.transfer_s()
+    assert copied.host_to_device_s > 0 and copied.device_to_host_s > 0
 
 
 def test_a_chunk_that_failed_to_be_filled_goes_back_and_is_not_copied() -> None:
@@ -110,7 +110,7 @@ def test_a_chunk_that_failed_to_be_filled_goes_back_and_is_not_copied() -> None:
         with pytest.raises(OSError, match="disk"), ring.to_device(there) as chunk:
             chunk.zero_()
             raise OSError("disk")
-    assert there.sum() == 10 and ring.passed_bytes == [0, 0]
+    assert there.sum() == 10 and ring.traffic() == Traffic()
     assert round_trip(ring)
 
 
@@ -190,7 +190,7 @@ def test_a_slot_pool_makes_a_buffer_only_when_none_is_free_and_waits_at_its_size
     ],
 )
 def test_the_probe_believes_what_its_child_could_lock_however_it_ended(child: str, found: int) -> None:
-    assert probe_lockable_bytes(8192, 4096, child) == found
+    assert probe_lockable_bytes(8192, 4096, ("-c", child)) == found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -9,21 +10,21 @@ import io
 import os
 import resource
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import xxhash
 from torch import Tensor
 
-from lowmem.blocks import staging as staging_module
-from lowmem.blocks import store as store_module
+from lowmem.blocks import staging
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
 from lowmem.blocks.run_dir import RunDir
 from lowmem.blocks.staging import Pace, Ring
-from lowmem.blocks.store import DiskStore, HostStore
+from lowmem.blocks.store import NO_DIGEST, DiskStore, HostStore, Store
+from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 
 LAYOUTS = {
@@ -32,17 +33,26 @@ LAYOUTS = {
 }
 OTHER_NAMES = {**LAYOUTS, "block-0": ArenaLayout([("other", (70, 61)), ("bias", (70,))], "adamw8bit")}
 
-pytestmark = pytest.mark.parametrize("kind", [DiskStore, HostStore])
+# Of `block-0`: the data are two whole chunks and a shorter one; none of them is as long as the header.
+CHUNK, REST = 12288, 8192
+Opens = Callable[..., Store]
+
+
+def open_disk(*given: Any, **named: Any) -> Store:
+    return DiskStore(*given, **named)
+
+
+def open_host(*given: Any, **named: Any) -> Store:
+    return HostStore(DiskStore(*given, **named))
+
+
+pytestmark = pytest.mark.parametrize("opens", [open_disk, open_host])
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`block-0` is several chunks."""
-    for module in (staging_module, store_module):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 8192)
-
-
-Kind = type[DiskStore]
+    assert LAYOUTS["block-0"].total_bytes == 2 * CHUNK + REST
+    monkeypatch.setattr(staging, "CHUNK_BYTES", CHUNK)
 
 
 def random_buffer(key: str, seed: int = 0) -> Tensor:
@@ -52,40 +62,40 @@ def random_buffer(key: str, seed: int = 0) -> Tensor:
     )
 
 
-def read(store: DiskStore, key: str) -> Tensor:
+def read(store: Store, key: str) -> Tensor:
     buffer = aligned_buffer(LAYOUTS[key].total_bytes)
     store.read(key, buffer)
     return buffer
 
 
-def written(kind: Kind, folder: Path) -> tuple[DiskStore, Path]:
+def written(opens: Opens, folder: Path) -> tuple[Store, Path]:
     """A store opened in a folder where `block-0` was written by an earlier one, and the path of its file."""
-    first = kind(RunDir(folder), LAYOUTS, {})
+    first = opens(RunDir(folder), LAYOUTS, {})
     record = first.write("block-0", random_buffer("block-0"), 7)
-    return kind(RunDir(folder), LAYOUTS, first.files), folder / record.name
+    return opens(RunDir(folder), LAYOUTS, first.files), folder / record.name
 
 
-def test_bytes_written_are_the_bytes_read_by_this_store_and_by_the_next(kind: Kind, tmp_path: Path) -> None:
-    store = kind(RunDir(tmp_path), LAYOUTS, {})
+def test_bytes_written_are_the_bytes_read_by_this_store_and_by_the_next(opens: Opens, tmp_path: Path) -> None:
+    store = opens(RunDir(tmp_path), LAYOUTS, {})
     for seed, key in enumerate(LAYOUTS):
         store.write(key, random_buffer(key, seed), 3)
-    for reader in (store, kind(RunDir(tmp_path), LAYOUTS, store.files)):
+    for reader in (store, opens(RunDir(tmp_path), LAYOUTS, store.files)):
         for seed, key in enumerate(LAYOUTS):
             assert torch.equal(read(reader, key), random_buffer(key, seed))
 
 
-def test_the_record_names_the_file_its_size_and_counts_the_traffic(kind: Kind, tmp_path: Path) -> None:
-    store, path = written(kind, tmp_path)
+def test_the_record_names_the_file_its_size_and_counts_the_traffic(opens: Opens, tmp_path: Path) -> None:
+    store, path = written(opens, tmp_path)
     record = store.files["block-0"]
     assert (record.name, record.num_bytes) == ("block-0000.000007.safetensors", path.stat().st_size)
     read(store, "block-0")
-    assert (store.read_bytes, store.written_bytes) == (record.num_bytes, 0)
+    assert store.traffic() == Traffic(disk_read_bytes=record.num_bytes)
     store.write("block-0", random_buffer("block-0"), 8)
-    assert store.written_bytes == record.num_bytes
+    assert store.traffic().disk_written_bytes == record.num_bytes
 
 
-def test_a_new_version_is_read_back_and_the_old_file_is_left_alone(kind: Kind, tmp_path: Path) -> None:
-    store, path = written(kind, tmp_path)
+def test_a_new_version_is_read_back_and_the_old_file_is_left_alone(opens: Opens, tmp_path: Path) -> None:
+    store, path = written(opens, tmp_path)
     read(store, "block-0")
     before = path.read_bytes()
     store.write("block-0", random_buffer("block-0", seed=5), 8)
@@ -93,15 +103,15 @@ def test_a_new_version_is_read_back_and_the_old_file_is_left_alone(kind: Kind, t
     assert path.read_bytes() == before
 
 
-def test_only_a_host_store_reads_a_second_time_without_the_disk(kind: Kind, tmp_path: Path) -> None:
-    store, path = written(kind, tmp_path)
-    first, read_bytes = read(store, "block-0"), store.read_bytes
+def test_only_a_host_store_reads_a_second_time_without_the_disk(opens: Opens, tmp_path: Path) -> None:
+    store, path = written(opens, tmp_path)
+    first, before = read(store, "block-0"), store.traffic()
     first.zero_()  # the caller trains in its buffer: the copy in RAM must be another one
     again = read(store, "block-0")
     assert torch.equal(again, random_buffer("block-0"))
-    assert (store.read_bytes == read_bytes) == (kind is HostStore)
+    assert (store.traffic() == before) == (opens is open_host)
     path.unlink()
-    if kind is HostStore:
+    if opens is open_host:
         assert torch.equal(read(store, "block-0"), again)
     else:
         with pytest.raises(StoreError, match="No such file"):
@@ -143,9 +153,9 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_file_is_refused_by_name_and_left_as_it_is(
-    kind: Kind, tmp_path: Path, damage: object
+    opens: Opens, tmp_path: Path, damage: object
 ) -> None:
-    store, path = written(kind, tmp_path)
+    store, path = written(opens, tmp_path)
     size = path.stat().st_size
     damage(path)  # type: ignore[operator]
     damaged = path.read_bytes()
@@ -158,17 +168,17 @@ def test_a_damaged_file_is_refused_by_name_and_left_as_it_is(
     assert path.read_bytes() == damaged
 
 
-def test_a_file_of_another_layout_is_refused(kind: Kind, tmp_path: Path) -> None:
-    store, path = written(kind, tmp_path)
-    other = kind(RunDir(tmp_path), OTHER_NAMES, store.files)
+def test_a_file_of_another_layout_is_refused(opens: Opens, tmp_path: Path) -> None:
+    store, path = written(opens, tmp_path)
+    other = opens(RunDir(tmp_path), OTHER_NAMES, store.files)
     with pytest.raises(StoreError, match="header is not that of this run's block") as caught:
         read(other, "block-0")
     assert path.name in str(caught.value)
 
 
 @pytest.mark.parametrize("in_its_place", ["nothing", "a folder"])
-def test_a_missing_file_is_refused_in_one_line(kind: Kind, tmp_path: Path, in_its_place: str) -> None:
-    store, path = written(kind, tmp_path)
+def test_a_missing_file_is_refused_in_one_line(opens: Opens, tmp_path: Path, in_its_place: str) -> None:
+    store, path = written(opens, tmp_path)
     path.unlink()
     if in_its_place == "a folder":
         path.mkdir()
@@ -178,7 +188,7 @@ def test_a_missing_file_is_refused_in_one_line(kind: Kind, tmp_path: Path, in_it
 
 
 def test_where_direct_io_is_refused_the_same_bytes_go_through_the_page_cache(
-    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opens: Opens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, refused = os.open, []
 
@@ -189,19 +199,19 @@ def test_where_direct_io_is_refused_the_same_bytes_go_through_the_page_cache(
         return real(name, flags, mode)
 
     monkeypatch.setattr(os, "open", without_direct)
-    store, path = written(kind, tmp_path)
+    store, path = written(opens, tmp_path)
     assert torch.equal(read(store, "block-0"), random_buffer("block-0"))
     assert refused == [str(path)] * 2, "one refusal is enough for each store"
-    assert not store.direct
+    assert store.facts() == {"past_page_cache": False}
     monkeypatch.setattr(os, "open", real)
     assert torch.equal(
-        read(kind(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0")
+        read(opens(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0")
     )
 
 
 @pytest.mark.parametrize("refused", ["readinto", "write"])
 def test_where_the_first_direct_request_is_refused_the_same_bytes_go_through_the_page_cache(
-    kind: Kind, tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch
+    opens: Opens, tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As network and overlay file systems do: the open succeeds, the request fails."""
     requests: list[bool] = []
@@ -223,44 +233,71 @@ def test_where_the_first_direct_request_is_refused_the_same_bytes_go_through_the
                 self._refuse()
             return super().write(data)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store_module.io, "FileIO", Refusing)
-    store, _ = written(kind, tmp_path)
+    monkeypatch.setattr(io, "FileIO", Refusing)
+    store, _ = written(opens, tmp_path)
     assert torch.equal(read(store, "block-0"), random_buffer("block-0"))
     assert requests[0] and not requests[-1]
-    monkeypatch.setattr(store_module.io, "FileIO", Refusing.__base__)
+    monkeypatch.setattr(io, "FileIO", Refusing.__base__)
     assert torch.equal(
-        read(kind(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0")
+        read(opens(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0")
     )
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs")
-def test_a_run_folder_in_memory_holds_the_same_bytes(kind: Kind) -> None:
+def test_a_run_folder_in_memory_holds_the_same_bytes(opens: Opens) -> None:
     """tmpfs: no O_DIRECT in many kernels."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        store, path = written(kind, Path(folder))
+        store, path = written(opens, Path(folder))
         assert torch.equal(read(store, "block-0"), random_buffer("block-0"))
         flip_last_byte(path)
         with pytest.raises(StoreError, match="data differ"):
-            read(kind(RunDir(folder), LAYOUTS, store.files), "block-0")
+            read(opens(RunDir(folder), LAYOUTS, store.files), "block-0")
 
 
-def test_a_block_whose_bytes_did_not_change_keeps_its_file(kind: Kind, tmp_path: Path) -> None:
-    store = kind(RunDir(tmp_path), LAYOUTS, {})
+def test_a_block_whose_bytes_did_not_change_keeps_its_file(opens: Opens, tmp_path: Path) -> None:
+    store = opens(RunDir(tmp_path), LAYOUTS, {})
     first = store.write("block-0", random_buffer("block-0"), 1)
     assert store.write("block-0", random_buffer("block-0"), 2) == first
-    assert store.written_bytes == first.num_bytes and len(list(tmp_path.iterdir())) == 1
-    for changed in (0, LAYOUTS["block-0"].total_bytes - 1):  # the first chunk, the last
-        buffer = random_buffer("block-0")
-        buffer[changed] ^= 1
-        newer = store.write("block-0", buffer, 3 + changed)
-        assert newer.name != first.name and newer.digest != first.digest
-        assert torch.equal(read(kind(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), buffer)
+    assert store.traffic().disk_written_bytes == first.num_bytes and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_digest_is_that_of_the_chunks_digests(kind: Kind, tmp_path: Path) -> None:
-    store, path = written(kind, tmp_path)
+@pytest.mark.parametrize("changed", [0, CHUNK, -1], ids=["first chunk", "second chunk", "last chunk"])
+def test_a_block_with_one_changed_byte_gets_a_new_file(opens: Opens, tmp_path: Path, changed: int) -> None:
+    store = opens(RunDir(tmp_path), LAYOUTS, {})
+    first = store.write("block-0", random_buffer("block-0"), 1)
+    buffer = random_buffer("block-0")
+    buffer[changed] ^= 1
+    newer = store.write("block-0", buffer, 2)
+    assert newer.name != first.name and newer.digest != first.digest
+    assert torch.equal(read(opens(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), buffer)
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["with the same bytes", "with other bytes"])
+def test_a_working_copy_is_never_what_a_commit_names(opens: Opens, tmp_path: Path, seed: int) -> None:
+    store = opens(RunDir(tmp_path), LAYOUTS, {})
+    first = store.write("block-0", random_buffer("block-0"), 1)
+    store.write("block-0", random_buffer("block-0", seed), 2, durable=False)
+    assert torch.equal(read(store, "block-0"), random_buffer("block-0", seed))
+    record = store.write("block-0", random_buffer("block-0"), 3)
+    assert record.digest == first.digest != NO_DIGEST
+    assert torch.equal(
+        read(opens(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0")
+    )
+
+
+def test_a_read_of_the_weights_alone_does_not_vouch_for_the_rest(opens: Opens, tmp_path: Path) -> None:
+    store, path = written(opens, tmp_path)
+    flip_last_byte(path)
+    with contextlib.suppress(StoreError):  # a store in RAM reads the whole block, and finds it at once
+        store.read("block-0", aligned_buffer(LAYOUTS["block-0"].weights_read_bytes))
+    with pytest.raises(StoreError, match="data differ"):
+        read(store, "block-0")
+
+
+def test_the_digest_is_that_of_the_chunks_digests(opens: Opens, tmp_path: Path) -> None:
+    store, path = written(opens, tmp_path)
     data = path.read_bytes()[len(LAYOUTS["block-0"].header()) :]
-    chunks = [data[start : start + 8192] for start in range(0, len(data), 8192)]
+    chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
     assert len(chunks) > 2
     assert (
         store.files["block-0"].digest
@@ -268,30 +305,70 @@ def test_the_digest_is_that_of_the_chunks_digests(kind: Kind, tmp_path: Path) ->
     )
 
 
-def test_a_paced_disk_takes_at_least_its_time(kind: Kind, tmp_path: Path) -> None:
+def test_a_paced_disk_takes_at_least_its_time(opens: Opens, tmp_path: Path) -> None:
     rate = 10 * LAYOUTS["block-0"].total_bytes  # a tenth of a second
-    store = kind(RunDir(tmp_path), LAYOUTS, {}, paces=(Pace(rate), Pace(rate)))
+    store = opens(RunDir(tmp_path), LAYOUTS, {}, paces=(Pace(rate), Pace(rate)))
     store.write("block-0", random_buffer("block-0"), 1)
-    assert store.write_s >= 0.1
-    fresh = kind(RunDir(tmp_path), LAYOUTS, store.files, paces=(Pace(rate), Pace(rate)))
+    assert store.transfer_s().disk_written_s >= 0.1
+    fresh = opens(RunDir(tmp_path), LAYOUTS, store.files, paces=(Pace(rate), Pace(rate)))
     assert torch.equal(read(fresh, "block-0"), random_buffer("block-0"))
-    assert fresh.read_s >= 0.1
+    assert fresh.transfer_s().disk_read_s >= 0.1
 
 
-def test_bytes_pass_a_ring_of_a_few_chunks_both_ways(kind: Kind, tmp_path: Path) -> None:
+def test_bytes_pass_a_ring_of_a_few_chunks_both_ways(opens: Opens, tmp_path: Path) -> None:
     size = LAYOUTS["block-0"].total_bytes
     ring = Ring(torch.device("cpu"), size)
-    store = kind(RunDir(tmp_path), LAYOUTS, {}, ring)
+    store = opens(RunDir(tmp_path), LAYOUTS, {}, ring)
     store.write("block-0", random_buffer("block-0"), 1)
-    passes = (
-        2 if kind is HostStore else 1
-    )  # its copy in RAM is memory of the ring's device here, and passes as well
-    assert ring.passed_bytes == [0, passes * size]
+    # The copy in RAM is memory of the ring's device here, so it passes as well.
+    out = size * (2 if opens is open_host else 1)
+    assert ring.traffic() == Traffic(device_to_host_bytes=out)
     assert torch.equal(read(store, "block-0"), random_buffer("block-0"))
-    assert ring.passed_bytes == [size, passes * size]
+    assert ring.traffic() == Traffic(host_to_device_bytes=size, device_to_host_bytes=out)
 
 
-@contextmanager
+class Short(io.FileIO):
+    """Moves half of each request of `length` bytes without an error, as a system without room may."""
+
+    length = 0
+
+    def readinto(self, buffer: Any) -> int:  # type: ignore[override]
+        return super().readinto(self._half(buffer))
+
+    def write(self, data: Any) -> int:  # type: ignore[override]
+        return super().write(self._half(data))
+
+    def _half(self, data: memoryview) -> memoryview:
+        return data[: len(data) // 2] if len(data) == self.length else data
+
+
+@pytest.mark.parametrize("length", [CHUNK, REST], ids=["a whole chunk", "the last one"])
+def test_a_request_that_reads_less_than_it_should_is_refused(
+    opens: Opens, tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read of the weights alone, which no digest checks."""
+    store, path = written(opens, tmp_path)
+    monkeypatch.setattr(Short, "length", length)
+    monkeypatch.setattr(io, "FileIO", Short)
+    with pytest.raises(StoreError, match=f"moved {length // 2} of {length} bytes in one request") as caught:
+        store.read("block-0", aligned_buffer(CHUNK + REST))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [CHUNK, REST], ids=["a whole chunk", "the last one"])
+def test_a_request_that_writes_less_than_it_should_is_refused_and_leaves_no_file(
+    opens: Opens, tmp_path: Path, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, path = written(opens, tmp_path)
+    record = store.files["block-0"]
+    monkeypatch.setattr(Short, "length", length)
+    monkeypatch.setattr(io, "FileIO", Short)
+    with pytest.raises(StoreError, match=f"moved {length // 2} of {length} bytes in one request"):
+        store.write("block-0", random_buffer("block-0", seed=5), 8)
+    assert list(tmp_path.iterdir()) == [path] and store.files["block-0"] == record
+
+
+@contextlib.contextmanager
 def largest_file(num_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
@@ -301,21 +378,26 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("cause", ["no space", "too large at once", "too large half-way"])
+@pytest.mark.parametrize(
+    "cause", ["no space", "too large at once", "too large between chunks", "too large in the last chunk"]
+)
 def test_a_write_that_does_not_fit_is_one_line_and_the_old_file_still_counts(
-    kind: Kind, tmp_path: Path, cause: str
+    opens: Opens, tmp_path: Path, cause: str
 ) -> None:
-    store, path = written(kind, tmp_path)
+    store, path = written(opens, tmp_path)
     record = store.files["block-0"]
     if cause == "no space":
         (tmp_path / "block-0000.000008.safetensors").symlink_to("/dev/full")
-    limit = {"no space": resource.RLIM_INFINITY, "too large at once": 4096, "too large half-way": 12288}[
-        cause
-    ]
+    limit = {
+        "no space": resource.RLIM_INFINITY,
+        "too large at once": 4096,
+        "too large between chunks": 4096 + CHUNK,
+        "too large in the last chunk": record.num_bytes - 2048,  # the system then writes a part of it
+    }[cause]
     with largest_file(limit), pytest.raises(StoreError, match="block-0000.000008.safetensors") as caught:
         store.write("block-0", random_buffer("block-0", seed=5), 8)
     assert "\n" not in str(caught.value)
     assert store.files["block-0"] == record
     assert torch.equal(
-        read(kind(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0")
+        read(opens(RunDir(tmp_path), LAYOUTS, store.files), "block-0"), random_buffer("block-0")
     )

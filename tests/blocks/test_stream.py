@@ -7,6 +7,7 @@ too.
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -21,12 +22,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.blocks import staging as staging_module
-from lowmem.blocks import store as store_module
+from lowmem.blocks import staging
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
-from lowmem.blocks.run_dir import FileRecord, RunDir
+from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import RING_CHUNKS, Ring
-from lowmem.blocks.store import DiskStore, HostStore
+from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
 from lowmem.errors import StoreError
 
@@ -39,16 +39,13 @@ SLOT_BYTES = max(layout.total_bytes for layout in BLOCKS)
 every_way = pytest.mark.parametrize(
     ("resident", "prefetch"), [(True, True), (True, False), (False, True), (False, False)]
 )
-every_store = pytest.mark.parametrize(
-    ("kind", "copied"), [(DiskStore, False), (DiskStore, True), (HostStore, True)]
-)
+every_store = pytest.mark.parametrize(("in_ram", "copied"), [(False, False), (False, True), (True, True)])
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of these blocks is several chunks."""
-    for module in (staging_module, store_module):
-        monkeypatch.setattr(module, "CHUNK_BYTES", 8192)
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 8192)
 
 
 def fill(block: int, version: int = 0) -> Tensor:
@@ -62,7 +59,7 @@ def open_stream(
     folder: Path,
     resident: bool = False,
     prefetch: bool = True,
-    kind: type[DiskStore] = DiskStore,
+    in_ram: bool = False,
     copied: bool = False,
 ) -> Iterator[BlockStream]:
     first = DiskStore(RunDir(folder), LAYOUTS, {})
@@ -70,8 +67,10 @@ def open_stream(
         first.write(block_key(block), aligned_buffer(BLOCKS[block].total_bytes).copy_(fill(block)), 0)
     first.close()
     ring = Ring(torch.device("cpu"), SLOT_BYTES) if copied else None
-    store = kind(RunDir(folder), LAYOUTS, first.files, ring)
-    stream = BlockStream(store, BLOCKS, SHARED, torch.device("cpu"), resident, prefetch)
+    disk = DiskStore(RunDir(folder), LAYOUTS, first.files, ring)
+    stream = BlockStream(
+        HostStore(disk) if in_ram else disk, BLOCKS, SHARED, torch.device("cpu"), resident, prefetch
+    )
     try:
         yield stream
     finally:
@@ -88,7 +87,7 @@ def store_block(stream: BlockStream, block: int, buffer: Tensor, version: int, w
     stream.store({block: buffer}, SHARED_BUFFER, version, lambda files: None, wait)
 
 
-def slowly(monkeypatch: pytest.MonkeyPatch, store: DiskStore) -> None:
+def slowly(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     write = store.write
 
     def slow(*args: Any) -> FileRecord:
@@ -101,9 +100,9 @@ def slowly(monkeypatch: pytest.MonkeyPatch, store: DiskStore) -> None:
 @every_store
 @every_way
 def test_blocks_arrive_with_the_bytes_of_their_files(
-    tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool
+    tmp_path: Path, resident: bool, prefetch: bool, in_ram: bool, copied: bool
 ) -> None:
-    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+    with open_stream(tmp_path, resident, prefetch, in_ram, copied) as stream:
         for block in [0, 1, 2, 3, 1, 0]:
             buffer = stream.load(block)
             stream.prefetch((block + 1) % NUM_BLOCKS)
@@ -117,11 +116,11 @@ def test_a_block_loaded_while_it_is_written_has_its_newest_bytes(
     tmp_path: Path,
     resident: bool,
     prefetch: bool,
-    kind: type[DiskStore],
+    in_ram: bool,
     copied: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+    with open_stream(tmp_path, resident, prefetch, in_ram, copied) as stream:
         slowly(monkeypatch, stream.block_store)
         for version, block in enumerate([2, 2, 0, 2], start=1):
             store_block(stream, block, stream.load(block), version)
@@ -138,9 +137,9 @@ def test_a_block_loaded_while_it_is_written_has_its_newest_bytes(
 @every_store
 @every_way
 def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(
-    tmp_path: Path, resident: bool, prefetch: bool, kind: type[DiskStore], copied: bool
+    tmp_path: Path, resident: bool, prefetch: bool, in_ram: bool, copied: bool
 ) -> None:
-    with open_stream(tmp_path, resident, prefetch, kind, copied) as stream:
+    with open_stream(tmp_path, resident, prefetch, in_ram, copied) as stream:
         for visit in range(3 * NUM_BLOCKS):
             block = visit % NUM_BLOCKS
             buffer = stream.load(block)
@@ -158,13 +157,13 @@ def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(
 @every_store
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_no_more_slots_are_made_than_the_plan_counts(
-    tmp_path: Path, prefetch: bool, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prefetch: bool, in_ram: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, made = BlockStream._buffer, []
     monkeypatch.setattr(
         BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
     )
-    with open_stream(tmp_path, False, prefetch, kind, copied) as stream:
+    with open_stream(tmp_path, False, prefetch, in_ram, copied) as stream:
         slowly(monkeypatch, stream.block_store)
         for visit in range(2 * NUM_BLOCKS):
             buffer = stream.load(visit % NUM_BLOCKS)
@@ -183,29 +182,36 @@ def test_no_more_slots_are_made_than_the_plan_counts(
 
 @every_store
 def test_a_resident_block_is_there_once_and_no_slot_is_made(
-    tmp_path: Path, kind: type[DiskStore], copied: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, in_ram: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, made = BlockStream._buffer, []
     monkeypatch.setattr(
         BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
     )
-    with open_stream(tmp_path, True, True, kind, copied) as stream:
+    with open_stream(tmp_path, True, True, in_ram, copied) as stream:
         for visit in range(2 * NUM_BLOCKS):
             store_block(stream, visit % NUM_BLOCKS, stream.load(visit % NUM_BLOCKS), visit + 1)
     assert made == [layout.total_bytes for layout in BLOCKS]
     assert staging_bytes(SLOT_BYTES, True, True, copied, NUM_BLOCKS)[0] == 0
 
 
-def test_a_prefetched_block_is_read_before_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_prefetched_block_is_read_before_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with open_stream(tmp_path) as stream:
+        read, has_read = stream.block_store.read, threading.Event()
+
+        def recorded(key: str, buffer: Tensor) -> None:
+            read(key, buffer)
+            has_read.set()
+
+        monkeypatch.setattr(stream.block_store, "read", recorded)
         stream.prefetch(3)
-        deadline = time.monotonic() + 10
-        while not stream.block_store.read_bytes and time.monotonic() < deadline:
-            time.sleep(0.005)
-        read_bytes = stream.block_store.read_bytes
+        assert has_read.wait(60)
+        read_bytes = stream.traffic().disk_read_bytes
         assert read_bytes == stream.block_store.files["block-3"].num_bytes
         assert holds(stream.load(3), 3)
-        assert stream.block_store.read_bytes == read_bytes
+        assert stream.traffic().disk_read_bytes == read_bytes
 
 
 def test_the_shared_part_is_written_as_it_was_when_stored(
@@ -236,10 +242,18 @@ def test_a_commit_is_called_with_the_new_files_once_they_are_on_the_disk(
             }
         )
 
+    looked = threading.Event()
     with open_stream(tmp_path) as stream:
-        slowly(monkeypatch, stream.block_store)
+        write = stream.block_store.write
+
+        def write_later(*args: Any) -> FileRecord:
+            assert wait or looked.wait(60)
+            return write(*args)
+
+        monkeypatch.setattr(stream.block_store, "write", write_later)
         stream.store({1: stream.load(1)}, SHARED_BUFFER, 1, committed, wait)
         assert len(commits) == (1 if wait else 0)
+        looked.set()
         stream.finish()
     assert commits == [{"block-0001.000001.safetensors": True, "shared.000001.safetensors": True}]
 
@@ -260,10 +274,10 @@ def test_an_error_of_the_reader_reaches_load_and_costs_no_slot(
 @every_store
 @pytest.mark.parametrize("reached_by", ["store", "finish", "load of the same block", "store with wait"])
 def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(
-    tmp_path: Path, reached_by: str, kind: type[DiskStore], copied: bool
+    tmp_path: Path, reached_by: str, in_ram: bool, copied: bool
 ) -> None:
     commits: list[object] = []
-    with open_stream(tmp_path, False, True, kind, copied) as stream:
+    with open_stream(tmp_path, False, True, in_ram, copied) as stream:
         (tmp_path / "block-0002.000001.safetensors").symlink_to("/dev/full")
         buffers = {2: stream.load(2)}
         stream.prefetch(0)
@@ -284,19 +298,97 @@ def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(
     assert commits == []
 
 
+def test_a_kept_block_gives_its_slot_back_only_when_its_write_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As block 0 does, which ends a step and begins the next one while it is still being written."""
+    events: list[str] = []
+    released = threading.Event()
+    with open_stream(tmp_path) as stream:
+        write, give = stream.block_store.write, stream._slots.give
+
+        def write_after_the_release(*args: Any) -> FileRecord:
+            assert released.wait(60)
+            record = write(*args)
+            events.append("written")
+            return record
+
+        def recorded_give(slot: Tensor) -> None:
+            events.append("slot free")
+            give(slot)
+
+        monkeypatch.setattr(stream.block_store, "write", write_after_the_release)
+        monkeypatch.setattr(stream._slots, "give", recorded_give)
+        buffer = stream.load(0)
+        buffer[: BLOCKS[0].total_bytes].copy_(fill(0, 1))
+        stream.write_back(0, buffer, 1, durable=True, keep=True)
+        stream.release(0, buffer)
+        events.append("released")
+        released.set()
+        assert holds(stream.load(0), 0, 1)
+    assert events == ["released", "written", "slot free"]
+
+
+def test_a_commit_is_on_the_disk_in_order_files_folder_state_move_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any other order a power cut could leave a state that names what is not there."""
+    run, events = RunDir(tmp_path), list[str]()
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        there = {path.stat().st_ino: path.name for path in [tmp_path, *tmp_path.iterdir()]}
+        events.append(f"sync {there[os.fstat(handle).st_ino]}")
+        real_fsync(handle)
+
+    def replace(source: Path, target: Path) -> None:
+        events.append(f"move {source.name} to {target.name}")
+        real_replace(source, target)
+
+    with open_stream(tmp_path) as stream:
+        monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "replace", replace)
+        buffer = stream.load(1)
+        buffer[0] ^= 1
+        stream.write_back(1, buffer, 1, durable=True)
+        other = stream.load(2)
+        other[0] ^= 1
+        stream.store({2: other}, SHARED_BUFFER, 1, lambda files: run.commit(RunState(files=files)), wait=True)
+    folder = tmp_path.name
+    assert events == [
+        "sync block-0001.000001.safetensors",
+        "sync block-0002.000001.safetensors",
+        "sync shared.000001.safetensors",
+        f"sync {folder}",
+        "sync state.json.tmp",
+        "move state.json.tmp to state.json",
+        f"sync {folder}",
+    ]
+
+
+def test_the_shared_part_is_loaded_as_it_was_stored_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_stream(tmp_path) as stream:
+        slowly(monkeypatch, stream.block_store)
+        stream.store({0: stream.load(0)}, SHARED_BUFFER, 1, lambda files: None, wait=False)
+        loaded = stream.load_shared()
+        assert torch.equal(loaded, SHARED_BUFFER)
+        loaded.zero_()  # a buffer of its own: to train in it changes nothing else
+        assert torch.equal(stream.load_shared(), SHARED_BUFFER)
+
+
 def threads_since(before: set[threading.Thread]) -> set[str]:
-    """Of this test alone: a store that another test left to the garbage collector may still have its threads."""
+    """Threads of this test alone: a store that another test has dropped may still have its own."""
     return {thread.name for thread in set(threading.enumerate()) - before}
 
 
 @every_store
 @pytest.mark.parametrize("resident", [True, False])
-def test_a_closed_stream_holds_no_block(
-    tmp_path: Path, resident: bool, kind: type[DiskStore], copied: bool
-) -> None:
+def test_a_closed_stream_holds_no_block(tmp_path: Path, resident: bool, in_ram: bool, copied: bool) -> None:
     gc.disable()  # at once, not when the collector comes
     try:
-        with open_stream(tmp_path, resident, True, kind, copied) as stream:
+        with open_stream(tmp_path, resident, True, in_ram, copied) as stream:
             for visit in range(2 * NUM_BLOCKS):
                 buffer = stream.load(visit % NUM_BLOCKS)
                 stream.prefetch((visit + 1) % NUM_BLOCKS)
@@ -310,39 +402,16 @@ def test_a_closed_stream_holds_no_block(
 
 
 def test_no_thread_of_a_stream_starts_a_team_of_compute_threads(tmp_path: Path) -> None:
-    """OpenMP gives every thread that computes a team of its own, and lets all teams sleep between operations
-    once they outnumber the cores.
+    """OpenMP gives every thread that computes a team of its own. Once the teams outnumber the cores, it lets
+    them sleep between operations, and compute becomes slower.
     """
-    code = f"""
-import os, sys, threading
-from pathlib import Path
-sys.path[:0] = {sys.path!r}
-import torch
-torch.set_num_threads(4)
-torch.ones(1 << 20).add_(1)  # the main thread's team
-from lowmem.blocks.arena import ArenaLayout, aligned_buffer
-from lowmem.blocks.run_dir import RunDir
-from lowmem.blocks.store import HostStore
-from lowmem.blocks.stream import BlockStream
-layouts = [ArenaLayout([("weight", (1024, 2048))], "adamw") for _ in range(3)]
-shared = ArenaLayout([("table", (1024, 1024))], "adamw")
-store = HostStore(RunDir({str(tmp_path)!r}), {{**{{f"block-{{b}}": layout for b, layout in enumerate(layouts)}}, "shared": shared}}, {{}})
-for b, layout in enumerate(layouts):
-    store.write(f"block-{{b}}", aligned_buffer(layout.total_bytes), 0)
-store._copies.clear()
-stream = BlockStream(store, layouts, shared, torch.device("cpu"), False, True)
-def others():
-    return len(os.listdir("/proc/self/task")) - len(threading.enumerate())
-before = others()
-for visit, b in enumerate([0, 1, 2, 0, 1, 2]):
-    buffer = stream.load(b)
-    stream.prefetch((b + 1) % 3)
-    stream.store({{b: buffer}}, torch.zeros(shared.total_bytes, dtype=torch.uint8), visit + 1, lambda files: None, wait=False)
-stream.finish()
-print(others() - before)
-stream.close()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("compute_teams_child.py"), tmp_path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 0
 

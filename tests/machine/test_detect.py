@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 from lowmem.errors import ProfileError
-from lowmem.machine import memory as cgroup
-from lowmem.machine import profile as hardware
+from lowmem.machine import detect, memory
 from lowmem.machine.detect import detect_profile
 from lowmem.machine.profile import Profile, profile_from_dict, profile_to_yaml
 from lowmem.units import GIB, MIB
@@ -90,8 +89,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=13 * GIB))
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(driver=False))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(cgroup, "CGROUP_FILE", tmp_path / "cgroup")
-    monkeypatch.setattr(cgroup, "CGROUP_ROOT", tmp_path / "sys")
+    monkeypatch.setattr(memory, "CGROUP_FILE", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "CGROUP_ROOT", tmp_path / "sys")
 
 
 def assert_round_trip(profile: Profile) -> None:
@@ -122,7 +121,7 @@ def test_what_other_programs_hold_now_is_reserved_where_it_is_more_than_a_quarte
         "memory.stat": f"anon 1\ninactive_file {2 * GIB}\n",
     }.items():
         (tmp_path / "sys" / "box" / name).write_text(text)
-    assert cgroup.available_bytes() == 3 * GIB
+    assert memory.available_bytes() == 3 * GIB
     assert detect_profile().host_budget_bytes == pytest.approx(3 * GIB, abs=GIB / 1000)
 
 
@@ -237,9 +236,9 @@ def test_hidden_devices_stay_hidden(monkeypatch: pytest.MonkeyPatch, visible: st
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "MEASURE_BYTES", MIB)
-    monkeypatch.setattr(hardware, "MATMUL_SIZE", {"cpu": 64, "cuda": 64})
-    monkeypatch.setattr(hardware, "_RUNTIME_CHILD", f"print({GIB // 4})")
+    monkeypatch.setattr(detect, "MEASURE_BYTES", MIB)
+    monkeypatch.setattr(detect, "MATMUL_SIZE", {"cpu": 64, "cuda": 64})
+    monkeypatch.setattr(detect, "RUNTIME_PROBE", ("-c", f"print({GIB // 4})"))
 
 
 def test_measuring_adds_rates_and_leaves_no_file(tmp_path: Path, small: None) -> None:
@@ -256,7 +255,8 @@ def test_measuring_adds_rates_and_leaves_no_file(tmp_path: Path, small: None) ->
 def test_measuring_in_a_folder_that_is_not_there_is_refused(tmp_path: Path, small: None) -> None:
     with pytest.raises(
         ProfileError,
-        match=r"^detect: no test file in .*none: No such file or directory; allowed: a folder to write 1048576 bytes",
+        match=r"^detect: no test file in .*none: No such file or directory; "
+        r"allowed: a folder to write 1048576 bytes",
     ):
         detect_profile(measure=True, folder=tmp_path / "none")
 
@@ -264,7 +264,7 @@ def test_measuring_in_a_folder_that_is_not_there_is_refused(tmp_path: Path, smal
 def test_a_runtime_that_cannot_be_measured_keeps_the_constant(
     tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "_RUNTIME_CHILD", "raise SystemExit(1)")
+    monkeypatch.setattr(detect, "RUNTIME_PROBE", ("-c", "raise SystemExit(1)"))
     assert detect_profile(measure=True, folder=tmp_path).device.runtime_gib is None
 
 
@@ -279,7 +279,7 @@ def test_a_device_that_torch_cannot_use_is_not_called_measured(
 
 def test_the_runtime_of_a_real_child_is_plausible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = subprocess.run(
-        [sys.executable, "-c", hardware._RUNTIME_CHILD, str(tmp_path)],
+        [sys.executable, *detect.RUNTIME_PROBE, str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,

@@ -12,7 +12,7 @@ import pytest
 CHILD = """
 import sys, psutil, torch
 from lowmem.machine.heap import give_back_freed
-from lowmem.reporting.telemetry import anonymous_bytes
+from lowmem.machine.monitor import anonymous_bytes
 told = sys.argv[1] == "told" and give_back_freed()
 process = psutil.Process()
 torch.zeros(1).add(1)

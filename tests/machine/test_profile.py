@@ -185,6 +185,9 @@ def test_negative_and_infinite_amounts_are_refused() -> None:
 
 
 def test_importing_the_module_does_not_load_torch_or_the_probes() -> None:
-    code = "import sys, lowmem.machine.profile as h; h.load_profile('cpu-4gib'); print([m for m in ('torch', 'pynvml', 'psutil') if m in sys.modules])"
+    code = (
+        "import sys, lowmem.machine.profile as profile; profile.load_profile('cpu-4gib'); "
+        "print([name for name in ('torch', 'pynvml', 'psutil') if name in sys.modules])"
+    )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == "[]"

@@ -54,7 +54,9 @@ def test_weights_and_gradients_are_not_counted_as_activations() -> None:
     plan = make_plan(build, recipe, load_profile("cpu-16gib"))
     with torch.device("meta"):
         model = build()
-    activations = PassCounter(model, recipe)(range(2), plan.settings).peak_bytes
+    activations = PassCounter(model, model.make_objective(recipe.noise), recipe)(
+        range(2), plan.settings
+    ).peak_bytes
     block = layouts_of(model, plan.settings)[0][0]
     largest = max(slot.numel for slot in block.slots) * 4
     assert largest < activations < 3 * largest < block.weights_bytes
@@ -65,7 +67,7 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_recompute() -> No
     build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
     with torch.device("meta"):
         model = build()
-    counter = PassCounter(model, recipe)
+    counter = PassCounter(model, model.make_objective(recipe.noise), recipe)
     settings = make_plan(build, recipe, load_profile("cpu-16gib")).settings
     small, large = (
         counter(range(6), settings.model_copy(update={"micro_batch_size": size})).peak_bytes

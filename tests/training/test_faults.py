@@ -1,4 +1,4 @@
-"""Races and faults of a streamed run: it goes on, or stops at the last commit with one clear line, and
+"""Races and faults of a streamed run: it goes on, or it stops at the last commit with one clear line, and
 nothing is lost.
 """
 
@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from conftest import SHORT, recipe_with
 from racing import race, race_plan
+from torch import Tensor
 
-from lowmem.blocks import staging as staging_module
-from lowmem.blocks import store as store_module
+from lowmem.blocks import staging
+from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.staging import Ring
 from lowmem.data.datasets import describe_data, load_data
@@ -28,7 +29,7 @@ from lowmem.models import model_builder
 from lowmem.planning.plan import make_plan
 from lowmem.reporting.report import digest, read_report
 from lowmem.reporting.telemetry import Recorder, read_records
-from lowmem.training import open_run as weights_module
+from lowmem.training import open_run
 from lowmem.training.trainer import Trainer
 from lowmem.units import MIB
 
@@ -39,11 +40,10 @@ ROWS, STEPS, TIMES = 6_000, 2, 50
 def test_copies_that_compute_outruns_still_bring_the_right_bytes_50_times(
     tmp_path: Path, through: str, num_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`ring`: through chunks into two slots, as on CUDA."""
-    for module in (store_module, staging_module):
-        monkeypatch.setattr(module, "CHUNK_BYTES", MIB // 2)  # some chunks a block
+    """`ring`: blocks pass chunks into two slots, as on CUDA."""
+    monkeypatch.setattr(staging, "CHUNK_BYTES", MIB // 2)  # some chunks a block
     if through == "ring":
-        monkeypatch.setattr(weights_module, "_open_ring", lambda plan, device, layouts: Ring(device, MIB))
+        monkeypatch.setattr(open_run, "_open_ring", lambda plan, device, layouts: Ring(device, MIB))
     profile = load_profile("cpu-4gib")
     expected = race(tmp_path / "resident", race_plan(profile, num_blocks, ROWS, STEPS, tier="device"), ROWS)
     plan = race_plan(profile, num_blocks, ROWS, STEPS, tier="disk", prefetch=True, write_back="beside")
@@ -59,7 +59,7 @@ RUN = {**SHORT, "offload__tier": "disk", "offload__write_back": "beside", "model
 
 
 def run_short(folder: Path, listeners: Any = ()) -> RunState:
-    """A short run by a plan that did not look at the disk: it became full, or a small one, later."""
+    """A short run whose plan did not look at the disk, as if that had become full, or small, only later."""
     recipe = recipe_with(**RUN)
     build, data = (
         model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len)),
@@ -87,16 +87,16 @@ def small_disk(num_bytes: int) -> Iterator[Path]:
 
 
 def fill(path: Path) -> None:
-    """Takes all the space there is."""
+    """Takes all the space that is left."""
     with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
 
 
 def stopped_once_full(folder: Path, become_full: Any) -> int:
-    """Runs until the disk is full; the visits that are then committed.
+    """Runs until the disk is full; returns the visits that are then committed.
 
-    Whatever the run's files were is still there.
+    All files of the last commit must still be there.
     """
 
     def at_the_fourth_commit(record: dict[str, Any]) -> None:
@@ -132,16 +132,15 @@ def test_a_disk_that_is_full_after_some_bytes_stops_the_run_at_the_last_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken = run_short(tmp_path / "unbroken")
-    real, space = store_module.DiskStore._request, [10**9]
+    real, space = ChunkRequests.write, [10**9]
 
-    def request(self: Any, path: Path, position: int, chunk: Any, reading: bool) -> None:
-        if not reading:
-            space[0] -= chunk.numel()
-            if space[0] < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, path, position, chunk, reading)
+    def write(self: ChunkRequests, path: Path, position: int, chunk: Tensor) -> None:
+        space[0] -= chunk.numel()
+        if space[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, path, position, chunk)
 
-    monkeypatch.setattr(store_module.DiskStore, "_request", request)
+    monkeypatch.setattr(ChunkRequests, "write", write)
     assert stopped_once_full(tmp_path / "run", lambda: space.__setitem__(0, 10_000)) == 4
     space[0] = 10**9
     assert digest(run_short(tmp_path / "run")) == digest(unbroken)
@@ -187,10 +186,9 @@ def test_a_slow_disk_changes_the_time_and_not_the_digest_and_the_report_says_wha
     state = RunDir(tmp_path / "slow").read_state()
     assert state is not None
     read_rate, write_rate = profile.disk_rates
-    headers = sum(
-        record.num_bytes for record in state.files.values()
-    )  # at most: headers and the shared part are not paced apart
-    assert state.transfer_s["disk_read_s"] >= (traffic["disk_read_bytes"] - headers) / read_rate  # type: ignore[operator]
+    # Headers and the shared part are not paced; together they are less than all files.
+    headers = sum(record.num_bytes for record in state.files.values())
+    assert state.transfer_s.disk_read_s >= (traffic["disk_read_bytes"] - headers) / read_rate  # type: ignore[operator]
     assert stream["disk_written_bytes_per_s"] <= 1.1 * write_rate  # type: ignore[operator]
     assert stream["exposed_share"] > 0.01
     assert (

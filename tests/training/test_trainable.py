@@ -9,23 +9,15 @@ import torch
 from conftest import with_weights
 from torch import Tensor, nn
 
-from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks.arena import ArenaLayout, aligned_buffer, parameter_views
 from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
-from lowmem.models.causal_lm import CausalLm
-from lowmem.models.dit import Dit
-from lowmem.models.masked_lm import MaskedLm
-from lowmem.models.recurrent_lm import RecurrentLm
-from lowmem.models.vit import Vit
+from lowmem.models.causal_lm import CausalLm, CausalLmModel
+from lowmem.models.dit import Dit, DitModel
+from lowmem.models.masked_lm import MaskedLm, MaskedLmModel
+from lowmem.models.recurrent_lm import RecurrentLm, RecurrentLmModel
+from lowmem.models.vit import Vit, VitModel
 from lowmem.planning.settings import COMPUTE_DTYPE
-from lowmem.recipe import (
-    CausalLmModel,
-    DitModel,
-    MaskedLmModel,
-    NoiseConfig,
-    OptimizerConfig,
-    RecurrentLmModel,
-    VitModel,
-)
+from lowmem.recipe import NoiseConfig, OptimizerConfig
 from lowmem.training.trainable import SHARED, Scratch, Trainable
 
 TRANSFORMER: dict[str, Any] = {"num_layers": 3, "dim": 64, "num_heads": 2, "dropout": 0.1}
@@ -79,10 +71,9 @@ def trained(
         torch.manual_seed(step)
         for trainable in trainables:
             trainable.begin(step, 1e-2, CONFIG)
-        interval = model.objective.interval(0, 2, noise, 0.0)
-        model.objective.block_loss(
-            model, [model.layers[i] for i in layers], batch, interval, noise, recompute
-        ).mean().backward()
+        objective = model.make_objective(noise)
+        interval = objective.interval(0, 2, 0.0)
+        objective.block_loss([model.layers[i] for i in layers], batch, interval, recompute).mean().backward()
         if during_backward:
             assert all(parameter.grad is None for parameter in model.parameters())
         for trainable in trainables:
@@ -132,3 +123,51 @@ def test_a_weight_that_is_needed_after_its_update_is_noticed() -> None:
     )  # saved here without a gradient of its own, needed again below
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         model[1](hidden).sum().backward()
+
+
+@pytest.mark.parametrize("during_backward", [False, True])
+def test_each_step_rounds_bf16_weights_with_odds_of_its_own(during_backward: bool) -> None:
+    """At 1 bf16 numbers lie 1/256 apart below; steps of half of that move one weight in two."""
+    model = nn.Sequential(nn.Linear(64, 256, bias=False))
+    layout = ArenaLayout([("0.weight", (256, 64))], "adamw", weights_dtype=torch.bfloat16)
+    scratch = Scratch([layout], layout, torch.bfloat16, torch.device("cpu"), 0, during_backward)
+    trainable = scratch.trainable(0, layout, aligned_buffer(layout.total_bytes))
+    weights = trainable.arena.weights.fill_(1.0)
+    config = CONFIG.model_copy(update={"ema": None, "weight_decay": 0.0})
+    moved = []
+    for step in (1, 2):
+        before = weights.clone()
+        trainable.bind(model)
+        trainable.begin(step, 1 / 512, config)
+        model(torch.ones(1, 64, dtype=torch.bfloat16)).sum().backward()
+        trainable.update()
+        moved.append((weights != before).double() - 0.5)
+    for each in moved:
+        assert abs(float(each.mean())) < 0.05
+    assert abs(float((moved[0] * moved[1]).mean())) < 0.02, "0.25 where both steps move the same weights"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_parameter_without_a_gradient_is_updated_all_the_same(optimizer: str) -> None:
+    """Weight decay acts on it and its average follows, also where updates are made during backward."""
+    ends = []
+    for during_backward in (False, True):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in ("used", "unused")})
+        layout = ArenaLayout([(n, tuple(p.shape)) for n, p in model.named_parameters()], optimizer, ema=True)
+        scratch = Scratch([layout], layout, torch.float32, torch.device("cpu"), 0, during_backward)
+        trainable = scratch.trainable(0, layout, aligned_buffer(layout.total_bytes))
+        weights = parameter_views(layout, trainable.arena.weights)
+        for name, value in weights.items():
+            value.copy_(model.get_parameter(name).detach())
+        before = weights["unused.weight"].clone()
+        for step in (1, 2):
+            trainable.bind(model)
+            trainable.begin(step, 1e-2, CONFIG)
+            model["used"](torch.ones(2, 64)).sum().backward()
+            trainable.update()
+        decayed = before * (1 - 1e-2 * CONFIG.weight_decay) ** 2
+        torch.testing.assert_close(weights["unused.weight"], decayed, rtol=1e-6, atol=1e-8)
+        assert not torch.equal(weights["unused.weight"], before)
+        ends.append(trainable.arena.buffer)
+    assert torch.equal(*ends)
