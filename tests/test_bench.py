@@ -92,7 +92,7 @@ def test_the_controls_at_equal_compute_have_as_many_operations_as_the_blocks(
     per_step = {"stdlib-recurrent": 6.0, "stdlib-recurrent-end-to-end": 60.0, parity.ORDINARY: 3.0}
     monkeypatch.setattr(parity, "operations_per_step", lambda recipe, overrides: (per_step[recipe], 1))
     arms = parity.arms_of("recurrent", ["train.num_steps=1000"])
-    control = "control: the same 4 layers as an ordinary language model"
+    control = "control: the same 4 layers as an ordinary model"
     assert {f"{control}, equal updates", f"{control}, equal compute", "end to end, equal compute"} < set(arms)
     for arm, (recipe, overrides) in arms.items():
         operations = per_step[recipe] * load_recipe(recipe, overrides).train.num_steps
