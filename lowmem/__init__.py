@@ -1,7 +1,7 @@
 """lowmem: train models that do not fit, one block at a time, with a memory budget you can check.
 
-Names are loaded when they are first used, so `import lowmem` costs nothing and does not load torch. A type checker
-sees every name as what it is.
+Names are loaded when they are first used, so `import lowmem` costs nothing and does not load torch. A type
+checker sees every name as what it is.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lowmem.data import datasets as data
+from lowmem.data.config import DeclaredImages, TextConfig
 from lowmem.data.datasets import describe_data
 from lowmem.errors import DataError
 from lowmem.job import plan_recipe
@@ -103,8 +103,8 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: Any) -> None:
         raise AssertionError("data were opened")
 
-    monkeypatch.setattr(data, "load_text", opened)
-    monkeypatch.setattr(data, "_open_images", opened)
+    monkeypatch.setattr(TextConfig, "open", opened)
+    monkeypatch.setattr(DeclaredImages, "open", opened)
     monkeypatch.setitem(sys.modules, "datasets", None)
 
 

@@ -3,8 +3,8 @@ section 5.5).
 
 Token i is predicted at position i from tokens < i (shifted input, causal attention throughout):
     e = prelude(tokens)      s <- core(adapter([s, e]))      logits = head(coda(s))
-As a denoiser (B = 1) the state s is the noisy target itself: one pass at a drawn level is one iteration, trained
-on its own.
+As a denoiser (B = 1) the state s is the noisy target itself: one pass at a drawn level is one iteration,
+trained on its own.
 Trained end to end, s starts as noise and back-propagation runs through the last iterations of the loop.
 """
 

@@ -27,7 +27,7 @@ KEPT = "the last commit is kept"
 
 def require_available(plan: Plan) -> None:
     """Raises BudgetError if the machine cannot give now what the plan will take of the host."""
-    need, have = plan.predicted.host_peak_bytes - anonymous_bytes(psutil.Process()), available_bytes()
+    need, have = plan.predicted.host_peak_bytes - held_bytes(), available_bytes()
     if need > have:
         raise BudgetError(
             f"plan: needs {format_bytes(need)} more of the host; the machine has {format_bytes(have)} "
@@ -36,6 +36,11 @@ def require_available(plan: Plan) -> None:
             "host.reserve_gib",
             plan.table(),
         )
+
+
+def held_bytes() -> int:
+    """What this process holds already, anonymous resident."""
+    return anonymous_bytes(psutil.Process())
 
 
 def check_available(plan: Plan, sample: Sample, committed: bool) -> None:

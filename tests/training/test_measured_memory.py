@@ -21,6 +21,8 @@ SETTINGS = [
     "train.warmup_steps=0",
     "train.micro_batch_size=64",
     "optimizer.name=adamw",
+    "eval.num_batches=1",
+    "eval.batch_size=16",
 ]
 
 
