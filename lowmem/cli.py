@@ -361,38 +361,53 @@ def _interrupt(signum: int, frame: object) -> NoReturn:
 
 
 def _stop_if_interrupted(record: dict[str, Any]) -> None:
-    """A listener.
+    """A listener that raises an interrupt again at the next step.
 
-    Python drops a KeyboardInterrupt that meets it within a finalizer or a weak reference's callback: the next
-    step raises it again.
+    Python drops a KeyboardInterrupt that arrives within a finalizer or a weak reference's callback.
     """
     if _interrupted.is_set() and threading.current_thread() is threading.main_thread():
         raise KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, so that a write under way ends first.
+
+    A shutdown is an interrupt too. The handlers that were there before are put back.
+    """
+    _interrupted.clear()
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main() -> NoReturn:
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a shutdown is an interrupt: finish the write under way, then stop
-        signal.signal(number, _interrupt)
-    atexit.register(gc.freeze)  # nor among them at the end
+    """Runs the command line and exits with the code of its outcome."""
+    atexit.register(gc.freeze)  # nor does the interpreter's end look for garbage among what was imported
+    with _interruptible():
+        sys.exit(_outcome())
+
+
+def _outcome() -> int:
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
     except LowmemError as error:
         if isinstance(error, BudgetError) and error.table:
             print(error.table)
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted: what is committed is kept; run the same command again to go on", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the command line itself
         if show is None:
             raise
         show()
-        sys.exit(2)
+        return 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -321,3 +322,16 @@ def test_env_and_detect_describe_this_machine(run: Any, tmp_path: Path) -> None:
     assert run("detect", "--out", str(tmp_path / "mine.yaml"))[0] == 0
     assert "detected" in run("profiles", str(tmp_path / "mine.yaml"))[1]
     assert run("detect", "--out", str(tmp_path / "mine.yaml"))[0] == 2
+
+
+def test_the_handlers_of_signals_are_put_back_when_a_command_ends(run: Any) -> None:
+    def own(*_: Any) -> None: ...
+
+    before = {number: signal.signal(number, own) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for arguments in (["profiles"], ["plan", "no-such-recipe"], ["--no-such-option"]):
+            run(*arguments)
+            assert [signal.getsignal(number) for number in before] == [own, own], arguments
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

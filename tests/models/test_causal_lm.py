@@ -16,7 +16,7 @@ from lowmem.inference.sampling import Draw, generate
 from lowmem.machine.profile import load_profile
 from lowmem.models.causal_lm import CausalLm, CausalLmModel
 from lowmem.models.layers import clean_noisy_attention
-from lowmem.noise import Interval
+from lowmem.noise import Interval, drawn_levels
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.plan import make_plan
 from lowmem.recipe import NoiseConfig, Recipe
@@ -138,6 +138,24 @@ def test_the_loss_in_chunks_equals_the_loss_at_once_and_so_do_its_gradients() ->
         results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+@pytest.mark.parametrize("weighting", ["edm", "none", "auto"])
+def test_the_weighting_of_a_text_is_that_of_each_tokens_own_level(weighting: Any) -> None:
+    noise = NoiseConfig(weighting=weighting)
+    model, interval = built(), Interval(0.2, 5.0)
+    objective = model.make_objective(noise)
+    tokens = torch.arange(24).view(2, 12) % VOCAB
+    torch.manual_seed(3)
+    loss = objective.block_loss(model.layers[:2], {"tokens": tokens}, interval)
+    torch.manual_seed(3)
+    sigma = drawn_levels(tokens.shape, tokens.device, interval, noise)
+    y = F.embedding(tokens, model.target_table())
+    z = y + sigma[..., None] * torch.randn_like(y)
+    ce = F.cross_entropy(block_logits(model, tokens, z, sigma).transpose(1, 2), tokens, reduction="none")
+    weight = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2 if weighting == "edm" else torch.ones_like(sigma)
+    assert torch.allclose(loss, (ce * weight).mean(1), rtol=1e-5)
+    assert weight.max() > 2 * weight.min() or weighting != "edm"
 
 
 def tiny(method: str, noisy_input: str = "posterior", **overrides: Any) -> Recipe:

@@ -192,6 +192,12 @@ def test_a_trained_runs_bound_is_the_sum_of_its_blocks_and_near_the_entropy(froz
     metrics = evaluate(frozen, Dataset({"tokens": tokens}, {"tokens": tokens}))
     assert metrics["metric"] == "bits_per_token" and metrics["num_windows"] == 64
     assert metrics["value"] == pytest.approx(sum(part["bits"] for part in metrics["per_block"]), rel=1e-5)
+    parts = metrics["per_block"]
+    assert [parts[0]["t_high"], parts[-1]["t_low"]] == [1.0, 0.0]
+    assert [part["t_low"] for part in parts[:-1]] == [part["t_high"] for part in parts[1:]], (
+        "training widens the intervals by overlap_gamma; parts of one bound must not overlap"
+    )
+    assert frozen.plan.recipe.blocks.overlap_gamma > 0
     entropy = math.log2(VOCAB) / LENGTH
     assert entropy - 4 * metrics["value_std_error"] < metrics["value"] < 2.0, "untrained: 3 bits"
     assert [level["block"] for level in metrics["levels"]] == [0, 0, 1, 2, 2]

@@ -19,7 +19,7 @@ from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import Draw, generate_recurrent
 from lowmem.machine.profile import load_profile
 from lowmem.models.recurrent_lm import RecurrentLm, RecurrentLmModel
-from lowmem.noise import Interval
+from lowmem.noise import Interval, drawn_levels
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.planning.plan import make_plan
 from lowmem.recipe import NoiseConfig
@@ -77,6 +77,19 @@ def test_as_a_denoiser_every_layer_runs_once_and_end_to_end_the_core_runs_its_it
     one_pass = runs_of_each_layer(model, lambda: objective.block_loss(model.layers, batch, whole))
     assert one_pass == [1, 1, 1, 1]
     assert runs_of_each_layer(model, lambda: loop_features(model, batch["tokens"], 12)) == [1, 12, 12, 1]
+
+
+def test_the_weighting_of_a_recurrent_model_is_that_of_each_sequences_level() -> None:
+    losses = {}
+    for weighting in ("none", "edm"):
+        model, _ = built()
+        objective = model.make_objective(NoiseConfig(weighting=weighting))
+        torch.manual_seed(1)
+        losses[weighting] = objective.block_loss(model.layers, model.example_batch(6), Interval(0.2, 5.0))
+    torch.manual_seed(1)
+    sigma = drawn_levels((6,), torch.device("cpu"), Interval(0.2, 5.0), NOISE)
+    weight = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
+    assert torch.allclose(losses["edm"], losses["none"] * weight, rtol=1e-5)
 
 
 def test_gradients_flow_through_the_last_iterations_alone() -> None:

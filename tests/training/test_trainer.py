@@ -13,6 +13,7 @@ from conftest import SHORT, first_weights, recipe_with, run_short
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import describe_data, load_data
 from lowmem.errors import BudgetError, ResumeError, StoreError
+from lowmem.machine.monitor import Monitor, Peak
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
 from lowmem.models.base import BlockModel
@@ -24,6 +25,7 @@ from lowmem.recipe import NoiseConfig
 from lowmem.reporting.report import digest, read_report
 from lowmem.schedule import learning_rate
 from lowmem.training.trainer import Trainer
+from lowmem.units import MIB
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
@@ -421,3 +423,30 @@ def test_only_one_process_trains_in_a_folder(tmp_path: Path) -> None:
             run_short(tmp_path / "run")
     finally:
         run.release()
+
+
+def test_a_blocks_peak_is_the_highest_of_all_its_visits_also_after_a_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block is visited three times; the readings fall from visit to visit."""
+    readings = iter(range(9 * MIB, 0, -MIB))
+    taken: list[int] = []
+
+    def take_peak(self: Monitor) -> Peak:
+        taken.append(next(readings))
+        return Peak(device_bytes=taken[-1], host_bytes=taken[-1])
+
+    monkeypatch.setattr(Monitor, "take_peak", take_peak)
+    stopped: list[int] = []
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["event"] == "commit" and record["visits_done"] == 4 and not stopped:
+            stopped.append(4)
+        if record["event"] == "visit" and stopped:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_short(tmp_path / "run", [stop])
+    state = run_short(tmp_path / "run")
+    first_visits = {block: taken[block] for block in range(3)}
+    assert {block.block: block.measured_peak_bytes for block in state.blocks} == first_visits
