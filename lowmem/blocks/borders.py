@@ -204,7 +204,7 @@ class AwayBorders(Borders):
         self._traffic = Traffic()
 
     def begin(self) -> None:
-        # The last step's last tensors were never pushed out, so nobody has yet seen whether they were written.
+        # The last step's last tensors were never pushed out, so nobody knows yet whether they were written.
         for _, _, written in self._at_hand:
             written.result()
         self._at_hand.clear()
