@@ -142,7 +142,8 @@ def plan(
         for name, plan in found.items() if not as_json else ():
             model: Any = plan.recipe.model
             print(
-                f"{name}: {model.num_layers} layers, dim {model.dim}, {model.num_heads} heads\n{plan.table()}\n"
+                f"{name}: {model.num_layers} layers, dim {model.dim}, {model.num_heads} "
+                f"heads\n{plan.table()}\n"
             )
         return
     machines: list[str] | list[None] = profile or [None]

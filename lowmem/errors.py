@@ -1,8 +1,8 @@
-"""Every error a user can meet, and how its one line is written.
+"""Every error that a user can meet, and how its message is written.
 
     LowmemError                 exit 1, the run failed
      ├── TrainingError          exit 1, the loss is no longer a number
-     ├── ShortageError          exit 1, the machine's memory ran short; what is committed is kept
+     ├── ShortageError          exit 1, the machine's memory ran short; commits are kept
      ├── StoreError             exit 1, a block file is missing, torn or not what was committed
      ├── ConfigError            exit 2, a recipe is wrong             (also ValueError)
      ├── ProfileError           exit 2, a machine profile is wrong    (also ValueError)
@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 
 class LowmemError(Exception):
-    """Root of the tree. `exit_code` is what the command line returns."""
+    """The root of the tree. The command line exits with `exit_code`."""
 
     exit_code = 1
 
@@ -54,7 +54,7 @@ class ResumeError(LowmemError):
 
 
 class BudgetError(LowmemError):
-    """The plan does not fit. `table` is the plan's table, printed above the message."""
+    """The plan does not fit. `table`: the plan's table, which is printed above the message."""
 
     exit_code = 3
 
@@ -64,7 +64,7 @@ class BudgetError(LowmemError):
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known one, then all of them."""
+    """The end of a message about an unknown name: the nearest known name, then all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""

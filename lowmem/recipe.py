@@ -1,41 +1,56 @@
-"""A recipe: one training run in YAML. Strict keys, named choices, `--set key=value` on top.
+"""A recipe: one training run in YAML, with strict keys, named choices, and `--set key=value` on top.
 
 `auto` stands for what the planner settles from the machine's profile; the settled value is written in
-`plan.json`. Counts are integers, rates and probabilities floats. A step is one optimizer update;
-`train.num_steps` counts steps *per block*.
+`plan.json`. Counts are integers, rates and probabilities are floats. A step is one optimizer update;
+`train.num_steps` counts steps *per block*. Every architecture has a section of its own, in the module of its
+model (see `ARCHITECTURES`).
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, model_validator
+from pydantic_core import PydanticKnownError
 
 from lowmem.data.config import DECLARED, DataConfig
 from lowmem.errors import ConfigError
 from lowmem.schema import Section, find_file, names_in, parse, read_yaml, yaml_value
 
+if TYPE_CHECKING:
+    from lowmem.data.datasets import DataSpec
+
+# The registry of architectures: the name in a recipe, and where its section is. The section builds the model.
+ARCHITECTURES = {
+    "vit": "lowmem.models.vit:VitModel",
+    "dit": "lowmem.models.dit:DitModel",
+    "masked_lm": "lowmem.models.masked_lm:MaskedLmModel",
+    "causal_lm": "lowmem.models.causal_lm:CausalLmModel",
+    "recurrent_lm": "lowmem.models.recurrent_lm:RecurrentLmModel",
+    "custom": "lowmem.recipe:CustomModel",
+}
+
 STANDARD_NORMAL = NormalDist()
-LEAST_PROBABILITY = 1e-3  # of a drawn level to lie in [sigma_min, sigma_max]
+LEAST_PROBABILITY = 1e-3  # that a drawn level lies in [sigma_min, sigma_max]
 Auto = Literal["auto"]
 Tier = Literal["device", "host", "disk"]
 Precision = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw8bit", "adamw"]
 Method = Literal["diffusion_blocks", "end_to_end"]
-# what the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing: only the
-# read-out knows z and sigma
+# What the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing, so that
+# only the read-out knows z and sigma.
 NoisyInput = Literal["scaled", "posterior", "none"]
-Readout = Literal[
-    "plain", "bayes"
-]  # the network's logits (paper), or with the analytic term E z / sigma^2 added
-# how ln sigma is drawn: around p_mean (paper); around the level that hides half of what z tells of a discrete
-# target; so with that spread too
+# The network's logits (paper), or the same with the analytic term E z / sigma^2 added.
+Readout = Literal["plain", "bayes"]
+# How ln sigma is drawn: around p_mean (paper); around the level that hides half of what z tells of a discrete
+# target; or around that level with the spread that fits it too.
 NoiseSchedule = Literal["lognormal", "centred", "balanced"]
 P_MEAN, P_STD = -1.2, 1.2  # paper, App. C
 Positive = Annotated[float, Field(gt=0)]
@@ -43,14 +58,45 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class TransformerModel(Section):
-    """What all packaged models have in common."""
+# ------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class ModelConfig(Section):
+    """The section `model`. Each architecture extends it with its own keys."""
+
+    name: str
+
+    @classmethod
+    def variants(cls) -> list[type[Section]]:
+        """Every architecture's section, for messages that name the known keys."""
+        return [_section_of(name) for name in ARCHITECTURES]
+
+    def builder(self, recipe: Recipe, spec: DataSpec) -> Callable[[], Any]:
+        """What builds the `BlockModel` for the recipe's data.
+
+        Raises ConfigError where the two do not go together.
+        """
+        raise NotImplementedError
+
+    def contradiction(self, recipe: Recipe) -> str | None:
+        """One line about what in the rest of the recipe does not go with this model, or None."""
+        return None
+
+
+class TransformerModel(ModelConfig):
+    """The keys that all packaged models have in common."""
 
     num_layers: PositiveInt
     dim: PositiveInt  # width of the residual stream
     num_heads: PositiveInt
     mlp_ratio: PositiveInt = 4
     dropout: Fraction = 0.0
+
+    @property
+    def least_layers(self) -> int:
+        """The fewest layers that this model can have."""
+        return 1
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TransformerModel:
@@ -61,65 +107,48 @@ class TransformerModel(Section):
         return self
 
 
-class VitModel(TransformerModel):
-    name: Literal["vit"]
-    patch_size: PositiveInt  # pixels
-    image_drop: Fraction = 0.0  # share of samples trained on a blank image, for guidance
-    noisy_input: NoisyInput = "scaled"
-    readout: Readout = "plain"
-
-
-class DitModel(TransformerModel):
-    name: Literal["dit"]
-    patch_size: PositiveInt  # pixels
-    label_drop: Fraction = 0.1  # share of samples trained without their class, for guidance
-
-
-class MaskedLmModel(TransformerModel):
-    name: Literal["masked_lm"]
-    mask_schedule: Literal["linear", "cosine"] = (
-        "linear"  # alpha(t), the share of tokens not masked at time t
-    )
-    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
-
-
-class CausalLmModel(TransformerModel):
-    name: Literal["causal_lm"]
-    noisy_input: NoisyInput = "posterior"
-    readout: Readout = "bayes"
-    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
-
-
-class RecurrentLmModel(TransformerModel):
-    name: Literal["recurrent_lm"]
-    prelude_layers: PositiveInt = 2
-    coda_layers: PositiveInt = 2  # the core has what is left of num_layers
-    iterations: PositiveInt = 32  # mean number, when trained end to end
-    backprop_iterations: PositiveInt = 8  # of them that gradients flow through
-    noisy_input: Literal["scaled", "posterior"] = (
-        "posterior"  # its state is the noisy target: it must be seen
-    )
-    readout: Readout = "bayes"
-    head_chunk: PositiveInt = 4096
-
-    @model_validator(mode="after")
-    def _core_left(self) -> RecurrentLmModel:
-        if self.prelude_layers + self.coda_layers >= self.num_layers:
-            raise ValueError(
-                f"num_layers {self.num_layers} leaves no core between {self.prelude_layers} and {self.coda_layers} layers; raise it"
-            )
-        return self
-
-
-class CustomModel(Section):
+class CustomModel(ModelConfig):
     """A model built by the user's own `build_model()`; only the Python interface can train it."""
 
     name: Literal["custom"]
 
+    def builder(self, recipe: Recipe, spec: DataSpec) -> Callable[[], Any]:
+        raise ConfigError(
+            "model.name: 'custom' models are trained from Python: "
+            "Trainer(build_model, plan, run_dir).fit(batches)"
+        )
+
+
+def _section_of(name: str) -> type[ModelConfig]:
+    module, _, section = ARCHITECTURES[name].partition(":")
+    found: type[ModelConfig] = getattr(importlib.import_module(module), section)
+    return found
+
+
+def _model_section(raw: Any) -> ModelConfig:
+    """The section of the architecture that `name` says."""
+    if isinstance(raw, ModelConfig):
+        return raw
+    if not isinstance(raw, dict):
+        raise PydanticKnownError("model_attributes_type")
+    if "name" not in raw:
+        raise PydanticKnownError("union_tag_not_found", {"discriminator": "'name'"})
+    name = raw["name"]
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        expected = ", ".join(f"'{known}'" for known in ARCHITECTURES)
+        raise PydanticKnownError(
+            "union_tag_invalid", {"discriminator": "'name'", "tag": str(name), "expected_tags": expected}
+        )
+    return _section_of(name).model_validate(raw)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The other sections
+
 
 class BlocksConfig(Section):
     num_blocks: Auto | PositiveInt = "auto"
-    visit_steps: PositiveInt = 50  # steps a block stays on the device
+    visit_steps: PositiveInt = 50  # steps that a block stays on the device
     order: Literal["round_robin", "random"] = "round_robin"  # random: a fresh order for each round
     overlap_gamma: Fraction = 0.05  # paper, section 3.3
 
@@ -129,31 +158,31 @@ class NoiseConfig(Section):
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
     sigma_data: Positive = 0.5
-    p_mean: float = P_MEAN  # of ln sigma; schedules centred and balanced measure it
-    p_std: Positive = P_STD  # of ln sigma; schedule balanced measures it
-    sigma_max_share: Share = (
-        0.0  # of discrete targets' draws, made at sigma_max in every block: they train the joint prediction
-    )
+    p_mean: float = P_MEAN  # mean of ln sigma; schedules centred and balanced measure it
+    p_std: Positive = P_STD  # deviation of ln sigma; schedule balanced measures it
+    # The share of discrete targets' draws that are made at sigma_max in every block. They train the joint
+    # prediction.
+    sigma_max_share: Share = 0.0
     weighting: Literal["auto", "none", "edm"] = "auto"  # auto: edm for L2 losses, none for cross-entropy
 
     @model_validator(mode="after")
     def _ordered(self) -> NoiseConfig:
-        if (self.schedule != "lognormal" and self.p_mean != P_MEAN) or (
-            self.schedule == "balanced" and self.p_std != P_STD
-        ):
+        measures_both = self.schedule == "balanced" and self.p_std != P_STD
+        if measures_both or (self.schedule != "lognormal" and self.p_mean != P_MEAN):
             raise ValueError(
-                f"schedule '{self.schedule}' measures p_mean (balanced: p_std too) from the targets; leave it out, or take lognormal"
+                f"schedule '{self.schedule}' measures p_mean (balanced: p_std too) from the targets; "
+                "leave it out, or take lognormal"
             )
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}; swap them")
-        low, high = (
-            STANDARD_NORMAL.cdf((math.log(sigma) - self.p_mean) / self.p_std)
-            for sigma in (self.sigma_min, self.sigma_max)
-        )
+        levels = (math.log(sigma) for sigma in (self.sigma_min, self.sigma_max))
+        low, high = (STANDARD_NORMAL.cdf((level - self.p_mean) / self.p_std) for level in levels)
         if high - low < LEAST_PROBABILITY:
             raise ValueError(
-                f"p_mean {self.p_mean} and p_std {self.p_std} put a share of {high - low:.1e} of all levels between sigma_min and sigma_max; "
-                f"allowed: at least {LEAST_PROBABILITY}; move p_mean to where the levels are"
+                f"p_mean {self.p_mean} and p_std {self.p_std} put a share of {high - low:.1e} of all levels "
+                f"between sigma_min and sigma_max; allowed: at least {LEAST_PROBABILITY}; move p_mean to "
+                "where "
+                "the levels are"
             )
         return self
 
@@ -168,15 +197,13 @@ class TrainConfig(Section):
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     seed: Annotated[int, Field(ge=0)] = 0
     precision: Auto | Precision = "auto"  # bfloat16: compute and gradients in bf16
-    weights: Auto | Precision = (
-        # as they are kept; auto: float32; bfloat16: stochastically rounded, with no fp32 copy anywhere
-        "auto"
-    )
+    # How weights are kept. auto: float32. bfloat16: rounded stochastically, with no fp32 copy anywhere.
+    weights: Auto | Precision = "auto"
     recompute: Auto | bool = "auto"  # activation checkpointing of each layer
-    on_oom: Literal["stop", "shrink"] = (
-        "stop"  # out of memory in a visit; shrink: go on from the last commit with half the micro-batch
-    )
-    deterministic: bool = False  # on CUDA: only kernels that give the same bits each time (a CPU always does)
+    # Out of memory in a visit. shrink: go on from the last commit with half the micro-batch.
+    on_oom: Literal["stop", "shrink"] = "stop"
+    # On CUDA: take only kernels that give the same bits each time. A CPU always does.
+    deterministic: bool = False
 
 
 class OptimizerConfig(Section):
@@ -185,19 +212,15 @@ class OptimizerConfig(Section):
     eps: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     grad_clip: Positive | None = 1.0  # L2 norm of the gradient; None = off
-    clip: Literal["block", "global"] = (
-        "block"  # of each block's and of the shared part's apart, or of the whole model's (method end_to_end)
-    )
-    during_backward: Auto | bool = (
-        # each parameter updated, and its gradient freed, as soon as that is whole; auto: where one pass
-        # suffices
-        "auto"
-    )
-    ema: Fraction | None = (
-        # decay per step of an average of the weights, kept in fp32 and used to evaluate and sample; None =
-        # none kept
-        None
-    )
+    # Which norm is clipped: that of each block and of the shared part, or that of the whole model
+    # (end_to_end).
+    clip: Literal["block", "global"] = "block"
+    # Update each parameter, and free its gradient, as soon as the gradient is whole. auto: where one pass
+    # suffices.
+    during_backward: Auto | bool = "auto"
+    # Decay per step of an average of the weights, kept in fp32 and used to evaluate and sample. None = none
+    # is kept.
+    ema: Fraction | None = None
 
     @property
     def clips_whole(self) -> bool:
@@ -206,15 +229,12 @@ class OptimizerConfig(Section):
 
 class OffloadConfig(Section):
     tier: Auto | Tier = "auto"  # where blocks rest that are not visited
-    borders: Auto | Tier = (
-        "auto"  # where activations at block borders rest while a model trained end to end streams
-    )
+    # Where activations at block borders rest while a model trained end to end streams.
+    borders: Auto | Tier = "auto"
     prefetch: bool = True  # read the next block beside compute
-    write_back: Literal["auto", "beside", "wait"] = (
-        "auto"  # wait: a block is on disk before the next step starts
-    )
-    # move bytes no faster than the profile's link and disk: what a run would take on a slower machine than
-    # this one
+    # wait: a block is on disk before the next step starts.
+    write_back: Literal["auto", "beside", "wait"] = "auto"
+    # Move bytes no faster than the profile's link and disk: how long a run would take on a slower machine.
     pace: bool = False
 
 
@@ -222,25 +242,19 @@ class EvalConfig(Section):
     num_steps: Auto | PositiveInt = (
         "auto"  # denoising steps of the chain; auto: one for each block, 18 for images
     )
-    prediction: Literal["chain", "joint"] = (
-        "chain"  # of classifiers: whose accuracy is the headline; the report has both
-    )
+    # Whose accuracy is a classifier's headline. The report has both.
+    prediction: Literal["chain", "joint"] = "chain"
     batch_size: PositiveInt = 256
     num_batches: PositiveInt | None = None  # of the test part; None = all of it
     num_samples: PositiveInt = 1000  # images generated
-    guidance: Auto | Positive = (
-        # without class (or image) + guidance (with - without); 1 = none; auto: 2 for images, 1 for labels
-        "auto"
-    )
+    # without class (or image) + guidance (with - without); 1 = none; auto: 2 for images, 1 for labels
+    guidance: Auto | Positive = "auto"
 
 
 class Recipe(Section):
     schema_version: Literal[1] = Field(alias="schema")
     method: Method
-    model: Annotated[
-        VitModel | DitModel | MaskedLmModel | CausalLmModel | RecurrentLmModel | CustomModel,
-        Field(discriminator="name"),
-    ]
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_model_section)]
     blocks: BlocksConfig = BlocksConfig()
     noise: NoiseConfig = NoiseConfig()
     data: DataConfig
@@ -251,60 +265,90 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        whole = self.method == "end_to_end"
-        if isinstance(self.model, RecurrentLmModel) and self.blocks.num_blocks not in (
-            (1, 3) if whole else (1,)
-        ):
-            allowed = "1 or 3 (prelude, core, coda)" if whole else "1 (its core is one denoiser)"
-            raise ValueError(
-                f"blocks.num_blocks: found {self.blocks.num_blocks}; allowed with model recurrent_lm: {allowed}"
-            )
-        if self.optimizer.clip == "global" and not whole:
-            raise ValueError(
-                "optimizer.clip: found 'global'; allowed with method diffusion_blocks: block (no step has all gradients at once)"
-            )
-        layers, blocks = getattr(self.model, "num_layers", None), self.blocks.num_blocks
-        if layers is not None and blocks != "auto" and blocks > layers:
-            raise ValueError(
-                f"blocks.num_blocks: found {blocks}; allowed: at most model.num_layers = {layers}; lower it"
-            )
-        if (
-            isinstance(self.model, VitModel)
-            and self.eval.guidance not in ("auto", 1)
-            and not self.model.image_drop
-        ):
-            raise ValueError(
-                f"eval.guidance: found {self.eval.guidance}; allowed without model.image_drop: 1; train with model.image_drop: 0.1"
-            )
-        if self.train.micro_batch_size != "auto" and self.train.batch_size % self.train.micro_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size: found {self.train.micro_batch_size}; allowed: a divisor of train.batch_size = {self.train.batch_size}"
-            )
-        if self.train.weights == "bfloat16" and self.train.precision == "float32":
-            raise ValueError(
-                "train.weights: found bfloat16; allowed with train.precision float32: float32; set train.precision: bfloat16"
-            )
-        if self.optimizer.during_backward is True and self.optimizer.grad_clip is not None:
-            raise ValueError(
-                f"optimizer.during_backward: found true; allowed with optimizer.grad_clip {self.optimizer.grad_clip}, which needs all gradients at "
-                "once: false, auto; set optimizer.grad_clip: null"
-            )
-        if self.optimizer.during_backward is True and self.train.micro_batch_size not in (
-            "auto",
-            self.train.batch_size,
-        ):
-            raise ValueError(
-                f"optimizer.during_backward: found true; allowed with train.micro_batch_size {self.train.micro_batch_size}, whose gradients add up: "
-                f"false, auto; set train.micro_batch_size: {self.train.batch_size}"
-            )
-        if self.train.warmup_steps > self.train.num_steps:
-            raise ValueError(
-                f"train.warmup_steps: found {self.train.warmup_steps}; allowed: at most train.num_steps = {self.train.num_steps}"
-            )
+        for contradiction in (self.model.contradiction, *CONTRADICTIONS):
+            found = contradiction(self)
+            if found is not None:
+                raise ValueError(found)
         return self
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What contradicts what: each gives one line, or None
+
+
+def _clip_without_all_gradients(recipe: Recipe) -> str | None:
+    if recipe.optimizer.clip != "global" or recipe.method == "end_to_end":
+        return None
+    return (
+        "optimizer.clip: found 'global'; allowed with method diffusion_blocks: block "
+        "(no step has all gradients at once)"
+    )
+
+
+def _more_blocks_than_layers(recipe: Recipe) -> str | None:
+    layers, blocks = getattr(recipe.model, "num_layers", None), recipe.blocks.num_blocks
+    if layers is None or blocks == "auto" or blocks <= layers:
+        return None
+    return f"blocks.num_blocks: found {blocks}; allowed: at most model.num_layers = {layers}; lower it"
+
+
+def _batch_not_divided(recipe: Recipe) -> str | None:
+    size, whole = recipe.train.micro_batch_size, recipe.train.batch_size
+    if size == "auto" or whole % size == 0:
+        return None
+    return f"train.micro_batch_size: found {size}; allowed: a divisor of train.batch_size = {whole}"
+
+
+def _bf16_weights_in_fp32(recipe: Recipe) -> str | None:
+    if recipe.train.weights != "bfloat16" or recipe.train.precision != "float32":
+        return None
+    return (
+        "train.weights: found bfloat16; allowed with train.precision float32: float32; "
+        "set train.precision: bfloat16"
+    )
+
+
+def _update_before_gradients_are_whole(recipe: Recipe) -> str | None:
+    train, clip = recipe.train, recipe.optimizer.grad_clip
+    if recipe.optimizer.during_backward is not True:
+        return None
+    if clip is not None:
+        return (
+            f"optimizer.during_backward: found true; allowed with optimizer.grad_clip {clip}, which needs "
+            "all gradients at once: false, auto; set optimizer.grad_clip: null"
+        )
+    if train.micro_batch_size not in ("auto", train.batch_size):
+        return (
+            "optimizer.during_backward: found true; allowed with train.micro_batch_size "
+            f"{train.micro_batch_size}, whose gradients add up: false, auto; set train.micro_batch_size: "
+            f"{train.batch_size}"
+        )
+    return None
+
+
+def _warmup_longer_than_the_run(recipe: Recipe) -> str | None:
+    train = recipe.train
+    if train.warmup_steps <= train.num_steps:
+        return None
+    found, most = train.warmup_steps, train.num_steps
+    return f"train.warmup_steps: found {found}; allowed: at most train.num_steps = {most}"
+
+
+CONTRADICTIONS = (
+    _clip_without_all_gradients,
+    _more_blocks_than_layers,
+    _batch_not_divided,
+    _bf16_weights_in_fp32,
+    _update_before_gradients_are_whole,
+    _warmup_longer_than_the_run,
+)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files and overrides
 
 
 def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -320,14 +364,15 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def recipe_from_dict(raw: dict[str, Any], where: str) -> Recipe:
+    """`raw` as a recipe; `where` begins the message of the ConfigError that it may raise."""
     return parse(Recipe, raw, where, ConfigError)
 
 
 def with_data(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """The recipe with `key=value` overrides of its data section; a new `name` starts a section of its own.
-    Raises ConfigError as load_recipe.
+    """The recipe with `key=value` overrides of its data section. A new `name` starts a new section.
 
-    What was declared of the old data (shapes, counts) is not said of the new ones.
+    What the recipe declares of the old data (shapes, counts) does not hold for the new ones and is dropped.
+    Raises ConfigError as `load_recipe` does.
     """
     raw = recipe.to_dict()
     fresh = any(override.startswith("name=") for override in overrides)

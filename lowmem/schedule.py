@@ -1,4 +1,4 @@
-"""What is a function of the step alone: the learning rate, and the seeds of everything random."""
+"""What depends on the step alone: the learning rate, and the seed of everything random."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowmem.recipe import TrainConfig
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
-    """Linear warm-up to `lr`, then constant or a cosine down to 0. `step` is the block's own count from 0."""
+    """A linear warm-up to `lr`, then constant or a cosine down to 0. `step`: counted per block, from 0."""
     warm = min(1.0, (step + 1) / train.warmup_steps) if train.warmup_steps else 1.0
     if train.lr_schedule == "constant":
         return train.lr * warm
@@ -17,8 +17,6 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 def mix_seed(*parts: object) -> int:
-    """One 63-bit seed from several numbers and words; unlike `seed + step`, no two lists of parts share
-    draws.
-    """
+    """A 63-bit seed from numbers and words. Other parts give other draws, which `seed + step` does not."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,7 +1,7 @@
 """Strict YAML: unknown keys, repeated keys and wrong types are refused in one line that names the cure.
 
-Used by machine profiles and recipes alike. Built on PyYAML's safe loader and pydantic's strict mode; what
-this file adds is the message: the dotted key, what was found, what is allowed, the nearest known name.
+Machine profiles and recipes both use it. It builds on PyYAML's safe loader and pydantic's strict mode, and
+adds the message: the dotted key, what was found, what is allowed, the nearest known name.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from lowmem.errors import LowmemError, nearest
 
-TAGS = ("name", "kind")  # keys that choose one section of a union
+TAGS = ("name", "kind")  # keys that choose one section of several
+QUOTE = "'"
 
 
 class Section(BaseModel):
@@ -27,6 +29,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False
     )
+
+    @classmethod
+    def variants(cls) -> list[type[Section]]:
+        """The sections that a field of this class may hold.
+
+        A base class whose subclasses are chosen by name overrides this, so that a message knows their keys.
+        """
+        return [cls]
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -58,13 +68,14 @@ def names_in(kind: str) -> list[str]:
 
 
 def find_file(name: str | os.PathLike[str], kind: str, what: str, error: type[LowmemError]) -> Path:
-    """A name from the package's profiles, or a path. Raises `error` with the nearest known name."""
+    """The file of a name among the package's profiles, or of a path. Raises `error` when there is none."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or os.sep in str(name):
         if path.is_file():
             return path
         raise error(
-            f"{what}: no file '{name}'; give the path of a YAML file, or one of the names: {', '.join(names_in(kind))}"
+            f"{what}: no file '{name}'; "
+            f"give the path of a YAML file, or one of the names: {', '.join(names_in(kind))}"
         )
     if str(name) in names_in(kind):
         return profiles_dir(kind) / f"{name}.yaml"
@@ -72,11 +83,12 @@ def find_file(name: str | os.PathLike[str], kind: str, what: str, error: type[Lo
 
 
 def yaml_value(text: str) -> Any:
-    """Raises yaml.YAMLError or ValueError."""
+    """The value that a text of YAML holds. Raises yaml.YAMLError or ValueError."""
     return yaml.load(text, Loader=_UniqueKeyLoader)
 
 
 def read_yaml(path: Path, error: type[LowmemError]) -> dict[str, Any]:
+    """The mapping that a file of YAML holds. Raises `error` when it holds none."""
     try:
         raw = yaml_value(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as problem:
@@ -97,47 +109,60 @@ def parse(cls: type[SectionT], raw: dict[str, Any], where: str, error: type[Lowm
 
 
 def _one_line(cls: type[Section], raw: dict[str, Any], problem: ValidationError) -> str:
+    """The first thing that is wrong: its dotted key, what was found, what is allowed."""
     problems = problem.errors()
-    first = problems[0]
+    first, kind = problems[0], problems[0]["type"]
     path, found = _walk(raw, first["loc"])
-    if first["type"] == "missing":
-        path = [*path, first["loc"][-1]]
-    key = ".".join(map(str, path)) or "file"
-    if first["type"] == "extra_forbidden":
+    if kind == "missing":
+        return f"key '{_dotted([*path, first['loc'][-1]])}' is missing; add it"
+    key = _dotted(path)
+    if kind == "extra_forbidden":
         return f"unknown key '{key}'; {nearest(path[-1], _known_keys(cls, raw, path[:-1]))}"
-    if first["type"] == "missing":
-        return f"key '{key}' is missing; add it"
-    if first["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        tag_key = f"{key}.{first['ctx']['discriminator'].strip(chr(39))}"
-        if first["type"] == "union_tag_not_found":
-            return f"key '{tag_key}' is missing; add it"
-        expected = [tag.strip(" '") for tag in first["ctx"]["expected_tags"].split(",")]
-        return f"{tag_key}: unknown name '{first['ctx']['tag']}'; {nearest(first['ctx']['tag'], expected)}"
-    if first["type"] == "value_error":
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return _about_tag(key, first)
+    if kind == "value_error":
         return (f"{key}: " if path else "") + str(first["ctx"]["error"])
-    same = [p for p in problems if _walk(raw, p["loc"])[0] == path]
-    literals = [
-        word
-        for p in same
-        if p["type"] == "literal_error"
-        for word in p["ctx"]["expected"].replace(" or ", ", ").split(", ")
-    ]
-    other = [
-        p["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        for p in same
-        if p["type"] != "literal_error"
-    ]
+    # A union of types reports one problem for each type that the value is not.
+    return f"{key}: {_about_value(found, [p for p in problems if _walk(raw, p['loc'])[0] == path])}"
+
+
+def _about_tag(key: str, problem: ErrorDetails) -> str:
+    """The tag of a union of sections is missing, or no section has it."""
+    context = problem["ctx"]
+    tag_key = f"{key}.{context['discriminator'].strip(QUOTE)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"key '{tag_key}' is missing; add it"
+    expected = [tag.strip(" " + QUOTE) for tag in context["expected_tags"].split(",")]
+    return f"{tag_key}: unknown name '{context['tag']}'; {nearest(context['tag'], expected)}"
+
+
+def _about_value(found: Any, problems: list[ErrorDetails]) -> str:
+    """A value of the wrong type, or one that is out of range. `problems` are all about this value."""
+    literals, other = [], []
+    for problem in problems:
+        if problem["type"] == "literal_error":
+            literals += problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
+        else:
+            other.append(problem["msg"].removeprefix("Input should be ").removeprefix("Value error, "))
     if literals and not other and isinstance(found, str):
-        return f"{key}: unknown name '{found}'; {nearest(found, [word.strip(chr(39)) for word in literals])}"
+        return f"unknown name '{found}'; {nearest(found, [word.strip(QUOTE) for word in literals])}"
     if isinstance(found, str) and _is_number(found) and other:
         number = _as_yaml_number(found, any("integer" in allowed for allowed in other))
-        return f"{key}: found the text '{found}' (YAML 1.1 reads a number only with a dot and a signed exponent); write {number}"
-    return f"{key}: found {found!r}; allowed: {' or '.join(literals + other)}"
+        return (
+            f"found the text '{found}' (YAML 1.1 reads a number only with a dot and a signed exponent); "
+            f"write {number}"
+        )
+    return f"found {found!r}; allowed: {' or '.join(literals + other)}"
+
+
+def _dotted(path: list[Any]) -> str:
+    return ".".join(map(str, path)) or "file"
 
 
 def _walk(raw: Any, loc: tuple[int | str, ...]) -> tuple[list[Any], Any]:
-    """The part of pydantic's location that exists as keys (it also names union branches), and the value found
-    there.
+    """The keys of pydantic's location, and the value found there.
+
+    The location also names the branches of unions. They are no keys of the file and are left out.
     """
     path: list[Any] = []
     for step in loc:
@@ -149,7 +174,7 @@ def _walk(raw: Any, loc: tuple[int | str, ...]) -> tuple[list[Any], Any]:
 
 
 def _known_keys(cls: type[BaseModel], raw: Any, path: list[Any]) -> list[str]:
-    """Keys allowed at `path`: follows fields, and the tags of a union of sections."""
+    """The keys allowed at `path`, in the sections that the file's own tags choose on the way."""
     for step in path:
         raw = raw[step]
         field = next(f for n, f in cls.model_fields.items() if (f.alias or n) == step)
@@ -159,8 +184,9 @@ def _known_keys(cls: type[BaseModel], raw: Any, path: list[Any]) -> list[str]:
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
+    """The sections that a field may hold: its class, its class's `variants`, or the members of its union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield from annotation.variants()
     for part in typing.get_args(annotation):
         yield from _sections(part)
 

@@ -1,4 +1,4 @@
-"""Bytes inside, GiB outside (1 GiB = 1024^3 bytes). Seconds are floats everywhere."""
+"""Units: the code counts integer bytes, people read GiB (1024^3 bytes). Seconds are floats everywhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def from_gib(gib: float) -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """`0.18 GiB` from a quarter of a GiB on, `12.3 MiB` below it, `512 B` below a KiB."""
+    """`0.31 GiB` from a quarter of a GiB on, then `12.3 MiB`, `1.5 KiB`, and `512 B` below one KiB."""
     if abs(num_bytes) >= GIB / 4:
         return f"{num_bytes / GIB:.2f} GiB"
     if abs(num_bytes) >= MIB:

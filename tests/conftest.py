@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lowmem.blocks.run_dir import RunState
+from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.errors import DataError
 from lowmem.machine.detect import detect_profile
 from lowmem.machine.profile import Profile, load_profile
@@ -64,6 +64,19 @@ def run_short(
     return Trainer(build, plan, folder, listeners).fit(
         lambda step: data.batch(0, step, recipe.train.batch_size)
     )
+
+
+def first_weights(folder: Path, build: Any, plan: Any) -> tuple[RunDir, RunState]:
+    """A run folder that has its first commit, and that commit."""
+    import torch
+
+    from lowmem.training.attempt import Attempt
+
+    run = RunDir(folder)
+    with torch.device("meta"):
+        model = build()
+    with Attempt(run, plan, model) as attempt:
+        return run, attempt.state
 
 
 def as_overrides(**overrides: Any) -> list[str]:

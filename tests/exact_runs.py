@@ -17,18 +17,19 @@ from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import BlockStream
 from lowmem.machine.profile import load_profile
-from lowmem.models.base import Batch, BlockModel, BuildModel
+from lowmem.models.base import BlockModel, BuildModel
 from lowmem.models.causal_lm import CausalLm
 from lowmem.models.dit import Dit
 from lowmem.models.layers import Layer, Table, TimeEmbedding
 from lowmem.models.masked_lm import MaskedLm
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
+from lowmem.objectives.base import Batch
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.duration import Work
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.plan import Plan, make_plan
-from lowmem.recipe import Recipe
+from lowmem.recipe import NoiseConfig, Recipe
 from lowmem.training import trainer as trainer_module
 from lowmem.training.open_run import layouts_by_key
 from lowmem.training.trainer import Trainer
@@ -70,7 +71,12 @@ class Tied(BlockModel):
         self.words = Table(VOCAB, 32, std=0.3)
         self.time = TimeEmbedding(32)
         self.layers = nn.ModuleList(Layer(32, 2, 3, 0.1, "causal", llama=True) for _ in range(5))
-        self.objective = TiedLoss("none", "plain", head_chunk=17)
+
+    def make_objective(self, noise: NoiseConfig) -> TokenDenoising:
+        return TokenDenoising(self, noise, "none", "plain", head_chunk=17)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return features @ self.words.weight.T
 
     def example_batch(self, batch_size: int) -> Batch:
         return {"tokens": torch.zeros(batch_size, LENGTH, dtype=torch.long)}
@@ -84,11 +90,6 @@ class Tied(BlockModel):
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
         return h + cond
-
-
-class TiedLoss(TokenDenoising):
-    def logits(self, model: BlockModel, features: Tensor, z: Tensor | None, sigma: Tensor | None) -> Tensor:
-        return (features @ model.words.weight.T).float()  # type: ignore[union-attr,operator]
 
 
 def short(num_steps: int, micro_batch_size: int = 4) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.machine.profile import Profile
-from lowmem.models.base import Batch, BlockModel
+from lowmem.models.base import BlockModel
 from lowmem.models.layers import Linear, Table, TimeEmbedding
+from lowmem.objectives.base import Batch
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.planning.plan import Plan, make_plan
-from lowmem.recipe import recipe_from_dict
+from lowmem.recipe import NoiseConfig, recipe_from_dict
 from lowmem.reporting.report import digest
 from lowmem.training.trainer import Trainer
 
@@ -46,7 +47,9 @@ class Racing(BlockModel):
         self.time = TimeEmbedding(DIM)
         self.layers = nn.ModuleList(Thin(thin_rows) for _ in range(num_blocks))
         self.head = Linear(DIM, 4)
-        self.objective = LabelDenoising()
+
+    def make_objective(self, noise: NoiseConfig) -> LabelDenoising:
+        return LabelDenoising(self, noise)
 
     def example_batch(self, batch_size: int) -> Batch:
         return {"row": torch.zeros(batch_size, 16), "label": torch.zeros(batch_size, dtype=torch.long)}

@@ -59,7 +59,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     [["--help"], ["train", "--help"], ["profiles"], ["recipes"], ["status", "RUN"], ["report", "RUN"]],
 )
 def test_light_verbs_answer_without_loading_torch(arguments: list[str], trained: Path) -> None:
-    program = "import sys; from lowmem import cli\ntry: cli.main()\nexcept SystemExit as e: assert not e.code, e.code\nassert 'torch' not in sys.modules"
+    lines = ["import sys", "from lowmem import cli", "try: cli.main()"]
+    lines += ["except SystemExit as e: assert not e.code, e.code", "assert 'torch' not in sys.modules"]
+    program = "\n".join(lines)
     command = [
         sys.executable,
         "-c",
@@ -231,8 +233,8 @@ def test_status_shows_blocks_and_memory_of_a_finished_run(run: Any, trained: Pat
 
 SWALLOWING = """
 import os, signal, sys, weakref
-import lowmem.training.trainer
-record_step = lowmem.training.trainer.Trainer._record_step
+import lowmem.training.attempt
+record_step = lowmem.training.attempt.Attempt.record_step
 
 class Thing:
     pass
@@ -247,7 +249,7 @@ def once(self, visit, step, *rest):
         del thing
     record_step(self, visit, step, *rest)
 
-lowmem.training.trainer.Trainer._record_step = once
+lowmem.training.attempt.Attempt.record_step = once
 from lowmem.cli import main
 main()
 """

@@ -1,4 +1,4 @@
-"""Noise schedules that fit discrete targets: measured from the table, and equal to what a sampled table says."""
+"""Noise schedules that fit discrete targets: measured, and equal to what a drawn table shows."""
 
 from __future__ import annotations
 

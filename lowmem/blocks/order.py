@@ -7,8 +7,9 @@ them (end_to_end). The order follows from the recipe alone, so a run's place in 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,22 @@ class BlockQueue:
     visit_steps: int
     order: str
     seed: int
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any], num_blocks: int) -> BlockQueue:
+        """The queue of a run.
+
+        `recipe`: a plain dict, as in plan.json; `num_blocks`: as the plan settled it.
+        """
+        blocks, train = recipe["blocks"], recipe["train"]
+        return cls(
+            recipe["method"],
+            num_blocks,
+            train["num_steps"],
+            blocks["visit_steps"],
+            blocks["order"],
+            train["seed"],
+        )
 
     @property
     def visits_per_round(self) -> int:

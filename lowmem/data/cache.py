@@ -1,5 +1,6 @@
-"""Files made once from the data and kept: $XDG_CACHE_HOME/lowmem (~/.cache/lowmem), each whole or not there
-at all.
+"""Files that are made once from the data and kept in $XDG_CACHE_HOME/lowmem (default: ~/.cache/lowmem).
+
+A file there is always whole. Its name is a digest of all that it was made from, so it never goes stale.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ def cache_dir() -> Path:
 
 
 def digest(*facts: Any) -> str:
-    """A file name's stem: of values that JSON can hold."""
+    """The stem of a file's name, from values that JSON can hold."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def file_facts(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """What changes when a file does: (path, bytes, time of its last change in ns)."""
+    """(path, bytes, time of the last change in ns) of each file: one of them changes when the file does."""
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def cached(path: Path, parts: Callable[[], Iterable[bytes]]) -> Path:
-    """`path`; if it is not there it is written from `parts`, whole or not at all, by one process while others
-    wait.
+    """Returns `path`, after writing the file from `parts` if it is not there.
+
+    One process writes while others wait. A failed write leaves no file. Raises DataError when the folder
+    cannot be written.
     """
     if path.exists():
         return path
@@ -40,7 +43,7 @@ def cached(path: Path, parts: Callable[[], Iterable[bytes]]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if path.exists():
+            if path.exists():  # another process wrote it while this one waited
                 return path
             try:
                 with open(temporary, "wb") as file:

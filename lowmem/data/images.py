@@ -1,4 +1,7 @@
-"""What all readers of images share: what they hand over, labels, and decoding with Pillow by the batch."""
+"""What all readers of images share: the set that they return, checks of labels and shapes, and pictures.
+
+Pictures are decoded with Pillow when a batch asks for them. Pillow is imported only then.
+"""
 
 from __future__ import annotations
 
@@ -13,42 +16,36 @@ import numpy as np
 from lowmem.errors import DataError
 
 Array = np.ndarray[Any, Any]
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "BMP",
-    "GIF",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)  # Pillow starts other programs for some of the others
-CHANNELS = {"L": 1, "RGB": 3}  # Pillow's modes
+# Pillow starts other programs for some of the formats that are left out.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's mode
 
 
 class Rows(Protocol):
-    """An array of samples, or what stands for one: `[rows]` makes those that a batch asks for."""
+    """An array of samples, or a stand-in that makes the samples when `[rows]` asks for them."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, rows: Any) -> Array: ...
 
 
-Part = Mapping[str, Rows]  # equally long, by name: `image`, `label`
+Part = Mapping[str, Rows]  # by name (`image`, `label`, `tokens`), all equally long
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images found and checked as far as headers and labels tell; `load` reads the training and the test
-    part.
+    """Images that were found and checked as far as headers and labels tell.
+
+    `load` reads the training part and the test part.
     """
 
     image_shape: tuple[int, int, int]  # channels, height, width
     num_classes: int
     load: Callable[[], tuple[Part, Part]]
-    host_bytes: int = 0  # that both parts hold once loaded
+    host_bytes: int = 0  # held in memory once both parts are loaded
 
 
 class DecodedRows:
-    """Images that are opened when a batch asks for them: `read(index)` gives one, uint8 [C, H, W]."""
+    """Images that are opened when a batch asks for them. `read(index)` returns one, uint8 [C, H, W]."""
 
     def __init__(self, count: int, read: Callable[[int], Array]) -> None:
         self._count, self._read = count, read
@@ -62,53 +59,58 @@ class DecodedRows:
 
 
 def bytes_to_float(batch: Mapping[str, Array]) -> dict[str, Array]:
-    """Images of bytes 0 to 255 -> float32 -1 to 1."""
-    return {
-        **batch,
-        "image": batch["image"].astype(np.float32, order="C") / np.float32(127.5) - np.float32(1),
-    }
+    """Images of bytes 0 to 255 -> float32 from -1 to 1."""
+    image = batch["image"].astype(np.float32, order="C") / np.float32(127.5) - np.float32(1)
+    return {**batch, "image": image}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Labels
+# Labels and shapes
 
 
 def check_labels(labels: Mapping[str, Array], counts: Mapping[str, int], where: Mapping[str, str]) -> int:
-    """The number of classes of integer labels [N], given by part (train first) with the number of images and
-    the words that name their source.
+    """The number of classes.
 
-    Raises DataError unless there is one for each image, each is at least 0, and each up to the largest is in
-    the training part.
+    By part, train first: `labels` (integers [N]), `counts` of images, and `where` the labels come from, in
+    words. Raises DataError unless each image has one label, no label is negative, and the training part has
+    every label from 0 to the largest.
     """
     for part, found in labels.items():
-        if found.dtype.kind not in "iu" or found.ndim != 1:
-            described = f"{found.dtype} {list(found.shape)}"
-            raise DataError(
-                f"{where[part]}: labels are {described}; allowed: integers, one for each image, from 0; number the classes"
-            )
-        if len(found) != counts[part]:
-            raise DataError(
-                f"{where[part]}: {len(found)} labels for {counts[part]} images; allowed: one for each; restore both from one copy"
-            )
-        if not len(found):
-            raise DataError(f"{where[part]}: no image in the {part} part; allowed: at least one; give more")
-        if found.min() < 0:
-            raise DataError(
-                f"{where[part]}: found label {found.min()}; allowed: 0 and above; take a part that has labels, or renumber"
-            )
+        _check_part(part, found, counts[part], where[part])
     num_classes = int(labels["train"].max()) + 1
+    # The largest label may be huge: as many classes as there are labels, and one more, show a gap.
     missing = np.setdiff1d(np.arange(min(num_classes, len(labels["train"]) + 1)), labels["train"])
     if len(missing):
-        found_most = f"labels up to {num_classes - 1}, but none is {missing[0]}"
         raise DataError(
-            f"{where['train']}: {found_most}; allowed: 0 to the largest, each at least once; renumber"
+            f"{where['train']}: labels up to {num_classes - 1}, but none is {missing[0]}; "
+            "allowed: 0 to the largest, each at least once; renumber"
         )
     if labels["test"].max() >= num_classes:
-        found_test = (
-            f"found label {labels['test'].max()}; allowed: 0 to {num_classes - 1}, as in the train part"
+        raise DataError(
+            f"{where['test']}: found label {labels['test'].max()}; "
+            f"allowed: 0 to {num_classes - 1}, as in the train part; give files of one set"
         )
-        raise DataError(f"{where['test']}: {found_test}; give files of one set")
     return num_classes
+
+
+def _check_part(part: str, labels: Array, count: int, where: str) -> None:
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise DataError(
+            f"{where}: labels are {labels.dtype} {list(labels.shape)}; "
+            "allowed: integers, one for each image, from 0; number the classes"
+        )
+    if len(labels) != count:
+        raise DataError(
+            f"{where}: {len(labels)} labels for {count} images; "
+            "allowed: one for each; restore both from one copy"
+        )
+    if not len(labels):
+        raise DataError(f"{where}: no image in the {part} part; allowed: at least one; give more")
+    if labels.min() < 0:
+        raise DataError(
+            f"{where}: found label {labels.min()}; "
+            "allowed: 0 and above; take a part that has labels, or renumber"
+        )
 
 
 def same_shape(found: Sequence[int], allowed: Sequence[int], where: str, cure: str) -> None:
@@ -134,21 +136,21 @@ def pillow(what: str) -> ModuleType:
 
 
 def open_image(source: Any, where: str) -> Any:
-    """A picture of Pillow's, decoded, from a path or from bytes.
+    """Pillow's picture, decoded, from a path or from bytes.
 
-    Raises DataError, beginning with `where`, when it is none.
+    Raises DataError, beginning with `where`, when the source cannot be decoded.
     """
     image_module = pillow(where)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with image_module.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS
-        ) as picture:
+        with image_module.open(file, formats=FORMATS) as picture:
             picture.load()
             return picture
-    except Exception as problem:  # its decoders raise errors of many kinds
+    except Exception as problem:  # Pillow's decoders raise errors of many kinds
         said = " ".join(str(problem).split())
         raise DataError(
-            f"{where}: not readable as an image ({said}); allowed: {', '.join(FORMATS)}; restore it from a copy, or leave it out"
+            f"{where}: not readable as an image ({said}); "
+            f"allowed: {', '.join(FORMATS)}; restore it from a copy, or leave it out"
         ) from None
 
 
@@ -159,9 +161,12 @@ def as_array(picture: Any) -> Array:
 
 
 def square(source: Any, side: int, where: str) -> Array:
-    """uint8 [3, side, side]: made RGB, the largest square in the middle, resized (bicubic)."""
+    """uint8 [3, side, side]: made RGB, cut to the largest square in the middle, resized (bicubic).
+
+    Raises DataError, beginning with `where`, when the source is no picture of 8 bits a channel.
+    """
     picture = open_image(source, where)
-    if picture.mode[0] in "IF":  # Pillow would cut their values off at 255
+    if picture.mode[0] in "IF":  # Pillow would cut these values off at 255
         raise DataError(f"{where}: pixels of mode {picture.mode}; allowed: 8 bits a channel; convert it")
     width, height = picture.size
     short = min(width, height)

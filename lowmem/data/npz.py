@@ -1,11 +1,11 @@
-"""Images in one NumPy archive (.npz). For each part, `train` and `test`:
+"""`data.name: npz_images`: images in one NumPy archive (.npz). For each part, `train` and `test`:
 
 {part}_labels    integers [N]
 {part}_images    uint8 [N, H, W], [N, H, W, C] or [N, C, H, W], C = 1 or 3; or instead of it
 {part}_jpeg      uint8 [bytes]: image files one after the other (JPEG, PNG ...), and
 {part}_offsets   integers [N] or [N + 1]: where each begins, and where the last one ends
 
-Image files stay as they are in memory and are decoded by the batch. Nothing is unpickled.
+Image files stay encoded in memory. A batch decodes its own images. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from lowmem.data.config import NpzImagesData
+from lowmem.data.image_source import PixelImages
 from lowmem.data.images import (
     CHANNELS,
     Array,
@@ -35,49 +35,49 @@ from lowmem.data.images import (
 from lowmem.errors import DataError
 
 PARTS = ("train", "test")
-UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)  # what a torn or encrypted archive raises
+# What a torn or an encrypted archive raises.
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-def open_npz(config: NpzImagesData) -> ImageSet:
-    """Reads headers, labels, offsets and the first encoded image.
+class NpzImagesData(PixelImages):
+    name: Literal["npz_images"]
+    path: str
 
-    Raises DataError: no such archive, or arrays missing or at odds.
-    """
-    path = config.path
-    with open_archive(path) as archive:
-        labels = {part: archive.read(f"{part}_labels") for part in PARTS}
-        offsets = {
-            part: _offsets(archive, part, len(labels[part])) for part in PARTS if f"{part}_jpeg" in archive
-        }
-        pixels = {part: _pixel_shape(archive, part) for part in PARTS if part not in offsets}
-        counts = {part: len(offsets[part]) - 1 if part in offsets else pixels[part][0] for part in PARTS}
-        num_classes = check_labels(labels, counts, {part: f"{path}: {part}_labels" for part in PARTS})
-        train, test = (
-            _first_shape(archive, part, offsets[part]) if part in offsets else pixels[part][1:]
-            for part in PARTS
-        )
-    same_shape(test, train, f"{path}: test images", "as in the train part; use one set")
+    def _open(self) -> ImageSet:
+        """Reads headers, labels, offsets and the first encoded image.
 
-    def load(part: str) -> Part:
+        Raises DataError when there is no such archive, or its arrays are missing or contradict each other.
+        """
+        path = self.path
         with open_archive(path) as archive:
-            images: Rows
-            if part in offsets:
-                images = _decoded(archive.read(f"{part}_jpeg"), offsets[part], train, f"{path}: {part}")
-            else:
-                images = _channels_first(archive.read(f"{part}_images"))
-        return {"image": images, "label": labels[part].astype(np.int64)}
+            labels = {part: archive.read(f"{part}_labels") for part in PARTS}
+            encoded = [part for part in PARTS if f"{part}_jpeg" in archive]
+            offsets = {part: _offsets(archive, part, len(labels[part])) for part in encoded}
+            pixels = {part: _pixel_shape(archive, part) for part in PARTS if part not in encoded}
+            counts = {part: len(offsets[part]) - 1 if part in encoded else pixels[part][0] for part in PARTS}
+            num_classes = check_labels(labels, counts, {part: f"{path}: {part}_labels" for part in PARTS})
+            train, test = (
+                _first_shape(archive, part, offsets[part]) if part in encoded else pixels[part][1:]
+                for part in PARTS
+            )
+        same_shape(test, train, f"{path}: test images", "as in the train part; use one set")
 
-    held_bytes = sum(int(offsets[part][-1]) if part in offsets else math.prod(pixels[part]) for part in PARTS)
-    return ImageSet(
-        (train[0], train[1], train[2]), num_classes, lambda: (load("train"), load("test")), held_bytes
-    )
+        def load(part: str) -> Part:
+            with open_archive(path) as archive:
+                images: Rows
+                if part in encoded:
+                    images = _decoded(archive.read(f"{part}_jpeg"), offsets[part], train, f"{path}: {part}")
+                else:
+                    images = _channels_first(archive.read(f"{part}_images"))
+            return {"image": images, "label": labels[part].astype(np.int64)}
+
+        held_bytes = sum(
+            int(offsets[part][-1]) if part in encoded else math.prod(pixels[part]) for part in PARTS
+        )
+        channels, height, width = train
+        return ImageSet(
+            (channels, height, width), num_classes, lambda: (load("train"), load("test")), held_bytes
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def open_npz(config: NpzImagesData) -> ImageSet:
 
 
 class Archive:
-    """Arrays by name; their headers can be read without them."""
+    """An archive's arrays by name. A header can be read without its array."""
 
     def __init__(self, path: str, inner: zipfile.ZipFile) -> None:
         self.path, self.inner = path, inner
@@ -94,32 +94,29 @@ class Archive:
         return f"{name}.npy" in self.inner.NameToInfo
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any], int]:
-        """(shape, dtype, bytes before the data)."""
+        """(shape, dtype, bytes before the data). Raises DataError when the array cannot be used."""
         if name not in self:
-            found = ", ".join(self.inner.namelist()).replace(".npy", "")
-            allowed = (
-                "{part}_labels, and {part}_images or {part}_jpeg with {part}_offsets, for train and test"
-            )
+            found = ", ".join(self.inner.namelist()).replace(".npy", "") or "none"
             raise DataError(
-                f"{self.path}: no array {name}; found: {found or 'none'}; allowed: {allowed}; add it"
+                f"{self.path}: no array {name}; found: {found}; allowed: {{part}}_labels, and "
+                "{part}_images or {part}_jpeg with {part}_offsets, for train and test; add it"
             )
         with self.inner.open(f"{name}.npy") as file:
-            one = np.lib.format.read_magic(file) == (1, 0)
-            shape, _, dtype = (
-                np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
-            )(file)
+            old = np.lib.format.read_magic(file) == (1, 0)
+            read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
             start = file.tell()
         if dtype.hasobject:
             raise DataError(
-                f"{self.path}: {name} holds Python objects (pickle), which could run code; allowed: numbers; save it as an array of them"
+                f"{self.path}: {name} holds Python objects (pickle), which could run code; "
+                "allowed: numbers; save it as an array of them"
             )
-        held, expected = (
-            self.inner.getinfo(f"{name}.npy").file_size - start,
-            math.prod(shape) * dtype.itemsize,
-        )
+        held = self.inner.getinfo(f"{name}.npy").file_size - start
+        expected = math.prod(shape) * dtype.itemsize
         if held != expected:
             raise DataError(
-                f"{self.path}: {name} holds {held} bytes; expected {expected} for {dtype} {list(shape)}; restore it from a copy"
+                f"{self.path}: {name} holds {held} bytes; expected {expected} for {dtype} {list(shape)}; "
+                "restore it from a copy"
             )
         return shape, dtype, start
 
@@ -139,8 +136,9 @@ def open_archive(path: str) -> Iterator[Archive]:
             with zipfile.ZipFile(file) as inner:
                 yield Archive(path, inner)
     except UNREADABLE as problem:
+        said = " ".join(str(problem).split())
         raise DataError(
-            f"{path}: not readable as .npz ({' '.join(str(problem).split())}); give one that is, or restore it from a copy"
+            f"{path}: not readable as .npz ({said}); give one that is, or restore it from a copy"
         ) from None
 
 
@@ -180,15 +178,15 @@ def _offsets(archive: Archive, part: str, count: int) -> Array:
     if dtype != np.uint8 or more or offsets.dtype.kind not in "iu" or offsets.ndim != 1:
         found = f"{dtype} {[num_bytes, *more]} with {part}_offsets {offsets.dtype} {list(offsets.shape)}"
         raise DataError(
-            f"{archive.path}: {part}_jpeg is {found}; allowed: uint8 [bytes] with integers [N] or [N + 1]; convert them"
+            f"{archive.path}: {part}_jpeg is {found}; "
+            "allowed: uint8 [bytes] with integers [N] or [N + 1]; convert them"
         )
-    starts = (
-        np.append(offsets, num_bytes).astype(np.int64) if len(offsets) == count else offsets.astype(np.int64)
-    )
+    starts = np.append(offsets, num_bytes) if len(offsets) == count else offsets
+    starts = starts.astype(np.int64)
     if not len(starts) or starts[0] != 0 or starts[-1] != num_bytes or (np.diff(starts) <= 0).any():
-        allowed = f"rising from 0 to the {num_bytes} bytes of {part}_jpeg"
         raise DataError(
-            f"{archive.path}: {part}_offsets does not say where each image begins; allowed: {allowed}; restore both from one copy"
+            f"{archive.path}: {part}_offsets does not say where each image begins; "
+            f"allowed: rising from 0 to the {num_bytes} bytes of {part}_jpeg; restore both from one copy"
         )
     return starts
 

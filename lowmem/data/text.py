@@ -1,8 +1,8 @@
-"""Text as a row of tokens on disk, mapped into memory: a batch touches only the pages that it takes.
+"""Text of any source as a row of tokens on disk, mapped into memory: a batch touches only the pages it takes.
 
-Bytes are their own tokens, so the file itself is the map. Any other tokenizer reads the file once, piece by
-piece, into a file of the cache, whose name is a digest of the text's and the tokenizer's paths, sizes and
-times.
+Bytes are their own tokens, so the text's file itself is mapped. Every other tokenizer reads the text once,
+piece by piece, into a file of the cache. That file's name is a digest of the tokenizer, and of the text's
+path, size and time.
 """
 
 from __future__ import annotations
@@ -10,149 +10,216 @@ from __future__ import annotations
 import hashlib
 import platform
 import sysconfig
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
+from pydantic import PositiveInt
 
 from lowmem.data.cache import cache_dir, cached, digest, file_facts
-from lowmem.data.config import StdlibTextData, TextConfig, TextData
-from lowmem.data.huggingface import text_files
+from lowmem.data.datasets import ArrayBatch, DataSection, Dataset, DataSpec
+from lowmem.data.image_source import TestFraction
+from lowmem.data.images import Array
 from lowmem.data.tokenizer import BYTES, Tokenizer, make_tokenizer, pieces
-from lowmem.errors import DataError
+from lowmem.errors import ConfigError, DataError
 
-Array = np.ndarray[Any, Any]
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
-class TextDataset:
-    """Windows of `seq_len` tokens. Training: anywhere in the train part. Test: one after the other, the short
-    last one dropped.
+class TextDataset(Dataset):
+    """Windows of `seq_len` tokens: `tokens`, int64 [B, seq_len].
 
-    `num_train` and `num_test` count windows that do not overlap. Raises DataError when a part is shorter than
-    one window.
+    A training window starts anywhere in the train part, as (seed, step) decides. Test windows follow one
+    another; a short last one is left out. `num_train` and `num_test` count windows that do not overlap.
+    Raises DataError when a part is shorter than one window.
     """
 
     def __init__(self, train: Array, test: Array, seq_len: int, vocab_size: int, where: str) -> None:
         self.train, self.test, self.seq_len, self.vocab_size = train, test, seq_len, vocab_size
-        self.num_train, self.num_test = len(train) // seq_len, len(test) // seq_len
         for part, tokens in {"train": train, "test": test}.items():
             if len(tokens) < seq_len:
-                found = f"{where}: the {part} part has {len(tokens)} tokens"
                 raise DataError(
-                    f"{found}; allowed: at least train.seq_len = {seq_len}; give more text, or lower train.seq_len"
+                    f"{where}: the {part} part has {len(tokens)} tokens; "
+                    f"allowed: at least train.seq_len = {seq_len}; give more text, or lower train.seq_len"
                 )
+        super().__init__({"tokens": self._windows(train)}, {"tokens": self._windows(test)}, _as_integers)
 
-    def batch(self, seed: int, step: int, batch_size: int) -> dict[str, Array]:
-        """`tokens`: int64 [batch_size, seq_len], start positions a function of (seed, step)."""
-        starts = np.random.default_rng([seed, step]).integers(
-            0, len(self.train) - self.seq_len + 1, batch_size
-        )
-        return {"tokens": self.train[starts[:, None] + np.arange(self.seq_len)].astype(np.int64)}
+    def batch(self, seed: int, step: int, batch_size: int) -> ArrayBatch:
+        draws = np.random.default_rng([seed, step])
+        starts = draws.integers(0, len(self.train) - self.seq_len + 1, batch_size)
+        return _as_integers({"tokens": self.train[starts[:, None] + np.arange(self.seq_len)]})
 
-    def test_batches(self, batch_size: int) -> Iterator[dict[str, Array]]:
-        windows = self.test[: self.num_test * self.seq_len].reshape(self.num_test, self.seq_len)
-        for start in range(0, self.num_test, batch_size):
-            yield {"tokens": windows[start : start + batch_size].astype(np.int64)}
+    def _windows(self, tokens: Array) -> Array:
+        """A view [windows, seq_len]."""
+        count = len(tokens) // self.seq_len
+        return tokens[: count * self.seq_len].reshape(count, self.seq_len)
 
 
-def load_text(config: TextConfig, seq_len: int, tokenizer: Tokenizer | None = None) -> TextDataset:
-    """`tokenizer`: another than the section's own, to evaluate a run on other text.
+class TextConfig(DataSection):
+    """Text of any source. A subclass says where its files are, and what a message calls it."""
 
-    Raises DataError: file missing, empty, too short, not UTF-8 (where the tokenizer needs it), a tokenizer
-    that cannot be read, or one of another size than declared.
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """The words with which a message about the text begins."""
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The train part's file and the test part's, or one that holds both. Raises DataError."""
+
+    @property
+    def tokenizer_name(self) -> str:
+        return "bytes"
+
+    @property
+    def declared_vocab_size(self) -> int | None:
+        return None
+
+    @property
+    def metric_unit(self) -> Literal["char", "token"]:
+        return "char" if self.tokenizer_name in ("bytes", "characters") else "token"
+
+    def split(self, files: list[Array]) -> tuple[Array, Array]:
+        """The training and the test tokens, from the tokens of each file."""
+        train, test = files
+        return train, test
+
+    def open(self, seq_len: int, tokenizer: Tokenizer | None) -> TextDataset:
+        """The text in windows. `tokenizer`: reads the text in place of the section's own.
+
+        Raises DataError when a file is missing, empty, too short or not UTF-8 (if the tokenizer needs it), or
+        the tokenizer cannot be read or has another size than declared.
+        """
+        files = self.files()
+        tokenizer = tokenizer or make_tokenizer(self.tokenizer_name, files)
+        if self.declared_vocab_size not in (None, tokenizer.vocab_size):
+            raise DataError(
+                f"data.vocab_size: declared {self.declared_vocab_size}, found {tokenizer.vocab_size}; "
+                "declare what the tokenizer has, or leave it out"
+            )
+        train, test = self.split([_tokens(path, tokenizer) for path in files])
+        return TextDataset(train, test, seq_len, tokenizer.vocab_size, self.source)
+
+    def describe(self, seq_len: int | None, tokenizer: Tokenizer | None) -> DataSpec:
+        length = _required(seq_len)
+        vocab_size = self.declared_vocab_size or self.open(length, tokenizer).vocab_size
+        return DataSpec(vocab_size=vocab_size, seq_len=length)
+
+    def load(self, seq_len: int | None, tokenizer: Tokenizer | None, augmented: bool) -> TextDataset:
+        return self.open(_required(seq_len), tokenizer)
+
+
+class StdlibTextData(TextConfig):
+    """The source text of Python's own standard library, as bytes.
+
+    It is real text that every machine has, so nothing is downloaded. Both parts are written to the cache on
+    the first call of this Python.
     """
-    files = _files(config)
-    tokenizer = tokenizer or _tokenizer(config, files)
-    declared = None if isinstance(config, StdlibTextData) else config.vocab_size
-    if declared not in (None, tokenizer.vocab_size):
-        found = f"data.vocab_size: declared {declared}, found {tokenizer.vocab_size}"
-        raise DataError(f"{found}; declare what the tokenizer has, or leave it out")
-    parts = [_tokens(path, tokenizer) for path in files]
-    if isinstance(config, TextData):
-        num_train = int(len(parts[0]) * (1 - config.test_fraction))
-        parts = [parts[0][:num_train], parts[0][num_train:]]
-    return TextDataset(parts[0], parts[1], seq_len, tokenizer.vocab_size, _where(config))
+
+    name: Literal["stdlib_text"]
+
+    @property
+    def source(self) -> str:
+        return "data.name: 'stdlib_text'"
+
+    def files(self) -> list[Path]:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        stem = f"stdlib-{platform.python_version()}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
+
+        def sources(test: bool) -> Iterator[bytes]:
+            found = (path.relative_to(folder) for path in folder.rglob("*.py"))
+            names = sorted(path.as_posix() for path in found if not STDLIB_SKIPPED & set(path.parts))
+            for number, name in enumerate(names, 1):
+                if (number % 10 == 0) == test:  # every tenth file, so that both parts are of the same kind
+                    yield (folder / name).read_bytes() + b"\n"
+
+        return [
+            cached(cache_dir() / f"{stem}-{part}.bin", partial(sources, part == "test"))
+            for part in ("train", "test")
+        ]
+
+
+class TokenisedText(TextConfig):
+    """Text that a tokenizer of the user's choice reads."""
+
+    # bytes | characters | a `tokenizers` JSON file | a folder with GPT-2's encoder.json and vocab.bpe
+    tokenizer: str = "bytes"
+    vocab_size: PositiveInt | None = None  # if declared, planning opens neither text nor tokenizer
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer
+
+    @property
+    def declared_vocab_size(self) -> int | None:
+        return self.vocab_size
+
+
+class TextData(TokenisedText):
+    """A text file of the user's. The end of the file is the test part."""
+
+    name: Literal["text"]
+    path: str
+    test_fraction: TestFraction = 0.1
+
+    @property
+    def source(self) -> str:
+        return self.path
+
+    def files(self) -> list[Path]:
+        try:
+            with open(self.path, "rb") as file:
+                if file.read(1):
+                    return [Path(self.path)]
+        except OSError as problem:
+            raise DataError(
+                f"data.path: {self.path}: {problem.strerror}; give the path of a text file that can be read"
+            ) from None
+        raise DataError(f"data.path: {self.path} is empty; give a file with text in it")
+
+    def split(self, files: list[Array]) -> tuple[Array, Array]:
+        (tokens,) = files
+        num_train = int(len(tokens) * (1 - self.test_fraction))
+        return tokens[:num_train], tokens[num_train:]
 
 
 def load_tokenizer(config: TextConfig) -> Tokenizer:
-    """Raises DataError when the tokenizer is unknown or cannot be read.
+    """The section's own tokenizer. For `characters` this reads the text, once.
 
-    For `characters` this reads the text, once.
+    Raises DataError when the tokenizer is unknown or cannot be read.
     """
-    if isinstance(config, StdlibTextData) or config.tokenizer == "bytes":
-        return BYTES
-    return _tokenizer(config, _files(config) if config.tokenizer == "characters" else [])
+    name = config.tokenizer_name
+    return make_tokenizer(name, config.files() if name == "characters" else [])
 
 
-def _tokenizer(config: TextConfig, files: list[Path]) -> Tokenizer:
-    return make_tokenizer("bytes" if isinstance(config, StdlibTextData) else config.tokenizer, files)
+def _required(seq_len: int | None) -> int:
+    if seq_len is None:
+        raise ConfigError("train.seq_len: missing; text needs the number of tokens of a sequence; add it")
+    return seq_len
 
 
-def _files(config: TextConfig) -> list[Path]:
-    """The train and the test part's file, or the one that holds both."""
-    if isinstance(config, StdlibTextData):
-        return _stdlib_files()
-    return [_text_file(config)] if isinstance(config, TextData) else text_files(config)
-
-
-def _where(config: TextConfig) -> str:
-    if isinstance(config, TextData):
-        return config.path
-    return (
-        "data.name: 'stdlib_text'"
-        if isinstance(config, StdlibTextData)
-        else f"data.dataset: '{config.dataset}'"
-    )
+def _as_integers(batch: ArrayBatch) -> ArrayBatch:
+    return {"tokens": batch["tokens"].astype(np.int64)}
 
 
 def _tokens(path: Path, tokenizer: Tokenizer) -> Array:
+    """The text's tokens, mapped: uint8, uint16 or uint32 [tokens]."""
     if tokenizer is BYTES:
         return _map(path, np.uint8)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+
+    def encoded() -> Iterator[bytes]:
+        for piece in pieces(path):
+            yield np.array(tokenizer.encode(piece), dtype).tobytes()
+
     name = digest(tokenizer.facts, file_facts([path]))
-    return _map(
-        cached(
-            cache_dir() / f"{name}.bin",
-            lambda: (np.array(tokenizer.encode(piece), dtype).tobytes() for piece in pieces(path)),
-        ),
-        dtype,
-    )
-
-
-def _text_file(config: TextData) -> Path:
-    try:
-        with open(config.path, "rb") as file:
-            if file.read(1):
-                return Path(config.path)
-    except OSError as problem:
-        raise DataError(
-            f"data.path: {config.path}: {problem.strerror}; give the path of a text file that can be read"
-        ) from None
-    raise DataError(f"data.path: {config.path} is empty; give a file with text in it")
-
-
-def _stdlib_files() -> list[Path]:
-    """Train and test part of the text, written on the first call of this Python."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    stem = f"stdlib-{platform.python_version()}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}"
-
-    def sources(test: bool) -> Iterator[bytes]:
-        found = (path.relative_to(folder) for path in folder.rglob("*.py"))
-        names = sorted(path.as_posix() for path in found if not STDLIB_SKIPPED & set(path.parts))
-        for number, name in enumerate(names, 1):
-            if (number % 10 == 0) == test:  # each tenth file, so that both parts are of the same kind
-                yield (folder / name).read_bytes() + b"\n"
-
-    return [
-        cached(cache_dir() / f"{stem}-{part}.bin", partial(sources, part == "test"))
-        for part in ("train", "test")
-    ]
+    return _map(cached(cache_dir() / f"{name}.bin", encoded), dtype)
 
 
 def _map(path: Path, dtype: type[np.generic]) -> Array:
-    return (
-        np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)
-    )  # an empty file has no map
+    if not path.stat().st_size:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, mode="r"))

@@ -1,4 +1,7 @@
-"""Tokenizers: bytes, the characters of a text, or the subwords of the package `tokenizers`."""
+"""Tokenizers: bytes, the characters of a text, or subwords of the package `tokenizers`.
+
+That package is imported only when a recipe names a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,21 @@ from typing import Any
 from lowmem.data.cache import cache_dir, cached, digest, file_facts
 from lowmem.errors import DataError
 
-PIECE_BYTES = 1 << 18  # of the text, read at a time
+PIECE_BYTES = 1 << 18  # bytes of the text that are read at a time
 ALLOWED = "bytes, characters, a `tokenizers` JSON file, or a folder with GPT-2's encoder.json and vocab.bpe"
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Tokens are integers below `vocab_size`.
+    """Text to tokens and back. Tokens are integers below `vocab_size`.
 
-    `encode` of characters raises DataError on one that the training text does not hold.
+    The `encode` of characters raises DataError for a character that the training text does not hold.
     """
 
     vocab_size: int
-    facts: Any  # what tells it apart from every other, for a cache's name
+    facts: Any  # tells it apart from every other tokenizer, in the name of a cache's file
     encode: Callable[[str], list[int]]
-    decode: Callable[[list[int]], str]  # bytes that are no text become U+FFFD
+    decode: Callable[[list[int]], str]  # bytes that are not UTF-8 become U+FFFD
 
 
 BYTES = Tokenizer(
@@ -37,9 +40,9 @@ BYTES = Tokenizer(
 
 
 def make_tokenizer(name: str, texts: Sequence[Path]) -> Tokenizer:
-    """The tokenizer that a recipe calls `name`; `characters` reads the texts, once.
+    """The tokenizer that a recipe calls `name`. `characters` reads the texts, once.
 
-    Raises DataError when it is unknown or cannot be read.
+    Raises DataError when the tokenizer is unknown or cannot be read.
     """
     if name == "bytes":
         return BYTES
@@ -47,27 +50,29 @@ def make_tokenizer(name: str, texts: Sequence[Path]) -> Tokenizer:
 
 
 def pieces(path: Path) -> Iterator[str]:
-    """The text in pieces, cut before a space after another character: no usual tokenizer joins the two.
+    """The text in pieces, cut before a space that follows another character.
 
-    DataError where it is not UTF-8.
+    No usual tokenizer makes one token of those two, so tokenised pieces equal the tokenised whole. Raises
+    DataError when the text is not UTF-8.
     """
     decoder, start, rest = codecs.getincrementaldecoder("utf-8")(), 0, ""
     with open(path, "rb") as file:
         while True:
             data = file.read(PIECE_BYTES)
-            pending = len(decoder.getstate()[0])  # bytes of a character that the last read cut in two
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last read split
             try:
                 rest += decoder.decode(data, final=not data)
             except UnicodeDecodeError as problem:
                 position = start - pending + problem.start
                 raise DataError(
-                    f"{path}: byte {position} is not UTF-8; save the file as UTF-8, or use data.tokenizer: bytes"
+                    f"{path}: byte {position} is not UTF-8; "
+                    "save the file as UTF-8, or use data.tokenizer: bytes"
                 ) from None
             start += len(data)
             if not data:
                 break
             match = re.match(r"(?s).*\S( )", rest)
-            cut = match.start(1) if match else len(rest)  # no such space: where the read ended
+            cut = match.start(1) if match else len(rest)  # without such a space: where the read ended
             yield rest[:cut]
             rest = rest[cut:]
     yield rest
@@ -90,7 +95,8 @@ def _characters(texts: Sequence[Path]) -> Tokenizer:
             return [tokens_of[character] for character in text]
         except KeyError as problem:
             raise DataError(
-                f"text: {problem.args[0]!r} is not among the {len(characters)} characters of {texts[0]}; leave it out"
+                f"text: {problem.args[0]!r} is not among the {len(characters)} characters of {texts[0]}; "
+                "leave it out"
             ) from None
 
     return Tokenizer(
@@ -99,7 +105,7 @@ def _characters(texts: Sequence[Path]) -> Tokenizer:
 
 
 def _subwords(path: Path) -> Tokenizer:
-    """A tokenizer of the package `tokenizers`; it adds no special tokens, cuts nothing off, pads nothing."""
+    """A tokenizer of the package `tokenizers`, set to add no special tokens and neither cut nor pad."""
     files = [path / "encoder.json", path / "vocab.bpe"] if path.is_dir() else [path]
     for file in files:
         if not file.is_file():
@@ -107,9 +113,9 @@ def _subwords(path: Path) -> Tokenizer:
     try:
         package = importlib.import_module("tokenizers")
     except ImportError:
-        cure = "install the extra: pip install 'lowmem[text]', or take bytes or characters"
         raise DataError(
-            f"data.tokenizer: '{path}' needs the package tokenizers, which is not installed; {cure}"
+            f"data.tokenizer: '{path}' needs the package tokenizers, which is not installed; "
+            "install the extra: pip install 'lowmem[text]', or take bytes or characters"
         ) from None
     try:
         names = [str(file) for file in files]
@@ -117,9 +123,8 @@ def _subwords(path: Path) -> Tokenizer:
             package.ByteLevelBPETokenizer(*names) if len(names) == 2 else package.Tokenizer.from_file(*names)
         )
     except Exception as problem:  # the package raises bare Exceptions
-        raise DataError(
-            f"data.tokenizer: {path}: not readable ({' '.join(str(problem).split())}); restore it from a copy"
-        ) from None
+        said = " ".join(str(problem).split())
+        raise DataError(f"data.tokenizer: {path}: not readable ({said}); restore it from a copy") from None
     inner.no_truncation()
     inner.no_padding()
     return Tokenizer(

@@ -1,39 +1,59 @@
-"""A trained run opened for reading, one frozen block on the device at a time, and the sampler that walks down
-its blocks.
+"""A trained run opened for reading: one frozen block on the device at a time, and the schedule of a chain of
+blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.blocks.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
+from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views, unbind
 from lowmem.blocks.run_dir import RunDir
+from lowmem.data.datasets import describe_data
 from lowmem.errors import ResumeError
 from lowmem.machine.detect import training_device
-from lowmem.models.base import Batch, BuildModel
+from lowmem.models import model_builder
+from lowmem.models.base import BlockModel, BuildModel
 from lowmem.noise import block_of, boundaries, sampler_grid
-from lowmem.objectives.base import Entered
-from lowmem.planning.plan import Plan
+from lowmem.objectives.base import Batch, Entered, Objective
+from lowmem.planning.plan import Plan, read_plan
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
 from lowmem.training.open_run import open_stream
 
 TOGETHER = 8  # batches that wait at one border
 Item = TypeVar("Item")
+ModelT = TypeVar("ModelT", bound=BlockModel)
+ObjectiveT = TypeVar("ObjectiveT", bound=Objective[Any, Any])
+
+
+def open_run(run_dir: str | os.PathLike[str], for_drawing: bool = False) -> FrozenRun:
+    """A run's last commit, opened from its folder alone.
+
+    `for_drawing`: a causal model needs every block for every token, so blocks that were trained alone stay on
+    the device. A model trained end to end that did not fit there streams for every token too. Raises
+    ResumeError if the folder holds no run, StoreError if a file is damaged.
+    """
+    run = RunDir(run_dir)
+    plan = read_plan(run)
+    spec = describe_data(plan.recipe.data, plan.recipe.train.seq_len)
+    return FrozenRun(run, plan, model_builder(plan.recipe, spec), for_drawing)
 
 
 class FrozenRun:
     """The weights of a run's last commit, or their average where one is kept (`optimizer.ema`), for reading.
 
-    Close it, or use it in a `with`.
+    Close it, or use it in a `with`. Raises ResumeError if nothing is committed, StoreError if a file is
+    damaged.
     """
 
-    def __init__(self, run: RunDir, plan: Plan, build_model: BuildModel, resident: bool = False) -> None:
+    def __init__(self, run: RunDir, plan: Plan, build_model: BuildModel, for_drawing: bool = False) -> None:
+        """`for_drawing`: blocks that every draw needs stay on the device."""
         state = run.read_state()
         if state is None:
             raise ResumeError(f"run folder {run.path}: nothing is committed in it yet; train first")
@@ -44,12 +64,13 @@ class FrozenRun:
         with torch.device("meta"):
             self.model = build_model()
         self.model.eval()
+        self.objective = self.model.make_objective(plan.noise)
         self.slices = self.model.block_slices(plan.settings.num_blocks)
-        self.layouts, shared_layout = layouts_of(self.model, plan.settings)
+        self.layouts, self.shared_layout = layouts_of(self.model, plan.settings)
+        independent = plan.recipe.method == "diffusion_blocks"
+        resident = for_drawing and independent and self.objective.draws_with_all_blocks
         self.stream = open_stream(run, plan, self.model, state.files, resident)
-        buffer = aligned_buffer(shared_layout.total_bytes)
-        self.stream.block_store.read("shared", buffer)
-        self._bind(shared_layout, buffer.to(self.device))
+        self._bind(self.shared_layout, self.stream.load_shared())
 
     def __enter__(self) -> FrozenRun:
         return self
@@ -57,13 +78,32 @@ class FrozenRun:
     def __exit__(self, *_: object) -> None:
         self.stream.close()
 
+    def parts(self, model: type[ModelT], objective: type[ObjectiveT]) -> tuple[ModelT, ObjectiveT]:
+        """The model and its objective, as the kinds that the caller knows them to be."""
+        assert isinstance(self.model, model) and isinstance(self.objective, objective)
+        return self.model, self.objective
+
+    @property
+    def blocks(self) -> range:
+        return range(self.plan.settings.num_blocks)
+
     def walk(self, blocks: Sequence[int]) -> Iterator[tuple[int, Iterable[nn.Module]]]:
-        """Each block in turn with its layers, weights in place; the next is fetched meanwhile."""
+        """Each block in turn with its layers, weights in place; the next block is fetched meanwhile."""
         for position, block in enumerate(blocks):
             with self.on_device([block]) as layers:
                 if position + 1 < len(blocks):
                     self.stream.prefetch(blocks[position + 1])
                 yield block, layers
+
+    def walk_owners(self, blocks: Sequence[int]) -> Iterator[tuple[int, Iterable[nn.Module]]]:
+        """Each block with the layers that serve its levels: its own, or all of them in a model trained end to
+        end.
+        """
+        if self.plan.recipe.method == "end_to_end":
+            with self.on_device(self.blocks) as layers:
+                yield from ((block, layers) for block in blocks)
+        else:
+            yield from self.walk(blocks)
 
     def whole(
         self,
@@ -71,8 +111,8 @@ class FrozenRun:
         enter: Callable[[Item], Entered],
         leave: Callable[[Item, Tensor, Entered], Tensor],
     ) -> Tensor:
-        """What `leave` makes of each item's h after all layers of a model trained end to end, joined along
-        the first dimension.
+        """`leave` of each item's h after all layers of a model trained end to end, joined along the first
+        dimension.
 
         Where blocks stream, several items pass a block before the next one is fetched.
         """
@@ -82,28 +122,26 @@ class FrozenRun:
             group = items[start : start + size]
             entered = [enter(item) for item in group]
             passed = [each.h for each in entered]
-            for _, layers in self.walk(range(self.plan.settings.num_blocks)):
-                through = self.model.objective.through
-                passed = [
-                    through(self.model, layers, h, each.cond, each.kept, False)
-                    for h, each in zip(passed, entered, strict=True)
-                ]
+            for _, layers in self.walk(self.blocks):
+                pairs = zip(passed, entered, strict=True)
+                passed = [self.objective.through(layers, h, each.cond, each.kept) for h, each in pairs]
             out += [leave(*each) for each in zip(group, passed, entered, strict=True)]
         return torch.cat(out)
 
     def losses(self, batches: Sequence[Batch]) -> Tensor:
-        """Per sample, over all batches, of a model trained end to end."""
-        model, objective, noise = self.model, self.model.objective, self.plan.noise
+        """Loss per sample, over all batches, of a model trained end to end."""
+        objective = self.objective
         return self.whole(
             batches,
-            lambda batch: objective.enter(model, batch, noise),
-            lambda batch, h, entered: objective.leave(model, h, entered.cond, entered.kept, batch, noise),
+            objective.enter,
+            lambda batch, h, entered: objective.leave(h, entered.cond, entered.kept, batch),
         )
 
     @contextlib.contextmanager
     def on_device(self, blocks: Sequence[int]) -> Iterator[Iterable[nn.Module]]:
-        """The layers of several blocks: all on the device at once, or where they stream, coming anew each
-        time they are gone through.
+        """The layers of several blocks, all on the device at once.
+
+        Where they stream, the layers come anew each time that the iterable is gone through.
         """
         if len(blocks) > 1 and not self.stream.resident:
             yield _Passing(self, blocks)
@@ -117,9 +155,9 @@ class FrozenRun:
             self.stream.release(block, buffer)
 
     def schedule(self, num_steps: int) -> list[tuple[int, list[tuple[float, float | None]]]]:
-        """The chain, block by block:
+        """The chain, block by block, from sigma_max down.
 
-        [(block, [(sigma, next sigma or None at the end), ...]), ...], from sigma_max down.
+        [(block, [(sigma, next sigma or None at the end), ...]), ...]
         """
         noise, num_blocks = self.plan.noise, self.plan.settings.num_blocks
         grid, borders = sampler_grid(num_steps, noise), boundaries(num_blocks, noise)

@@ -1,97 +1,88 @@
-"""TODO module docstring."""
+"""Images drawn from a trained generator, and the picture or array that they are written to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.data.config import LatentArraysData
 from lowmem.data.images import pillow
 from lowmem.inference.frozen_run import FrozenRun, initial_noise
+from lowmem.models.base import BlockModel
 from lowmem.noise import euler_step
 from lowmem.objectives.images import ImageDenoising
 from lowmem.recipe import EvalConfig
 
-NUM_STEPS, GUIDANCE = (
-    18,
-    2.0,
-)  # where the recipe says auto: EDM's number of steps for small images, the paper's guidance
-
-
+# Where the recipe says auto: EDM's number of steps for small images, and the paper's guidance.
+NUM_STEPS, GUIDANCE = 18, 2.0
 GRID_SIDE, GRID_GAP = 32, 2  # pixels: smaller images are magnified to about that side; between images
 
 
 def sampling_settings(config: EvalConfig) -> tuple[int, float]:
     """(steps of the chain, guidance)."""
-    return (
-        NUM_STEPS if config.num_steps == "auto" else config.num_steps,
-        GUIDANCE if config.guidance == "auto" else config.guidance,
-    )
+    num_steps = NUM_STEPS if config.num_steps == "auto" else config.num_steps
+    return num_steps, GUIDANCE if config.guidance == "auto" else config.guidance
 
 
 @torch.no_grad()
 def sample(frozen: FrozenRun, labels: Tensor, num_steps: int, guidance: float, seed: int) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1], or latents, of the given classes [N], on the CPU: the blocks in order,
-    each for its share of the steps.
+    """Images [N, C, H, W] in [-1, 1], or latents, of the given classes [N], on the CPU.
 
-    Euler steps down from sigma_max, the last call returns D itself (paper, section 3.3). Guidance: D_none +
-    guidance (D_class - D_none).
+    The blocks come in order, each for its share of the Euler steps down from sigma_max; the last call returns
+    D itself (paper, section 3.3). Guidance: D_none + guidance (D_class - D_none).
     """
-    model, objective, noise = frozen.model, frozen.model.objective, frozen.plan.noise
-    assert isinstance(objective, ImageDenoising)
-    size = frozen.plan.recipe.eval.batch_size
+    model, objective = frozen.parts(BlockModel, ImageDenoising)
+    sigma_max, size = objective.noise.sigma_max, frozen.plan.recipe.eval.batch_size
     classes = torch.split(labels.to(frozen.device), size)
     torch.manual_seed(seed)
-    start = initial_noise((len(labels), *model.example_batch(1)["image"].shape[1:]), noise.sigma_max).to(
-        frozen.device
-    )
+    image_shape = model.example_batch(1)["image"].shape[1:]
+    start = initial_noise((len(labels), *image_shape), sigma_max).to(frozen.device)
     parts = list(torch.split(start, size))
     schedule = dict(frozen.schedule(num_steps))
-    for block, layers in _walk(frozen, list(schedule)):
+    for block, layers in frozen.walk_owners(list(schedule)):
         for sigma, following in schedule[block]:
             for i, (z, label) in enumerate(zip(parts, classes, strict=True)):
                 level = z.new_full((len(z),), sigma)
-                denoised = objective.denoised(model, layers, {"label": label}, z, level, noise)
+                denoised = objective.denoised(layers, {"label": label}, z, level)
                 if guidance != 1:
-                    without = torch.full_like(label, model.num_classes)  # type: ignore[arg-type]
-                    unguided = objective.denoised(model, layers, {"label": without}, z, level, noise)
+                    without = torch.full_like(label, objective.model.num_classes)
+                    unguided = objective.denoised(layers, {"label": without}, z, level)
                     denoised = unguided + guidance * (denoised - unguided)
                 parts[i] = denoised if following is None else euler_step(z, denoised, sigma, following)
-    made = objective.image(torch.cat(parts), noise).cpu()
+    made = objective.image(torch.cat(parts)).cpu()
     return made if isinstance(frozen.plan.recipe.data, LatentArraysData) else made.clamp(-1, 1)
 
 
-def _walk(frozen: FrozenRun, blocks: Sequence[int]) -> Iterator[tuple[int, Iterable[nn.Module]]]:
-    """Each block with the layers that serve its levels: its own, or all of them in a model trained end to
-    end.
+def write_samples(frozen: FrozenRun, path: Path, num: int | None, seed: int) -> None:
+    """Writes `num` images (None: eight of each class), class after class.
+
+    Pictures make a PNG grid with a column for each class. Latents, which only their autoencoder turns into
+    pictures, make an array [N, C, H, W] in float32, on the scale that the autoencoder gave them.
     """
-    if frozen.plan.recipe.method == "end_to_end":
-        with frozen.on_device(range(frozen.plan.settings.num_blocks)) as layers:
-            yield from ((block, layers) for block in blocks)
+    _, objective = frozen.parts(BlockModel, ImageDenoising)
+    recipe, num_classes = frozen.plan.recipe, objective.model.num_classes
+    labels = torch.arange(num or 8 * num_classes) % num_classes
+    made = sample(frozen, labels, *sampling_settings(recipe.eval), seed)
+    if isinstance(recipe.data, LatentArraysData):
+        with open(path, "wb") as file:
+            np.save(file, made.numpy() / np.float32(recipe.data.scale))
     else:
-        yield from frozen.walk(blocks)
+        write_grid(made, path, num_classes)
 
 
 def write_grid(images: Tensor, path: Path, columns: int) -> None:
-    """A PNG of images [N, C, H, W] in [-1, 1], C = 1 or 3, row by row; small ones are magnified by a whole
-    number.
+    """Writes images [N, C, H, W] in [-1, 1], C = 1 or 3, row by row into a PNG.
+
+    Small images are magnified.
     """
     image_module = pillow("samples: a PNG")
     count, channels, height, width = images.shape
     zoom = max(1, round(GRID_SIDE / max(height, width)))
-    pixels = (
-        ((images.clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .byte()
-        .permute(0, 2, 3, 1)
-        .numpy()
-        .repeat(zoom, axis=1)
-        .repeat(zoom, axis=2)
-    )
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = pixels.repeat(zoom, axis=1).repeat(zoom, axis=2)
     step_y, step_x, rows = zoom * height + GRID_GAP, zoom * width + GRID_GAP, -(-count // columns)
     canvas = np.full((rows * step_y - GRID_GAP, columns * step_x - GRID_GAP, channels), 255, dtype=np.uint8)
     for i, image in enumerate(pixels):

@@ -23,10 +23,10 @@ from lowmem.blocks.run_dir import RunDir
 from lowmem.data.datasets import load_data
 from lowmem.data.text import load_tokenizer
 from lowmem.errors import ConfigError, DataError
-from lowmem.inference.evaluation.tokens import headline
-from lowmem.inference.frozen_run import FrozenRun
-from lowmem.inference.generate import draw_tokens, open_run
-from lowmem.models.causal_lm import CausalLm
+from lowmem.inference.evaluation.common import headline
+from lowmem.inference.frozen_run import FrozenRun, open_run
+from lowmem.inference.kinds import kind_of
+from lowmem.inference.sampling import Draw
 from lowmem.planning.plan import Plan, read_plan
 
 NGRAMS = (1, 2, 3, 4)
@@ -41,7 +41,8 @@ def distinct_n(tokens: Tensor, n: int) -> float:
     """
     if tokens.shape[1] < n:
         raise ConfigError(
-            f"distinct-{n}: found sequences of {tokens.shape[1]} tokens; allowed: at least {n}; give longer ones, or a smaller n"
+            f"distinct-{n}: found sequences of {tokens.shape[1]} tokens; allowed: at least {n}; give longer "
+            "ones, or a smaller n"
         )
     grams = tokens.unfold(1, n, 1).flatten(0, 1)
     return len(torch.unique(grams, dim=0)) / len(grams)
@@ -54,9 +55,8 @@ def judge_nats(judge: FrozenRun, tokens: Tensor) -> Tensor:
 
     Raises ConfigError if the judge is not a causal model trained end to end.
     """
-    plan, model = judge.plan, judge.model
+    plan = judge.plan
     _check_judge(plan)
-    assert isinstance(model, CausalLm)
     parts = torch.split(tokens.to(judge.device), plan.recipe.eval.batch_size)
     return judge.losses([{"tokens": part} for part in parts]).cpu()
 
@@ -87,7 +87,8 @@ def at_matched_diversity(curve_a: Curve, curve_b: Curve) -> Matched:
     if low > high:
         reached = " and ".join(f"{xs[0]:.4f} to {xs[-1]:.4f}" for xs in (xs_a, xs_b))
         raise ConfigError(
-            f"matched diversity: the two reach {reached}; allowed: ranges with a part in common; draw at more temperatures"
+            f"matched diversity: the two reach {reached}; allowed: ranges with a part in common; "
+            "draw at more temperatures"
         )
     middle = (low + high) / 2
     return Matched(middle, float(np.interp(middle, xs_a, ys_a)), float(np.interp(middle, xs_b, ys_b)))
@@ -122,10 +123,14 @@ def judge_runs(
     real = _real_text(judge_plan, num)
     drawn: dict[tuple[str, float], Tensor] = {}
     for run in plans:
-        with open_run(run) as frozen, torch.no_grad():
+        with open_run(run, for_drawing=True) as frozen, torch.no_grad():
             start = torch.zeros(num, 0, dtype=torch.long, device=frozen.device)
             for temperature in temperatures:
-                drawn[run, temperature] = draw_tokens(frozen, start, seq_len, temperature, top_p, seed).cpu()
+                draw_tokens = kind_of(frozen).draw_tokens
+                assert draw_tokens is not None, "checked before"
+                drawn[run, temperature] = draw_tokens(
+                    frozen, start, seq_len, Draw(temperature, top_p, seed)
+                ).cpu()
 
     with open_run(judge) as opened:
 
@@ -172,7 +177,8 @@ def _real_text(plan: Plan, num: int) -> Tensor:
     data = load_data(plan.recipe.data, plan.recipe.train.seq_len)
     if data.num_test < num:
         raise DataError(
-            f"held-out text: found {data.num_test} windows of train.seq_len tokens; allowed: at least the {num} samples; lower --num"
+            f"held-out text: found {data.num_test} windows of train.seq_len tokens; allowed: at least the "
+            f"{num} samples; lower --num"
         )
     wanted = {index * data.num_test // num for index in range(num)}
     windows = (batch["tokens"] for index, batch in enumerate(data.test_batches(1)) if index in wanted)
@@ -184,7 +190,8 @@ def _check_judge(plan: Plan) -> None:
     if recipe.method != "end_to_end" or recipe.model.name != "causal_lm":
         found = f"method {recipe.method} with model {recipe.model.name}"
         raise ConfigError(
-            f"judge: found {found}; allowed: method end_to_end with model causal_lm; train such a one on the same text"
+            f"judge: found {found}; allowed: method end_to_end with model causal_lm; train such a one on the "
+            "same text"
         )
 
 
@@ -198,7 +205,8 @@ def _check_together(plans: dict[str, Plan], judge: str, judge_plan: Plan) -> Non
         recipe = plan.recipe
         if os.path.realpath(run) == os.path.realpath(judge):
             raise ConfigError(
-                f"judge: {run} is one of the runs it is to judge; allowed: one trained apart; train it with another seed"
+                f"judge: {run} is one of the runs it is to judge; allowed: one trained apart; train it with "
+                "another seed"
             )
         if recipe.train.seq_len is None or recipe.model.name not in (
             "causal_lm",
@@ -206,17 +214,20 @@ def _check_together(plans: dict[str, Plan], judge: str, judge_plan: Plan) -> Non
             "recurrent_lm",
         ):
             raise ConfigError(
-                f"judge: {run} holds model {recipe.model.name}; allowed: causal_lm, masked_lm, recurrent_lm; leave it out"
+                f"judge: {run} holds model {recipe.model.name}; allowed: causal_lm, masked_lm, recurrent_lm; "
+                "leave it out"
             )
         if recipe.train.seq_len != length:
             raise ConfigError(
-                f"judge: {run} has train.seq_len {recipe.train.seq_len}; allowed: {length}, the judge's; train one of them anew"
+                f"judge: {run} has train.seq_len {recipe.train.seq_len}; allowed: {length}, the judge's; "
+                "train one of them anew"
             )
         found = _vocabulary(plan)
         if found != vocabulary:
             sizes = f"{len(found)} tokens to the judge's {len(vocabulary)}"
             raise ConfigError(
-                f"judge: {run} has another vocabulary ({sizes}); allowed: the same; train both on one tokenizer"
+                f"judge: {run} has another vocabulary ({sizes}); allowed: the same; train both on one "
+                "tokenizer"
             )
 
 

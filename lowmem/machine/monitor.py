@@ -1,11 +1,22 @@
-"""TODO module docstring."""
+"""Watches how much memory the process takes, and keeps the peaks.
+
+A thread reads the figures many times a second. They have three sources: psutil (the process and the machine),
+torch's allocator, and NVML (the card and every process on it). The device's figures are optional: each NVML
+call may fail on its own, as on unified memory, which reports NOT_SUPPORTED. What cannot be read is None,
+never 0.
+
+The host's figure is anonymous resident memory: resident pages without shared ones and pages of files. A
+memory limit kills for anonymous pages, because the kernel can drop the others.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import psutil
 
@@ -13,67 +24,74 @@ from lowmem.machine.memory import available_bytes
 from lowmem.machine.nvml import open_nvml
 
 SAMPLE_PERIOD_S = 0.02
-
-
-SYSTEM_SAMPLES = 25  # the machine's own figures change slowly: read them once in so many samples
-
-
-CHILDREN_SAMPLES = 500  # to find children, all processes of the machine are read
+SYSTEM_SAMPLES = 25  # the machine's own figures change slowly: one sample in so many reads them
+CHILDREN_SAMPLES = 500  # psutil finds children by reading every process of the machine, which takes long
 
 
 @dataclass
 class Sample:
-    """Bytes at one moment; None where the machine cannot tell."""
+    """What was read at one moment, in bytes unless named otherwise; None where the machine cannot tell."""
 
-    host_bytes: int  # this process, anonymous resident
-    host_available_bytes: int | None = None  # the machine, before it swaps
+    host_bytes: int  # anonymous resident memory of this process
+    host_available_bytes: int | None = None  # what the machine can still give before it swaps
     device_allocated_bytes: int | None = None  # torch's tensors on the device
     device_reserved_bytes: int | None = None  # held by torch's allocator
     nvml_used_bytes: int | None = None  # the whole card, all processes
-    nvml_process_bytes: int | None = None
-    children_bytes: int | None = None  # anonymous resident, of this process's children: loaders, compilers
-    device_alloc_retries: int | None = (
-        None  # times that torch's allocator gave back its cache to serve a request
-    )
+    nvml_process_bytes: int | None = None  # this process on the card
+    children_bytes: int | None = None  # anonymous resident memory of child processes: loaders, compilers
+    device_alloc_retries: int | None = None  # times that torch's allocator emptied its cache for a request
     temperature_c: int | None = None  # of the card, degrees Celsius
     power_w: float | None = None
 
 
+def device_bytes(reading: Mapping[str, Any], unified: bool) -> int:
+    """The bytes of a reading that count as the device's, against its budget.
+
+    `reading`: the fields of a Sample, or a telemetry record, which leaves out what could not be read.
+    `unified`: device and host are one memory, so the process's own memory counts. Elsewhere it is what NVML
+    says of the process, or what torch's allocator holds where that is more: NVML may not tell processes
+    apart, and it is read less often.
+    """
+    if unified:
+        return int(reading.get("host_bytes") or 0)
+    return max(
+        int(reading.get("nvml_process_bytes") or 0),
+        int(reading.get("device_reserved_bytes") or 0),
+    )
+
+
 @dataclass
 class Peak:
+    """The most bytes seen on the device and on the host, each on its own."""
+
     device_bytes: int = 0
     host_bytes: int = 0
 
     def update(self, sample: Sample, unified: bool) -> None:
-        device = (
-            sample.host_bytes
-            if unified
-            else max(sample.nvml_process_bytes or 0, sample.device_reserved_bytes or 0)
-        )
-        self.device_bytes = max(self.device_bytes, device)
+        self.device_bytes = max(self.device_bytes, device_bytes(vars(sample), unified))
         self.host_bytes = max(self.host_bytes, sample.host_bytes)
 
 
 def anonymous_bytes(process: psutil.Process) -> int:
+    """Resident bytes of a process that no file backs. Raises psutil.Error if the process is gone."""
     memory = process.memory_info()
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
-def _of_child(child: psutil.Process) -> int:
+def _child_bytes(child: psutil.Process) -> int:
     with contextlib.suppress(psutil.Error):
         return anonymous_bytes(child)
-    return 0  # it has ended meanwhile
+    return 0  # the child has ended since it was found
 
 
 class NvmlReader:
-    """The memory of the first visible card through NVML, or nothing at all: no driver, no card and
-    unsupported calls are all ordinary.
-    """
+    """Reads the first visible card through NVML; without a driver or a card it reads nothing."""
 
     def __init__(self) -> None:
         self._ask = open_nvml()
 
     def fill(self, sample: Sample) -> None:
+        """Writes the card's figures into `sample`; a figure that NVML refuses becomes None."""
         if self._ask is None:
             return
         memory = self._ask("nvmlDeviceGetMemoryInfo")
@@ -82,16 +100,20 @@ class NvmlReader:
         own = [
             process.usedGpuMemory
             for process in processes
-            if process.pid == os.getpid() and process.usedGpuMemory
+            if process.pid == os.getpid() and process.usedGpuMemory  # None on Windows and WSL
         ]
         sample.nvml_process_bytes = int(own[0]) if own else None
-        sample.temperature_c = self._ask("nvmlDeviceGetTemperature", 0)  # 0: of the chip
+        sample.temperature_c = self._ask("nvmlDeviceGetTemperature", 0)  # sensor 0: the chip
         milliwatts = self._ask("nvmlDeviceGetPowerUsage")
         sample.power_w = None if milliwatts is None else milliwatts / 1000
 
 
 class Monitor:
-    """Samples memory until stopped; `peak` since the last `take_peak()`, `run_peak` since the start."""
+    """Samples memory on its own thread while the `with` block runs.
+
+    `peak` holds the most since the last `take_peak()`, `run_peak` the most since the start, `last` the latest
+    sample. `unified`: device and host are one memory, so no card is read.
+    """
 
     def __init__(self, unified: bool) -> None:
         self.unified = unified
@@ -113,16 +135,16 @@ class Monitor:
         self._thread.join()
 
     def sample(self) -> Sample:
-        """One reading now, counted in the peaks.
+        """Reads now and counts the reading in the peaks.
 
-        Also called by the trainer where memory is highest, after each forward pass.
+        The trainer calls it too, after each forward pass: memory is highest there, but only for a moment.
         """
         with self._lock:
             sample = replace(self.last, host_bytes=anonymous_bytes(self._process))
             if self._count % SYSTEM_SAMPLES == 0:
                 sample.host_available_bytes = available_bytes()
             if self._count % CHILDREN_SAMPLES == 0:
-                sample.children_bytes = sum(map(_of_child, self._process.children(recursive=True)))
+                sample.children_bytes = sum(map(_child_bytes, self._process.children(recursive=True)))
             if not self.unified:
                 self._fill_device(sample)
             self._count += 1
@@ -132,14 +154,14 @@ class Monitor:
             return sample
 
     def take_peak(self) -> Peak:
-        """The peak since the last call, and a new count from here."""
+        """Returns the peak since the last call, and starts a new one."""
         self.sample()
         with self._lock:
             peak, self.peak = self.peak, Peak()
             return peak
 
     def _fill_device(self, sample: Sample) -> None:
-        import torch
+        import torch  # here, because readers of a run folder load this module without torch
 
         sample.device_allocated_bytes = int(torch.cuda.memory_allocated())
         sample.device_reserved_bytes = int(torch.cuda.memory_reserved())
@@ -153,5 +175,5 @@ class Monitor:
 
 
 def sample_fields(sample: Sample) -> dict[str, float]:
-    """The readings that exist, for a record."""
+    """The readings that exist, by name, for a telemetry record."""
     return {name: value for name, value in asdict(sample).items() if value is not None}

@@ -1,45 +1,50 @@
-"""What a model must offer to be trained block by block: an input part, residual layers, an output part.
+"""What a model must offer to be trained block by block: an input part, residual layers, an output part, an
+objective.
 
-A user's own model subclasses `BlockModel`. It is always *built on the meta device* (no memory), then its
-layers are given weights one block at a time. So every module that owns parameters must have
-`reset_parameters()`, as torch's own modules do, and layers must not own buffers (make them from shapes, or
+A user's own model subclasses `BlockModel`. It is always *built on the meta device*, which takes no memory;
+then its layers are given weights one block at a time. So every module that owns parameters must have
+`reset_parameters()`, as torch's own modules do, and layers must not own buffers (compute them from shapes, or
 keep them in the shared part).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lowmem.objectives.base import Objective
-
+from lowmem.data.datasets import DataSpec
 from lowmem.errors import ConfigError
-
-Batch = dict[str, Tensor]
+from lowmem.objectives.base import Batch, Objective
+from lowmem.recipe import NoiseConfig, Recipe
 
 
 class BlockModel(nn.Module):
-    """`layers` are cut into blocks; all other parameters are the *shared part*, which stays on the device for
-    the whole run.
+    """`layers` are cut into blocks.
+
+    All other parameters are the *shared part*; it stays on the device all along.
     """
 
     layers: nn.ModuleList  # each: (h [B, T, D], cond [B, 1 or T, D]) -> h [B, T, D]
-    objective: Objective  # how a block, and the whole, is scored
+
+    def make_objective(self, noise: NoiseConfig) -> Objective[Any, Any]:
+        """How a block, and the whole model, is scored: an objective bound to this model and to `noise`."""
+        raise NotImplementedError
 
     def example_batch(self, batch_size: int) -> Batch:
-        """A batch of the right shapes and types (values do not matter), for counting activations."""
+        """A batch of the right shapes and types, for counting activations. Values do not matter."""
         raise NotImplementedError
 
     def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(h [B, T, D], cond [B, 1 or T, D]) from the raw input and the noisy target, None and None when
-        trained end to end.
+        """(h [B, T, D], cond [B, 1 or T, D]) from the raw input and the noisy target.
+
+        Both are None where the model is trained end to end.
         """
         raise NotImplementedError
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
+        """What the objective scores, from h after all layers."""
         raise NotImplementedError
 
     def block_slices(self, num_blocks: int) -> list[range]:
@@ -70,11 +75,47 @@ def check_model(model: BlockModel) -> None:
             "build_model: the model has no layers; put its residual layers in `layers`, an nn.ModuleList"
         )
     for name, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)) and not hasattr(module, "reset_parameters"):
+        owns = any(True for _ in module.parameters(recurse=False))
+        if owns and not hasattr(module, "reset_parameters"):
             raise ConfigError(
-                f"build_model: module '{name}' ({type(module).__name__}) owns parameters but has no reset_parameters(); add one"
+                f"build_model: module '{name}' ({type(module).__name__}) owns parameters but has no "
+                "reset_parameters(); add one"
             )
     for name, buffer in model.named_buffers():
         raise ConfigError(
-            f"build_model: buffer '{name}' {tuple(buffer.shape)} would not stream with its block; compute it, or make it a parameter"
+            f"build_model: buffer '{name}' {tuple(buffer.shape)} would not stream with its block; "
+            ""
+            "compute it, or make it a parameter"
         )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a packaged model takes from the data
+
+
+def images_of(recipe: Recipe, spec: DataSpec, patch_size: int) -> tuple[tuple[int, int, int], int]:
+    """((channels, height, width), number of classes).
+
+    Raises ConfigError where the data are no such images.
+    """
+    if spec.image_shape is None or spec.num_classes is None:
+        raise ConfigError(
+            f"model.name: '{recipe.model.name}' needs images with labels; data.name '{recipe.data.name}' has "
+            "none"
+        )
+    _, height, width = spec.image_shape
+    if height % patch_size or width % patch_size:
+        raise ConfigError(
+            f"model.patch_size: found {patch_size}; allowed: a divisor of the image's sides, "
+            f"{height} x {width} pixels"
+        )
+    return spec.image_shape, spec.num_classes
+
+
+def text_of(recipe: Recipe, spec: DataSpec) -> tuple[int, int]:
+    """(vocabulary size, sequence length in tokens). Raises ConfigError where the data are no text."""
+    if spec.vocab_size is None or spec.seq_len is None:
+        raise ConfigError(
+            f"model.name: '{recipe.model.name}' needs text; data.name '{recipe.data.name}' has none"
+        )
+    return spec.vocab_size, spec.seq_len

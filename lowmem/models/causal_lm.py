@@ -8,13 +8,29 @@ stream: it sees the start token and tokens 0 .. L-2, and predicts each next one.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
-from lowmem.models.base import Batch
+from lowmem.data.datasets import DataSpec
+from lowmem.models.base import BuildModel, text_of
 from lowmem.models.text import TextModel
+from lowmem.objectives.base import Batch
 from lowmem.objectives.tokens import TokenDenoising
-from lowmem.recipe import CausalLmModel
+from lowmem.recipe import NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel
+
+
+class CausalLmModel(TransformerModel):
+    name: Literal["causal_lm"]
+    noisy_input: NoisyInput = "posterior"
+    readout: Readout = "bayes"
+    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
+
+    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
+        vocab_size, seq_len = text_of(recipe, spec)
+        return lambda: CausalLm(self, vocab_size, seq_len, whole=recipe.method == "end_to_end")
 
 
 class CausalLm(TextModel):
@@ -23,8 +39,11 @@ class CausalLm(TextModel):
     def __init__(self, config: CausalLmModel, vocab_size: int, seq_len: int, whole: bool) -> None:
         one_stream = whole or config.noisy_input == "none"
         super().__init__(config, vocab_size, seq_len, "causal" if one_stream else "clean_noisy")
-        self.whole, self.one_stream = whole, one_stream
-        self.objective = TokenDenoising(config.noisy_input, config.readout, config.head_chunk)
+        self.config, self.whole, self.one_stream = config, whole, one_stream
+
+    def make_objective(self, noise: NoiseConfig) -> TokenDenoising:
+        config = self.config
+        return TokenDenoising(self, noise, config.noisy_input, config.readout, config.head_chunk)
 
     def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """`noisy` [B, L, D] and `c_noise` [B, L] -> h [B, 2 L, D], cond [B, 2 L, D]."""

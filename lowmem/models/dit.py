@@ -6,14 +6,29 @@ Trained end to end it is an ordinary DiT: the same loss, over all levels, throug
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from lowmem.models.base import Batch, BlockModel
+from lowmem.data.datasets import DataSpec
+from lowmem.models.base import BlockModel, BuildModel, images_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify, unpatchify
+from lowmem.objectives.base import Batch
 from lowmem.objectives.images import ImageDenoising
-from lowmem.recipe import DitModel
+from lowmem.recipe import Fraction, NoiseConfig, Recipe, TransformerModel
+
+
+class DitModel(TransformerModel):
+    name: Literal["dit"]
+    patch_size: PositiveInt  # pixels
+    label_drop: Fraction = 0.1  # share of samples trained without their class, for guidance
+
+    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
+        image_shape, num_classes = images_of(recipe, spec, self.patch_size)
+        return lambda: Dit(self, image_shape, num_classes)
 
 
 class Dit(BlockModel):
@@ -25,7 +40,7 @@ class Dit(BlockModel):
     def __init__(self, config: DitModel, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape
-        self.image_shape, self.num_classes, self.patch_size = image_shape, num_classes, config.patch_size
+        self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
         num_patches = (height // config.patch_size) * (width // config.patch_size)
         self.patches = Linear(channels * config.patch_size**2, config.dim)
         self.positions = Table(num_patches, config.dim, std=0.5)
@@ -37,24 +52,22 @@ class Dit(BlockModel):
         )
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, channels * config.patch_size**2, zero=True)
-        self.objective = ImageDenoising(config.label_drop)
+
+    def make_objective(self, noise: NoiseConfig) -> ImageDenoising:
+        return ImageDenoising(self, noise, self.config.label_drop)
 
     def example_batch(self, batch_size: int) -> Batch:
-        return {
-            "image": torch.zeros(batch_size, *self.image_shape),
-            "label": torch.zeros(batch_size, dtype=torch.long),
-        }
+        label = torch.zeros(batch_size, dtype=torch.long)
+        return {"image": torch.zeros(batch_size, *self.image_shape), "label": label}
 
     def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """`noisy` is c_in z [B, C, H, W]; the clean image is the target and is never looked at."""
         assert noisy is not None and c_noise is not None  # trained end to end, too, it sees a noisy image
-        h = (
-            self.patches(patchify(noisy.to(self.patches.weight.dtype), self.patch_size))
-            + self.positions.weight
-        )
+        patches = patchify(noisy.to(self.patches.weight.dtype), self.config.patch_size)
+        h = self.patches(patches) + self.positions.weight
         return h, self.time(c_noise) + F.embedding(batch["label"], self.classes.weight)[:, None]
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
         """F, the network's raw output [B, C, H, W]."""
         shift, scale = self.final_modulation(F.silu(cond)).chunk(2, dim=-1)
-        return unpatchify(self.head(modulate(h, shift, scale)), self.image_shape, self.patch_size)
+        return unpatchify(self.head(modulate(h, shift, scale)), self.image_shape, self.config.patch_size)

@@ -5,14 +5,31 @@ Llama-style layers that see the whole sequence, masked tokens and all (paper, Ap
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from lowmem.models.base import Batch, BlockModel
+from lowmem.data.datasets import DataSpec
+from lowmem.models.base import BlockModel, BuildModel, text_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate
+from lowmem.objectives.base import Batch
 from lowmem.objectives.masked import MaskedDenoising
-from lowmem.recipe import MaskedLmModel
+from lowmem.recipe import NoiseConfig, Recipe, TransformerModel
+
+
+class MaskedLmModel(TransformerModel):
+    name: Literal["masked_lm"]
+    mask_schedule: Literal["linear", "cosine"] = (
+        "linear"  # alpha(t), the share of tokens not masked at time t
+    )
+    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
+
+    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
+        vocab_size, seq_len = text_of(recipe, spec)
+        return lambda: MaskedLm(self, vocab_size, seq_len)
 
 
 class MaskedLm(BlockModel):
@@ -20,7 +37,7 @@ class MaskedLm(BlockModel):
 
     def __init__(self, config: MaskedLmModel, vocab_size: int, seq_len: int) -> None:
         super().__init__()
-        self.vocab_size, self.seq_len = vocab_size, seq_len
+        self.config, self.vocab_size, self.seq_len = config, vocab_size, seq_len
         self.tokens = Table(vocab_size + 1, config.dim)  # the last row is the mask
         self.time = TimeEmbedding(config.dim)
         self.layers = nn.ModuleList(
@@ -29,8 +46,10 @@ class MaskedLm(BlockModel):
         )
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, vocab_size, zero=True)
-        self.objective = MaskedDenoising(
-            config.mask_schedule, mask_token=vocab_size, head_chunk=config.head_chunk
+
+    def make_objective(self, noise: NoiseConfig) -> MaskedDenoising:
+        return MaskedDenoising(
+            self, noise, self.config.mask_schedule, self.vocab_size, self.config.head_chunk
         )
 
     def example_batch(self, batch_size: int) -> Batch:
@@ -48,3 +67,7 @@ class MaskedLm(BlockModel):
         """Features [B, L, D] before the head, which is applied in chunks."""
         shift, scale = self.final_modulation(F.silu(cond)).chunk(2, dim=-1)
         return modulate(h, shift, scale, rms=True)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[N, V], for features [N, D]."""
+        return torch.as_tensor(self.head(features))

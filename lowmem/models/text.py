@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.models.base import Batch, BlockModel
+from lowmem.models.base import BlockModel
 from lowmem.models.layers import Layer, Linear, Pattern, Table, TimeEmbedding, modulate
+from lowmem.objectives.base import Batch
 from lowmem.recipe import TransformerModel
 
 
@@ -49,7 +50,7 @@ class TextModel(BlockModel):
         )
 
     def shifted(self, tokens: Tensor) -> Tensor:
-        """[B, L] -> [B, L, D]: the start token, then all but the last, so that position i knows tokens < i."""
+        """[B, L] -> [B, L, D]: the start token, then all tokens but the last: position i knows tokens < i."""
         start = torch.full_like(tokens[:, :1], self.vocab_size)
         return self.clean(torch.cat([start, tokens[:, :-1]], dim=1))
 
@@ -57,7 +58,15 @@ class TextModel(BlockModel):
         """[B, L, D], what the network is to see of z."""
         return torch.as_tensor(self.noisy_in(self.scale * noisy.to(self.head.weight.dtype)))
 
+    def condition(self, c_noise: Tensor) -> Tensor:
+        """c_noise [B] or [B, T] -> cond [B, 1 or T, D]."""
+        return torch.as_tensor(self.time(c_noise))
+
     def features(self, h: Tensor, cond: Tensor) -> Tensor:
         """[B, L, D] before the head, which is applied in chunks."""
         shift, scale = self.final_modulation(F.silu(cond)).chunk(2, dim=-1)
         return modulate(h, shift, scale, rms=True)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[N, V], for features [N, D]."""
+        return torch.as_tensor(self.head(features))

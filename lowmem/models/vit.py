@@ -1,18 +1,44 @@
 """A vision transformer that classifies: [CLS] + patches + one noisy label token, read out at [CLS] (paper,
-section 5.1).
+5.1).
 
 Trained end to end the same model sees [CLS] + patches alone: there is no label to denoise.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from lowmem.models.base import Batch, BlockModel
+from lowmem.data.datasets import DataSpec
+from lowmem.models.base import BlockModel, BuildModel, images_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify
+from lowmem.objectives.base import Batch
 from lowmem.objectives.labels import LabelDenoising
-from lowmem.recipe import VitModel
+from lowmem.recipe import Fraction, NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel
+
+
+class VitModel(TransformerModel):
+    name: Literal["vit"]
+    patch_size: PositiveInt  # pixels
+    image_drop: Fraction = 0.0  # share of samples trained on a blank image, for guidance
+    noisy_input: NoisyInput = "scaled"
+    readout: Readout = "plain"
+
+    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
+        image_shape, num_classes = images_of(recipe, spec, self.patch_size)
+        return lambda: Vit(self, image_shape, num_classes)
+
+    def contradiction(self, recipe: Recipe) -> str | None:
+        guidance = recipe.eval.guidance
+        if guidance in ("auto", 1) or self.image_drop:
+            return None
+        return (
+            f"eval.guidance: found {guidance}; allowed without model.image_drop: 1; "
+            "train with model.image_drop: 0.1"
+        )
 
 
 class Vit(BlockModel):
@@ -21,7 +47,7 @@ class Vit(BlockModel):
     def __init__(self, config: VitModel, image_shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
         channels, height, width = image_shape
-        self.image_shape, self.num_classes, self.patch_size = image_shape, num_classes, config.patch_size
+        self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
         num_patches = (height // config.patch_size) * (width // config.patch_size)
         self.patches = Linear(channels * config.patch_size**2, config.dim)
         self.positions = Table(1 + num_patches, config.dim, std=0.5)
@@ -35,20 +61,24 @@ class Vit(BlockModel):
         )
         self.final_modulation = Linear(config.dim, 2 * config.dim, zero=True)
         self.head = Linear(config.dim, num_classes, zero=True)
-        self.objective = LabelDenoising(config.noisy_input, config.readout, config.image_drop)
+
+    def make_objective(self, noise: NoiseConfig) -> LabelDenoising:
+        config = self.config
+        return LabelDenoising(self, noise, config.noisy_input, config.readout, config.image_drop)
 
     def example_batch(self, batch_size: int) -> Batch:
-        return {
-            "image": torch.zeros(batch_size, *self.image_shape),
-            "label": torch.zeros(batch_size, dtype=torch.long),
-        }
+        label = torch.zeros(batch_size, dtype=torch.long)
+        return {"image": torch.zeros(batch_size, *self.image_shape), "label": label}
 
     def target_table(self) -> Tensor:
         return self.labels.normalized()
 
     def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         image = batch["image"].to(self.patches.weight.dtype)
-        tokens = [self.cls.weight.expand(len(image), 1, -1), self.patches(patchify(image, self.patch_size))]
+        tokens = [
+            self.cls.weight.expand(len(image), 1, -1),
+            self.patches(patchify(image, self.config.patch_size)),
+        ]
         h = torch.cat(tokens, dim=1) + self.positions.weight
         if noisy is not None:
             h = torch.cat([h, self.label_in(noisy.to(h.dtype))[:, None]], dim=1)
@@ -57,5 +87,6 @@ class Vit(BlockModel):
         )
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
+        """Logits [B, K], read out at [CLS]."""
         shift, scale = self.final_modulation(torch.nn.functional.silu(cond)).chunk(2, dim=-1)
         return torch.as_tensor(self.head(modulate(h[:, :1], shift, scale)))[:, 0]

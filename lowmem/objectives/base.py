@@ -1,22 +1,59 @@
-"""What every objective offers, and the parts they share.
+"""What every objective offers, and the parts that objectives share.
 
-Every loss is per sample, [B]; the caller takes the mean.
+An objective says how a block, and the whole model, is scored. It is bound to its model and its noise when it
+is made (`BlockModel.make_objective`), so its methods take only what varies: layers, batch and levels. Every
+loss is per sample, [B]; the caller takes the mean. Objectives know models only by the small protocols that
+they declare.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowmem.noise import Interval, loss_weight
+from lowmem.noise import Interval, block_interval, loss_weight, settled_noise
 from lowmem.recipe import NoiseConfig
 
-if TYPE_CHECKING:
-    from lowmem.models.base import Batch, BlockModel
+Batch = dict[str, Tensor]
+
+
+class DenoisedModel(Protocol):
+    """What every objective needs of a model: the way in and the way out.
+
+    See `lowmem.models.base.BlockModel`.
+    """
+
+    def input_part(
+        self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def output_part(self, h: Tensor, cond: Tensor) -> Tensor: ...
+
+
+class TargetTable(DenoisedModel, Protocol):
+    """A model whose targets are rows of a table."""
+
+    def target_table(self) -> Tensor:
+        """[K, D], rows of length 1: the same table in training and in the sampler."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the input part drew or chose, for the layers and the loss. No gradient flows through it."""
+
+    def tensors(self) -> list[Tensor]:
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+ModelT = TypeVar("ModelT", bound=DenoisedModel)
+KeptT = TypeVar("KeptT", bound=Kept)
 
 
 class Entered(NamedTuple):
@@ -24,123 +61,73 @@ class Entered(NamedTuple):
 
     h: Tensor  # [B, T, D], the residual stream
     cond: Tensor  # [B, 1 or T, D]
-    kept: dict[str, Any]  # what was drawn, for the layers and the loss: no gradient flows through it
+    kept: Any  # the objective's own kind of `Kept`
 
 
-class Objective(Protocol):
-    """How a block, and the whole, is scored. `layers` are those on the device; with `recompute` their
-    activations are not kept.
+class Objective(ABC, Generic[ModelT, KeptT]):
+    """How a block, and the whole model, is scored.
 
-    The loss of the whole is `leave(through(enter))`: three steps, so that its layers may also pass a few at a
-    time. Whatever draws at random takes torch's default generator; the same state of it gives the same draws.
+    `layers` are the layers on the device. With `recompute` their activations are not kept but made again in
+    backward. The loss of the whole model is `leave(through(enter))`: three steps, so that its layers may also
+    pass a few at a time. Whatever draws at random takes torch's default generator; the same state of it gives
+    the same draws.
     """
 
-    def interval(self, block: int, num_blocks: int, noise: NoiseConfig, gamma: float) -> Interval:
-        """The levels that a block is trained on (sigma, or whatever the objective calls its level)."""
-        ...
+    draws_with_all_blocks = False  # a draw passes every block, also where blocks are trained alone
 
+    def __init__(self, model: ModelT, noise: NoiseConfig) -> None:
+        """`noise`: as the recipe has it. A schedule that measures the targets is settled here (see
+        `self.noise`).
+
+        Raises ConfigError for a schedule that measures a table of targets where the model has none.
+        """
+        self.model = model
+        self.noise = noise if noise.schedule == "lognormal" else settled_noise(noise, self.target_shape())
+
+    def target_shape(self) -> tuple[int, int] | None:
+        """(K, D) of the table of targets, None where targets are no rows of a table."""
+        return None
+
+    def interval(self, block: int, num_blocks: int, gamma: float = 0.0) -> Interval:
+        """The levels that a block is trained on: sigma, or whatever the objective calls its level."""
+        return block_interval(block, num_blocks, self.noise, gamma)
+
+    @abstractmethod
     def block_loss(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        batch: Batch,
-        interval: Interval,
-        noise: NoiseConfig,
-        recompute: bool,
+        self, layers: Iterable[nn.Module], batch: Batch, interval: Interval, recompute: bool = False
     ) -> Tensor:
         """[B]: the block's denoising loss of one micro-batch, at levels drawn from `interval`."""
-        ...
 
-    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
+    @abstractmethod
+    def enter(self, batch: Batch) -> Entered:
         """The input part, and all that the loss of the whole model draws."""
-        ...
 
     def through(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        h: Tensor,
-        cond: Tensor,
-        kept: dict[str, Any],
-        recompute: bool,
+        self, layers: Iterable[nn.Module], h: Tensor, cond: Tensor, kept: KeptT, recompute: bool = False
     ) -> Tensor:
         """h [B, T, D] after some of the layers, in their order: one block, or all of them."""
-        ...
-
-    def leave(
-        self,
-        model: BlockModel,
-        h: Tensor,
-        cond: Tensor,
-        kept: dict[str, Any],
-        batch: Batch,
-        noise: NoiseConfig,
-    ) -> Tensor:
-        """[B]: the output part and the loss, from h after all layers."""
-        ...
-
-    def end_to_end_loss(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        batch: Batch,
-        noise: NoiseConfig,
-        recompute: bool,
-    ) -> Tensor:
-        """[B]: the loss of the whole model trained by exact back-propagation."""
-        ...
-
-    def health(self, model: BlockModel) -> dict[str, float]:
-        """Figures logged after each visit."""
-        ...
-
-
-class WholeLoss:
-    """The loss of the whole model, made of an objective's three steps."""
-
-    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
-        raise NotImplementedError
-
-    def through(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        h: Tensor,
-        cond: Tensor,
-        kept: dict[str, Any],
-        recompute: bool,
-    ) -> Tensor:
         return run_layers(layers, h, cond, recompute)
 
-    def leave(
-        self,
-        model: BlockModel,
-        h: Tensor,
-        cond: Tensor,
-        kept: dict[str, Any],
-        batch: Batch,
-        noise: NoiseConfig,
-    ) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def leave(self, h: Tensor, cond: Tensor, kept: KeptT, batch: Batch) -> Tensor:
+        """[B]: the output part and the loss, from h after all layers."""
 
-    def end_to_end_loss(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        batch: Batch,
-        noise: NoiseConfig,
-        recompute: bool,
-    ) -> Tensor:
-        h, cond, kept = self.enter(model, batch, noise)
-        return self.leave(
-            model, self.through(model, layers, h, cond, kept, recompute), cond, kept, batch, noise
-        )
+    def end_to_end_loss(self, layers: Iterable[nn.Module], batch: Batch, recompute: bool = False) -> Tensor:
+        """[B]: the loss of the whole model trained by exact back-propagation."""
+        h, cond, kept = self.enter(batch)
+        return self.leave(self.through(layers, h, cond, kept, recompute), cond, kept, batch)
+
+    def counted(self) -> Objective[ModelT, KeptT]:
+        """The objective whose passes stand for the average one, for counting memory and operations."""
+        return self
+
+    def health(self) -> dict[str, float]:
+        """Figures that are logged after each visit."""
+        return {}
 
 
 def mean_cosine(table: Tensor) -> float:
-    """Mean pairwise cosine of a table's rows [K, D] of length 1: near 1 the targets have collapsed onto each
-    other.
-    """
+    """Mean pairwise cosine of a table's rows [K, D] of length 1. Near 1 the targets have collapsed."""
     count = len(table)
     return float(((table @ table.T).sum() - count) / (count * (count - 1)))
 
@@ -152,10 +139,10 @@ def run_layers(layers: Iterable[nn.Module], h: Tensor, cond: Tensor, recompute: 
 
 
 def in_chunks(loss: Callable[..., Tensor], size: int, first: Tensor, *others: Tensor | None) -> Tensor:
-    """`loss(first, *others)` of N rows, [N], for `size` rows at a time: what it makes on the way (logits) is
-    not kept, but made again in backward.
+    """`loss(first, *others)` of N rows, [N], computed for `size` rows at a time.
 
-    Every argument has N rows; None is handed on as it is. `loss` must draw nothing at random.
+    What `loss` makes on the way (logits) is not kept; backward makes it again. Every argument has N rows;
+    None is handed on as it is. `loss` must draw nothing at random.
     """
     out = []
     for start in range(0, len(first), size):
@@ -180,7 +167,7 @@ def weighted(loss: Tensor, weight: Tensor) -> Tensor:
 def l2_loss(denoised: Tensor, y: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """w(sigma) ||D - y||^2 / numel, per sample.
 
-    `y` is detached: a learned target under L2 would shrink to the estimate.
+    `y` is detached: a learned target would shrink to the estimate.
     """
     per_sample = (denoised - y.detach()).square().flatten(1).mean(1)
     return weighted(per_sample, loss_weight(sigma, sigma_data))

@@ -1,42 +1,73 @@
 """Masked diffusion in continuous time (MD4, arXiv 2406.04329; DiffusionBlocks, App. D): tokens are masked,
 not noised.
 
-    t         level: 0 is clean, 1 is all masked      alpha(t)  share of tokens not masked, from 1 down to 0
-    w(t)      -alpha'(t) / (1 - alpha(t))             NELBO     sum over masked tokens of w(t) CE, integrated over t from 0 to 1
+    t         level: 0 is clean, 1 is all masked
+    alpha(t)  share of tokens not masked, from 1 down to 0
+    w(t)      -alpha'(t) / (1 - alpha(t))
+    NELBO     sum over masked tokens of w(t) CE, integrated over t
 
 The integral splits over the blocks' intervals of t, so their losses on intervals that do not overlap add up
 to one bound on the negative log-likelihood. Losses are in nats per token. Logits exist for `head_chunk`
-tokens at a time: forward and again in backward.
+tokens at a time, in the forward pass and again in backward.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem.noise import Interval, c_noise
-from lowmem.objectives.base import Entered, WholeLoss, in_chunks, run_layers, weighted
+from lowmem.objectives.base import (
+    Batch,
+    DenoisedModel,
+    Entered,
+    Kept,
+    Objective,
+    in_chunks,
+    run_layers,
+    weighted,
+)
 from lowmem.recipe import NoiseConfig
 
-if TYPE_CHECKING:
-    from lowmem.models.base import Batch, BlockModel
-    from lowmem.models.masked_lm import MaskedLm
-
-# Levels below this are taken as this one, for w(t) grows as 1 / t. The integrand, w(t) E[CE of masked
-# tokens], stays finite at 0: the bound moves by T_MIN times the integrand's change over that stretch, in
-# which 1 token in 10,000 is masked, and up, since CE grows with t.
+# Levels below this are taken as this one, because w(t) grows as 1 / t. The integrand, w(t) E[CE of masked
+# tokens], stays finite at 0. The bound moves by T_MIN times the integrand's change over that stretch, in
+# which 1 token in 10,000 is masked, and it moves up, since CE grows with t.
 T_MIN = 1e-4
 
 
-class MaskedDenoising(WholeLoss):
-    """`mask_token`: what stands for a masked token in the model's input, one past the vocabulary."""
+class MaskedModel(DenoisedModel, Protocol):
+    """`output_part` gives features [B, L, D]; the head is applied to them in chunks."""
 
-    def __init__(self, schedule: Literal["linear", "cosine"], mask_token: int, head_chunk: int) -> None:
+    def logits(self, features: Tensor) -> Tensor:
+        """[N, V], for features [N, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class MaskedTokens(Kept):
+    mask: Tensor  # [B, L], true: masked
+    t: Tensor  # [B]
+    length: float  # of the interval that t was drawn from
+
+
+class MaskedDenoising(Objective[MaskedModel, MaskedTokens]):
+    """`mask_token` is what stands for a masked token in the model's input: one past the vocabulary."""
+
+    def __init__(
+        self,
+        model: MaskedModel,
+        noise: NoiseConfig,
+        schedule: Literal["linear", "cosine"],
+        mask_token: int,
+        head_chunk: int,
+    ) -> None:
+        super().__init__(model, noise)
         self.schedule, self.mask_token, self.head_chunk = schedule, mask_token, head_chunk
 
     # --------------------------------------------------------------------------------------------------------
@@ -57,15 +88,15 @@ class MaskedDenoising(WholeLoss):
     def weight(self, t: Tensor) -> Tensor:
         """w(t) = -alpha'(t) / (1 - alpha(t)): linear 1 / t; cosine pi/2 / tan(pi/2 t).
 
-        Falls to 1, or 0, at t = 1.
+        At t = 1 it is 1, or 0.
         """
         return 1 / t if self.schedule == "linear" else math.pi / 2 / (math.pi / 2 * t).tan()
 
-    def interval(self, block: int, num_blocks: int, noise: NoiseConfig, gamma: float) -> Interval:
-        """The block's t (App. D): as much of alpha as every other block, block 0 next to t = 1.
+    def interval(self, block: int, num_blocks: int, gamma: float = 0.0) -> Interval:
+        """The block's t (App. D): as much of alpha as every other block owns; block 0 lies next to t = 1.
 
-        t_k = alpha^-1(1 - k / B); block b owns t_(B-1-b) to t_(B-b). Widened each way by gamma times its
-        length in t, clamped to [0, 1].
+        t_k = alpha^-1(1 - k / B); block b owns t_(B-1-b) to t_(B-b). The interval is widened each way by
+        gamma times its length in t and clamped to [0, 1].
         """
         low, high = (
             self.alpha_inverse(1 - k / num_blocks) for k in (num_blocks - 1 - block, num_blocks - block)
@@ -77,112 +108,65 @@ class MaskedDenoising(WholeLoss):
     # Losses
 
     def block_loss(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        batch: Batch,
-        interval: Interval,
-        noise: NoiseConfig,
-        recompute: bool,
+        self, layers: Iterable[nn.Module], batch: Batch, interval: Interval, recompute: bool = False
     ) -> Tensor:
         """[B]: an unbiased estimate of the interval's part of the NELBO, in nats per token.
 
-        Each sample has its own t. The samples' t lie evenly over the interval, one random shift for all
-        (MD4's low-discrepancy draw): each is uniform in it, and their mean varies less.
+        Each sample has its own t. The samples' t lie evenly over the interval, with one random shift for all
+        (MD4's low-discrepancy draw): each is uniform in the interval, and their mean varies less.
         """
-        h, cond, kept = self.enter_interval(model, batch, interval)
-        return self.leave(model, run_layers(layers, h, cond, recompute), cond, kept, batch, noise)
+        h, cond, kept = self.enter_interval(batch, interval)
+        return self.leave(run_layers(layers, h, cond, recompute), cond, kept, batch)
 
-    def enter(self, model: BlockModel, batch: Batch, noise: NoiseConfig) -> Entered:
+    def enter(self, batch: Batch) -> Entered:
         """The same model as one denoiser of the whole range."""
-        return self.enter_interval(model, batch, Interval(0.0, 1.0))
+        return self.enter_interval(batch, Interval(0.0, 1.0))
 
-    def enter_interval(self, model: BlockModel, batch: Batch, interval: Interval) -> Entered:
+    def enter_interval(self, batch: Batch, interval: Interval) -> Entered:
         tokens = batch["tokens"]
         size, length = len(tokens), interval.high - interval.low
         shift = torch.rand(1, device=tokens.device)
         t = interval.low + length * ((shift + torch.arange(size, device=tokens.device) / size) % 1)
         t = t.clamp(min=T_MIN)
         mask = torch.rand(tokens.shape, device=tokens.device) < self.masked_share(t)[:, None]
-        return Entered(*self.input(model, tokens, mask, t), {"mask": mask, "t": t, "length": length})
+        return Entered(*self.input(tokens, mask, t), MaskedTokens(mask, t, length))
 
-    def leave(
-        self,
-        model: BlockModel,
-        h: Tensor,
-        cond: Tensor,
-        kept: dict[str, Any],
-        batch: Batch,
-        noise: NoiseConfig,
-    ) -> Tensor:
-        loss = self.head_losses(model, model.output_part(h, cond), batch["tokens"])
-        return torch.as_tensor(kept["length"] * self.weighted_mean(loss, kept["mask"], kept["t"]))
-
-    def density(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        tokens: Tensor,
-        mask: Tensor,
-        t: Tensor,
-        recompute: bool = False,
-    ) -> Tensor:
-        """w(t) / L times the cross-entropy summed over masked tokens, [B]: the integrand of the NELBO.
-
-        For tokens [B, L], mask [B, L] (true: masked) and t [B].
-        """
-        return self.weighted_mean(self.losses(model, layers, tokens, mask, t, tokens, recompute), mask, t)
+    def leave(self, h: Tensor, cond: Tensor, kept: MaskedTokens, batch: Batch) -> Tensor:
+        loss = self.head_losses(self.model.output_part(h, cond), batch["tokens"])
+        return kept.length * self.weighted_mean(loss, kept.mask, kept.t)
 
     def weighted_mean(self, loss: Tensor, mask: Tensor, t: Tensor) -> Tensor:
-        """[B], of a loss per token [B, L]."""
-        return weighted(
-            (loss * mask).mean(1), self.weight(t)
-        )  # a product, not a selection: the planner needs shapes that no data decide
+        """[B], of a loss per token [B, L]: w(t) times the sum over masked tokens, over L."""
+        # a product, not a selection: the planner needs shapes that no data decide
+        return weighted((loss * mask).mean(1), self.weight(t))
 
     def losses(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        context: Tensor,
-        mask: Tensor,
-        t: Tensor,
-        tokens: Tensor,
-        recompute: bool = False,
+        self, layers: Iterable[nn.Module], context: Tensor, mask: Tensor, t: Tensor, tokens: Tensor
     ) -> Tensor:
         """Cross-entropy of each of `tokens` [B, L], masked or not, from the unmasked ones of `context` [B,
-        L]; logits in chunks.
+        L].
         """
-        return self.head_losses(model, self.features(model, layers, context, mask, t, recompute), tokens)
+        return self.head_losses(self.features(layers, context, mask, t), tokens)
 
-    def head_losses(self, model: BlockModel, features: Tensor, tokens: Tensor) -> Tensor:
-        """[B, L], from features [B, L, D]."""
+    def head_losses(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """[B, L], from features [B, L, D]; logits in chunks."""
 
         def loss(part: Tensor, target: Tensor) -> Tensor:
-            return F.cross_entropy(self.logits(model, part), target, reduction="none")
+            return F.cross_entropy(self.logits(part), target, reduction="none")
 
         return in_chunks(loss, self.head_chunk, features.flatten(0, -2), tokens.flatten()).view(tokens.shape)
 
-    def input(self, model: BlockModel, tokens: Tensor, mask: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def input(self, tokens: Tensor, mask: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The input part. The model sees t as EDM's c_noise = ln(t) / 4: small t differ by their ratio."""
-        return model.input_part({"tokens": tokens}, tokens.masked_fill(mask, self.mask_token), c_noise(t))
+        return self.model.input_part(
+            {"tokens": tokens}, tokens.masked_fill(mask, self.mask_token), c_noise(t)
+        )
 
-    def features(
-        self,
-        model: BlockModel,
-        layers: Iterable[nn.Module],
-        tokens: Tensor,
-        mask: Tensor,
-        t: Tensor,
-        recompute: bool = False,
-    ) -> Tensor:
+    def features(self, layers: Iterable[nn.Module], tokens: Tensor, mask: Tensor, t: Tensor) -> Tensor:
         """[B, L, D] before the head, at all positions."""
-        h, cond = self.input(model, tokens, mask, t)
-        return model.output_part(run_layers(layers, h, cond, recompute), cond)
+        h, cond = self.input(tokens, mask, t)
+        return self.model.output_part(run_layers(layers, h, cond), cond)
 
-    def logits(self, model: BlockModel, features: Tensor) -> Tensor:
+    def logits(self, features: Tensor) -> Tensor:
         """[N, V] in fp32, for features [N, D]."""
-        lm: MaskedLm = model  # type: ignore[assignment]
-        return torch.as_tensor(lm.head(features).float())
-
-    def health(self, model: BlockModel) -> dict[str, float]:
-        return {}
+        return self.model.logits(features).float()

@@ -1,91 +1,136 @@
-"""What a recipe leaves `auto`: all that it may become, best first, and why it became what it is."""
+"""Lists what the settings that a recipe leaves `auto` may become, best first, and says why they became it.
+
+The plan takes the first candidate that fits. Two settings follow from the others (`settled`): whether updates
+run during backward, and whether a block is written beside the next step.
+"""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
-from lowmem.blocks.arena import ArenaLayout
 from lowmem.errors import ConfigError
 from lowmem.machine.profile import Profile
-from lowmem.planning.settings import Settings
+from lowmem.planning.settings import Settings, Setup
 from lowmem.recipe import NoiseConfig, OptimizerName, Precision, Recipe, Tier
 from lowmem.units import MIB
 
-WRITE_BESIDE_BYTES = (
-    32 * MIB
-)  # less is written before the next step: it takes milliseconds, and a kill then repeats one visit at most
+# A visit that writes less than this waits for the write. Waiting takes milliseconds, and after a kill at most
+# one visit is repeated.
+WRITE_BESIDE_BYTES = 32 * MIB
+TIERS: tuple[Tier, ...] = ("device", "host", "disk")  # fastest first
+
+
+class Place(NamedTuple):
+    """Where a candidate keeps things, and how many blocks it has."""
+
+    num_blocks: int
+    tier: Tier
+    recompute: bool
+    borders: Tier
 
 
 def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[list[Settings]]:
-    """All that the recipe allows, best first, in lists that differ in the micro-batch alone, largest first."""
-    blocks, offload, train = recipe.blocks, recipe.offload, recipe.train
-    if blocks.num_blocks != "auto" and blocks.num_blocks > num_layers:
+    """All settings that the recipe allows, best first.
+
+    They come in lists whose members differ in the micro-batch alone, largest first. `num_layers`: of the
+    model. Raises ConfigError for more blocks than layers, for settings that exclude each other, and for
+    weights that need another precision.
+    """
+    num_blocks = recipe.blocks.num_blocks
+    if num_blocks != "auto" and num_blocks > num_layers:
         raise ConfigError(
-            f"blocks.num_blocks: found {blocks.num_blocks}; allowed: at most the model's {num_layers} layers; lower it"
+            f"blocks.num_blocks: found {num_blocks}; "
+            f"allowed: at most the model's {num_layers} layers; lower it"
         )
-    tiers: list[Tier] = ["device", "host", "disk"]
-    if profile.unified:
-        tiers.remove("host")  # the same memory
-    micro = [train.batch_size // n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
-    if recipe.optimizer.during_backward is True:
-        micro = micro[:1]
-    recomputes = [False, True] if train.recompute == "auto" else [train.recompute]
-    resting = tiers if offload.tier == "auto" else [offload.tier]
-    order: Iterator[tuple[int, Tier, bool, Tier]]
-    if recipe.method == "end_to_end":
-        # to stream a single block would save nothing; while blocks stream, the shared part's gradients gather
-        # over two passes
-        together = {
-            "blocks.num_blocks 1": blocks.num_blocks == 1,
-            "optimizer.during_backward true": recipe.optimizer.during_backward is True,
-        }
-        if any(together.values()):
-            resting = [tier for tier in resting if tier == "device" or (tier == "host" and profile.unified)]
-        if not resting:
-            because = next(key for key, given in together.items() if given)
-            raise ConfigError(
-                f"offload.tier: found '{offload.tier}'; allowed with method end_to_end and {because}: device, auto; change one of them"
-            )
-        order = (
-            (count, tier, recompute, borders)
-            for tier, recompute in itertools.product(
-                resting, recomputes
-            )  # costs more than to move borders, and that more than more blocks
-            for borders in (
-                tiers[:1] if tier == "device" else tiers if offload.borders == "auto" else [offload.borders]
-            )
-            for count in (
-                [blocks.num_blocks]
-                if blocks.num_blocks != "auto"
-                else [1]
-                if tier == "device"
-                else range(2, num_layers + 1)
-            )
-        )
-    else:
-        counts = range(1, num_layers + 1) if blocks.num_blocks == "auto" else [blocks.num_blocks]
-        order = (
-            (count, tier, recompute, tiers[0])
-            for count, tier, recompute in itertools.product(counts, resting, recomputes)
-        )
-    for count, tier, recompute, borders in order:
+    places = _end_to_end_places if recipe.method == "end_to_end" else _block_places
+    for place in places(recipe, profile, num_layers):
         yield [
             Settings(
-                num_blocks=count,
+                num_blocks=place.num_blocks,
                 micro_batch_size=size,
                 precision=_precision(recipe, profile),
-                weights="float32" if train.weights == "auto" else train.weights,
-                recompute=recompute,
+                weights="float32" if recipe.train.weights == "auto" else recipe.train.weights,
+                recompute=place.recompute,
                 optimizer=_optimizer(recipe, profile),
                 ema=recipe.optimizer.ema is not None,
-                tier=tier,
-                borders=borders,
-                write_back="wait",
+                tier=place.tier,
+                borders=place.borders,
+                write_back="wait",  # until `settled`
             )
-            for size in (micro if train.micro_batch_size == "auto" else [train.micro_batch_size])
+            for size in _micro_batch_sizes(recipe)
         ]
+
+
+def _block_places(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[Place]:
+    """Blocks that take turns: fewest blocks first, then the fastest tier, then no recompute."""
+    num_blocks = recipe.blocks.num_blocks
+    counts = range(1, num_layers + 1) if num_blocks == "auto" else [num_blocks]
+    for count, tier, recompute in itertools.product(
+        counts, _tiers(recipe.offload.tier, profile), _recomputes(recipe)
+    ):
+        yield Place(count, tier, recompute, "device")
+
+
+def _end_to_end_places(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[Place]:
+    """A model trained end to end: a faster tier first, then no recompute, faster borders, fewer blocks.
+
+    Recompute costs more time than moving borders does, and moving borders more than more blocks do.
+    """
+    given = recipe.blocks.num_blocks
+    streaming = range(2, num_layers + 1)  # streaming a single block would save nothing
+    for tier, recompute in itertools.product(_end_to_end_tiers(recipe, profile), _recomputes(recipe)):
+        counts = [given] if given != "auto" else [1] if tier == "device" else streaming
+        borders: list[Tier] = ["device"] if tier == "device" else _tiers(recipe.offload.borders, profile)
+        for border, count in itertools.product(borders, counts):
+            yield Place(count, tier, recompute, border)
+
+
+def _end_to_end_tiers(recipe: Recipe, profile: Profile) -> list[Tier]:
+    """The tiers allowed for a model trained end to end.
+
+    A single block cannot stream. Updates during backward cannot either: the shared part's gradients gather
+    over two passes.
+    """
+    tiers = _tiers(recipe.offload.tier, profile)
+    needs_residence = {
+        "blocks.num_blocks 1": recipe.blocks.num_blocks == 1,
+        "optimizer.during_backward true": recipe.optimizer.during_backward is True,
+    }
+    because = next((key for key, given in needs_residence.items() if given), None)
+    if because is None:
+        return tiers
+    resident: list[Tier] = [
+        tier for tier in tiers if tier == "device" or (tier == "host" and profile.unified)
+    ]
+    if not resident:
+        raise ConfigError(
+            f"offload.tier: found '{recipe.offload.tier}'; allowed with method end_to_end and {because}: "
+            "device, auto; change one of them"
+        )
+    return resident
+
+
+def _tiers(given: Tier | Literal["auto"], profile: Profile) -> list[Tier]:
+    if given != "auto":
+        return [given]
+    return [tier for tier in TIERS if tier != "host" or not profile.unified]  # unified: host is device
+
+
+def _recomputes(recipe: Recipe) -> list[bool]:
+    return [False, True] if recipe.train.recompute == "auto" else [recipe.train.recompute]
+
+
+def _micro_batch_sizes(recipe: Recipe) -> list[int]:
+    """Sizes that divide the batch, largest first; only the whole batch where updates run during backward."""
+    train = recipe.train
+    if train.micro_batch_size != "auto":
+        return [train.micro_batch_size]
+    if recipe.optimizer.during_backward is True:
+        return [train.batch_size]
+    return [train.batch_size // n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
 
 
 def _precision(recipe: Recipe, profile: Profile) -> Precision:
@@ -95,90 +140,122 @@ def _precision(recipe: Recipe, profile: Profile) -> Precision:
         return "bfloat16"
     if recipe.train.weights == "bfloat16":
         raise ConfigError(
-            f"train.weights: found bfloat16; allowed where train.precision is auto and profile {profile.name} computes in "
-            f"{profile.device.compute_dtype}: float32; set train.precision: bfloat16"
+            f"train.weights: found bfloat16; allowed where train.precision is auto and profile "
+            f"{profile.name} computes in {profile.device.compute_dtype}: float32; "
+            "set train.precision: bfloat16"
         )
     return "float32"
 
 
 def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:
-    """8-bit state costs no time on CUDA and much on a CPU, where torch's fused fp32 kernel is 13 to 40 times
-    faster.
-    """
+    """8-bit state costs no time on CUDA. On a CPU torch's fused fp32 kernel is 13 to 40 times faster."""
     if recipe.optimizer.name != "auto":
         return recipe.optimizer.name
     return "adamw8bit" if profile.device.type == "cuda" else "adamw"
 
 
-def during_backward(recipe: Recipe, micro_batch_size: int, streams_whole: bool) -> bool:
-    """Wherever no gradient has to wait for another: it saves their memory and changes no bit."""
-    allowed = (
-        recipe.optimizer.grad_clip is None
-        and micro_batch_size == recipe.train.batch_size
-        and not streams_whole
-    )
-    return allowed and recipe.optimizer.during_backward is not False
+# ------------------------------------------------------------------------------------------------------------
+# Settings that follow from the others
 
 
-def write_back(
-    recipe: Recipe, streams_whole: bool, layouts: list[ArenaLayout], shared: ArenaLayout
-) -> Literal["beside", "wait"]:
-    if recipe.method == "end_to_end" and not streams_whole:
+def settled(setup: Setup) -> Setup:
+    """`setup` with `during_backward` and `write_back` as they follow from the rest of it."""
+    changes = {"during_backward": _during_backward(setup), "write_back": _write_back(setup)}
+    return replace(setup, settings=setup.settings.model_copy(update=changes))
+
+
+def _during_backward(setup: Setup) -> bool:
+    """Updates run during backward wherever no gradient has to wait for another.
+
+    That saves the memory of the gradients and changes no bit.
+    """
+    optimizer = setup.recipe.optimizer
+    allowed = optimizer.grad_clip is None and setup.micro_batches == 1 and not setup.streams
+    return allowed and optimizer.during_backward is not False
+
+
+def _write_back(setup: Setup) -> Literal["beside", "wait"]:
+    if setup.together:
         return "wait"  # the next step would change what is being written
-    if recipe.offload.write_back != "auto":
-        return recipe.offload.write_back
-    if streams_whole:
+    if setup.recipe.offload.write_back != "auto":
+        return setup.recipe.offload.write_back
+    if setup.streams:
         return "beside"  # the next step begins with a forward pass, which changes nothing
-    return (
-        "beside"
-        if max(layout.total_bytes for layout in layouts) + shared.total_bytes > WRITE_BESIDE_BYTES
-        else "wait"
-    )
+    largest = max(layout.total_bytes for layout in setup.layouts)
+    return "beside" if largest + setup.shared.total_bytes > WRITE_BESIDE_BYTES else "wait"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reasons
 
 
 def choices_of(recipe: Recipe, profile: Profile, settings: Settings, noise: NoiseConfig) -> list[str]:
-    lines = []
-    if recipe.noise.schedule != "lognormal":
-        lines.append(
-            f"noise.schedule {recipe.noise.schedule}: ln sigma ~ N({noise.p_mean:.2f}, {noise.p_std:.2f}), measured from the targets"
-        )
-    if recipe.blocks.num_blocks == "auto":
-        lines.append(f"blocks.num_blocks {settings.num_blocks}: the fewest that fit")
-    if recipe.train.micro_batch_size == "auto":
-        lines.append(
-            f"train.micro_batch_size {settings.micro_batch_size}: the largest that fits, of batch {recipe.train.batch_size}"
-        )
-    if recipe.train.recompute == "auto":
-        lines.append(
+    """One line for each setting that the recipe left open: what it became, and why.
+
+    `noise`: the recipe's, with what its schedule measures from the targets.
+    """
+    train, optimizer = recipe.train, recipe.optimizer
+    lines = [
+        (
+            recipe.noise.schedule != "lognormal",
+            f"noise.schedule {recipe.noise.schedule}: ln sigma ~ N({noise.p_mean:.2f}, {noise.p_std:.2f}), "
+            "measured from the targets",
+        ),
+        (
+            recipe.blocks.num_blocks == "auto",
+            f"blocks.num_blocks {settings.num_blocks}: the fewest that fit",
+        ),
+        (
+            train.micro_batch_size == "auto",
+            f"train.micro_batch_size {settings.micro_batch_size}: "
+            f"the largest that fits, of batch {train.batch_size}",
+        ),
+        (
+            train.recompute == "auto",
             f"train.recompute {str(settings.recompute).lower()}: "
-            + ("needed to fit" if settings.recompute else "fits without")
-        )
-    if recipe.train.precision == "auto":
-        lines.append(
-            f"train.precision {settings.precision}: the profile computes in {profile.device.compute_dtype}"
-        )
-    if recipe.optimizer.name == "auto":
+            f"{'needed to fit' if settings.recompute else 'fits without'}",
+        ),
+        (
+            train.precision == "auto",
+            f"train.precision {settings.precision}: the profile computes in {profile.device.compute_dtype}",
+        ),
+        (optimizer.name == "auto", f"optimizer.name {settings.optimizer}: {_why_optimizer(settings)}"),
+        (
+            optimizer.during_backward == "auto" and settings.during_backward,
+            "optimizer.during_backward true: no clipping and one micro-batch; "
+            "gradients alive are counted with the activations",
+        ),
+    ]
+    return [line for holds, line in lines if holds] + _offload_choices(recipe, settings)
+
+
+def _why_optimizer(settings: Settings) -> str:
+    if settings.optimizer == "adamw8bit":
+        return "8-bit state costs no time on CUDA"
+    return "on a CPU 8-bit state costs much time"
+
+
+def _offload_choices(recipe: Recipe, settings: Settings) -> list[str]:
+    away = settings.tier != "device"
+    streams = recipe.method == "end_to_end" and away
+    tier_auto, borders_auto = recipe.offload.tier == "auto", recipe.offload.borders == "auto"
+    if streams:
         why = (
-            "8-bit state costs no time on CUDA"
-            if settings.optimizer == "adamw8bit"
-            else "on a CPU 8-bit state costs much time"
+            "all blocks do not fit on the device at once, so they stream, one at a time, "
+            "and every step is as exact"
         )
-        lines.append(f"optimizer.name {settings.optimizer}: {why}")
-    if recipe.optimizer.during_backward == "auto" and settings.during_backward:
-        lines.append(
-            "optimizer.during_backward true: no clipping and one micro-batch; gradients alive are counted with the activations"
-        )
-    if recipe.offload.tier == "auto":
-        why = "every block fits on the device" if settings.tier == "device" else "the first that fits"
-        if recipe.method == "end_to_end" and settings.tier != "device":
-            why = "all blocks do not fit on the device at once, so they stream, one at a time, and every step is as exact"
-        lines.append(f"offload.tier {settings.tier}: {why}")
-        if recipe.method == "end_to_end" and settings.tier != "device" and recipe.offload.borders == "auto":
-            lines.append(
-                f"offload.borders {settings.borders}: the fastest that fits, for activations at block borders"
-            )
-    if recipe.optimizer.clips_whole and settings.tier != "device":
-        lines.append(
-            "optimizer.clip global: the norm needs a backward pass of its own, so a step takes 7/4 of the operations that clip block takes"
-        )
-    return lines
+    else:
+        why = "the first that fits" if away else "every block fits on the device"
+    lines = [
+        (tier_auto, f"offload.tier {settings.tier}: {why}"),
+        (
+            tier_auto and streams and borders_auto,
+            f"offload.borders {settings.borders}: the fastest that fits, for activations at block borders",
+        ),
+        (
+            recipe.optimizer.clips_whole and away,
+            "optimizer.clip global: the norm needs a backward pass of its own, "
+            "so a step takes 7/4 of the operations that clip block takes",
+        ),
+    ]
+    return [line for holds, line in lines if holds]

@@ -1,15 +1,15 @@
-"""How long a run will take: the operations of its passes at the rates of its machine, and what moving blocks
-adds.
+"""Computes how long operations, transfers and whole runs take at the rates of a machine's profile.
 
 An operation takes as long as its arithmetic or as its traffic with memory, whichever is longer (the roofline
-model: Williams, Waterman and Patterson, 2009), and a moment to be started. Rates are the profile's; a share
-of its peak is what matrix products reach.
+model: Williams, Waterman and Patterson, 2009), plus a moment to start. Rates are the profile's. Matrix
+products reach a share of the peak rate.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.order import BlockQueue
@@ -17,83 +17,90 @@ from lowmem.machine.profile import Profile
 from lowmem.schema import Section
 from lowmem.units import GIB, format_bytes, format_seconds
 
-Work = Counter[
-    tuple[int, int]
-]  # (floating-point operations, bytes read and written) of an operation -> how many such
-REACHED = {"cpu": 0.8, "cuda": 0.5, "mps": 0.5}  # of peak_tflops, by the products of a layer: rules of thumb
-START_S = {"cpu": 6e-6, "cuda": 5e-6, "mps": 5e-6}  # of one operation: a rule of thumb
-EIGHT_BIT_S = {
-    "cpu": 7.4e-9,
-    "cuda": 0.0,
-    "mps": 0.0,
-}  # of an 8-bit update beyond its traffic, per weight; measured on 2 cores
+# (floating-point operations, bytes read and written) of one operation -> how many such operations
+Work = Counter[tuple[int, int]]
+REACHED = {"cpu": 0.8, "cuda": 0.5, "mps": 0.5}  # share of peak_tflops that a layer's products reach: a guess
+START_S = {"cpu": 6e-6, "cuda": 5e-6, "mps": 5e-6}  # to start one operation: a rule of thumb
+# what an 8-bit update takes per weight, beyond its traffic with memory; measured on 2 cores
+EIGHT_BIT_S = {"cpu": 7.4e-9, "cuda": 0.0, "mps": 0.0}
 
 
 class Duration(Section):
-    """Seconds and rates, as predicted. A visit of a model trained end to end is of all its blocks."""
+    """Predicted seconds and rates. A model trained end to end has visits of all its blocks."""
 
     step_s: float  # without waiting for blocks
     visit_s: float
-    run_s: float  # training alone
+    run_s: float  # training, without evaluation
     samples_per_s: float
-    tokens_per_s: float | None  # None: not a sequence of tokens
-    moving_s: float  # for a visit's blocks, beside compute or not
-    exposed_s: float  # of a visit, what of that compute cannot hide
-    disk_written_bytes: int  # over the whole run: wears the drive
+    tokens_per_s: float | None  # None: the data are no sequences of tokens
+    moving_s: float  # moving a visit's blocks, whether compute runs beside it or not
+    exposed_s: float  # the part of a visit in which compute waits for blocks
+    disk_written_bytes: int  # over the whole run; it wears the drive
 
     def lines(self) -> list[str]:
+        """The prediction as lines for the plan's table."""
         rate = (
             f"{self.samples_per_s:,.1f} samples/s"
             if self.tokens_per_s is None
             else f"{self.tokens_per_s:,.0f} tokens/s"
         )
-        compute_s = max(self.visit_s - self.exposed_s, 1e-9)
+        step, visit, run = (format_seconds(s) for s in (self.step_s, self.visit_s, self.run_s))
+        moving, exposed = format_seconds(self.moving_s), format_seconds(self.exposed_s)
+        share = self.moving_s / max(self.visit_s - self.exposed_s, 1e-9)
+        written = format_bytes(self.disk_written_bytes)
         return [
-            f"time: a step {format_seconds(self.step_s)}, a visit {format_seconds(self.visit_s)}, the run about {format_seconds(self.run_s)}; {rate}",
-            f"moving blocks: {format_seconds(self.moving_s)} a visit, {self.moving_s / compute_s:.0%} of its compute, exposed "
-            f"{format_seconds(self.exposed_s)}; the run writes {format_bytes(self.disk_written_bytes)} to the drive",
+            f"time: a step {step}, a visit {visit}, the run about {run}; {rate}",
+            f"moving blocks: {moving} a visit, {share:.0%} of its compute, exposed {exposed}; "
+            f"the run writes {written} to the drive",
         ]
 
 
+class Moving(NamedTuple):
+    """Seconds that a visit's transfers take."""
+
+    total_s: float
+    waited_s: float = 0.0  # the part that the plan lets compute wait for
+
+
 def has_rates(profile: Profile) -> bool:
-    """Whether the time of a pass can be told."""
+    """Whether the profile has the rates that the time of a pass depends on."""
     return profile.device.peak_tflops is not None and profile.device.memory_gib_per_s is not None
 
 
 def pass_s(work: Work, profile: Profile) -> float:
-    """Of a pass on the device of a profile that has rates."""
+    """Seconds that operations take on the device of a profile that has rates."""
     kind, peak, memory = profile.device.type, profile.device.peak_tflops, profile.device.memory_gib_per_s
     assert peak is not None and memory is not None, "see has_rates"
-    operations, traffic = peak * 1e12 * REACHED[kind], memory * GIB
+    flops_per_s, bytes_per_s = peak * 1e12 * REACHED[kind], memory * GIB
     return sum(
-        count * (START_S[kind] + max(flops / operations, num_bytes / traffic))
+        count * (START_S[kind] + max(flops / flops_per_s, num_bytes / bytes_per_s))
         for (flops, num_bytes), count in work.items()
     )
 
 
 def update_work(layout: ArenaLayout, grad_bytes: int, clipped: bool) -> Work:
-    """Of an optimizer step over an arena: everything in it is read and written, gradients are read (twice to
-    be clipped) and cleared.
+    """The work of one optimizer step over an arena. `grad_bytes`: bytes of a gradient's element.
+
+    The step reads and writes everything in the arena. It reads the gradients, once more where they are
+    clipped, and clears them.
     """
     return Work({(0, 2 * layout.total_bytes + (3 if clipped else 2) * grad_bytes * layout.numel): 1})
 
 
-def moving_s(read_bytes: int, written_bytes: int, profile: Profile, disk: bool) -> float:
-    """To fetch and to write back, over the link both ways at once, over the disk one after the other.
+def moving_s(read_bytes: int, written_bytes: int, profile: Profile, from_disk: bool) -> float:
+    """Seconds to fetch `read_bytes` and to write `written_bytes` back.
 
-    What has no rate takes no time.
+    What is written always goes to the disk; what is read comes from it where `from_disk`. The link carries
+    both directions at once, the disk one after the other. What has no rate takes no time.
     """
     link_s = [
         num_bytes / rate
         for num_bytes, rate in zip((read_bytes, written_bytes), profile.link_rates, strict=True)
         if rate is not None
     ]
+    disk_bytes = (read_bytes if from_disk else 0, written_bytes)
     disk_s = [
-        num_bytes / rate
-        for num_bytes, rate in zip(
-            (read_bytes if disk else 0, written_bytes), profile.disk_rates, strict=True
-        )
-        if rate
+        num_bytes / rate for num_bytes, rate in zip(disk_bytes, profile.disk_rates, strict=True) if rate
     ]
     return max([0.0 if profile.unified else max(link_s, default=0.0), sum(disk_s)])
 
@@ -101,31 +108,32 @@ def moving_s(read_bytes: int, written_bytes: int, profile: Profile, disk: bool) 
 def run_duration(
     queue: BlockQueue,
     steps_s: Sequence[float],
-    moved: Sequence[tuple[float, float]],
+    moves: Sequence[Moving],
     written_bytes: int,
     batch_size: int,
     seq_len: int | None,
 ) -> Duration:
-    """From the seconds of a step, and of moving in a visit: in all, and those of it that compute waits for by
-    plan.
+    """The duration of a run, from the seconds of a step and of a visit's transfers.
 
-    One entry for each block, or one where all are visited together.
+    `steps_s` and `moves` have one entry for each block, or one entry where all blocks are visited together.
+    Transfers run beside compute; what takes longer than the visit's steps is exposed. `seq_len`: tokens in a
+    sample, None where samples are no sequences.
     """
     visits, steps = queue.num_visits / len(steps_s), min(queue.visit_steps, queue.num_steps)
     waits = [
-        waited + max(moving - waited - steps * step, 0.0)
-        for step, (moving, waited) in zip(steps_s, moved, strict=True)
+        move.waited_s + max(move.total_s - move.waited_s - steps * step, 0.0)
+        for step, move in zip(steps_s, moves, strict=True)
     ]
-    step_s = sum(steps_s) / len(steps_s)
+    step_s, exposed_s = sum(steps_s) / len(steps_s), sum(waits) / len(waits)
     run_s = sum(queue.num_steps * step + visits * wait for step, wait in zip(steps_s, waits, strict=True))
-    moving, exposed = sum(moving for moving, _ in moved) / len(moved), sum(waits) / len(waits)
+    samples_per_s = batch_size * queue.total_steps / run_s
     return Duration(
         step_s=step_s,
-        visit_s=steps * step_s + exposed,
+        visit_s=steps * step_s + exposed_s,
         run_s=run_s,
-        samples_per_s=batch_size * queue.total_steps / run_s,
+        samples_per_s=samples_per_s,
         tokens_per_s=None if seq_len is None else batch_size * seq_len * queue.total_steps / run_s,
-        moving_s=moving,
-        exposed_s=exposed,
+        moving_s=sum(move.total_s for move in moves) / len(moves),
+        exposed_s=exposed_s,
         disk_written_bytes=written_bytes,
     )

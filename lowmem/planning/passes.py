@@ -11,6 +11,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,8 @@ from lowmem.blocks.arena import ArenaLayout, bind, parameter_views, unbind
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.errors import ConfigError
 from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
-from lowmem.models.base import Batch, BlockModel, named_layer_parameters, named_shared_parameters
-from lowmem.objectives.base import Entered
-from lowmem.objectives.recurrent import RecurrentDenoising
+from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
+from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.duration import Work
 from lowmem.planning.settings import COMPUTE_DTYPE, Settings
 from lowmem.recipe import Recipe
@@ -106,14 +106,22 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 class PassCounter:
-    """What one forward and backward pass takes, remembered per kind of pass.
+    """What one forward and backward pass takes. Each kind of pass is counted once and remembered.
 
-    Updated during backward, parameters have gradients that come and go: they, and the updates' temporaries,
-    count here.
+    Where parameters are updated during backward, their gradients come and go: they, and the temporaries of
+    the updates, count here.
     """
 
-    def __init__(self, model: BlockModel, recipe: Recipe, in_heap: bool = False) -> None:
-        self._model, self._recipe, self._in_heap = model, recipe, in_heap
+    def __init__(
+        self, model: BlockModel, objective: Objective[Any, Any], recipe: Recipe, in_heap: bool = False
+    ) -> None:
+        """`objective`: bound to `model`. `in_heap`: see `LiveBytes`."""
+        self._model, self._objective, self._recipe, self._in_heap = (
+            model,
+            objective.counted(),
+            recipe,
+            in_heap,
+        )
         self._known: dict[Any, Pass] = {}
 
     def __call__(self, layers: range, settings: Settings) -> Pass:
@@ -121,15 +129,13 @@ class PassCounter:
         return self._remembered(kind, layers, settings, lambda: self._count(layers, settings))
 
     def streamed(self, layers: range, settings: Settings) -> Pass:
-        """The same of one block of a model that is trained end to end and streams, its micro-batch waiting at
-        the border (see `waiting`).
+        """The pass of one block of a model that is trained end to end and streams; see `waiting`.
 
-        Input and output part belong to the first and the last block's pass.
+        The input part belongs to the first block's pass, the output part to the last block's.
         """
         ends = layers.start == 0, layers.stop == len(self._model.layers)
-        return self._remembered(
-            ("streamed", ends), layers, settings, lambda: self._count_streamed(layers, settings, *ends)
-        )
+        count = partial(self._count_streamed, layers, settings, *ends)
+        return self._remembered(("streamed", ends), layers, settings, count)
 
     def _remembered(
         self, kind: tuple[object, ...], layers: range, settings: Settings, count: Callable[[], Pass]
@@ -141,101 +147,83 @@ class PassCounter:
         return self._known[key]
 
     def waiting(self, settings: Settings) -> tuple[int, int]:
-        """(bytes of one micro-batch at one border, bytes of what else of it waits on the device for the whole
-        step).
+        """Bytes of one micro-batch at one border, and bytes of what else of it waits on the device for the
+        step.
         """
         with self._bound(range(0), settings):
-            entered, batch = self._enter(settings)
-            others = {
-                t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-                for t in _tensors([entered.cond, entered.kept, batch])
-            }
-            return entered.h.numel() * entered.h.element_size(), sum(others.values())
+            (h, cond, kept), batch = self._enter(settings)
+            others = [cond, *kept.tensors(), *batch.values()]
+            storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in others}
+            return h.numel() * h.element_size(), sum(storages.values())
 
     @contextlib.contextmanager
     def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-        """Fake weights of some layers and of the shared part, and their gradients or what updates them, in
-        the compute dtype.
+        """Binds fake weights of some layers and of the shared part, in the compute dtype, and their
+        gradients.
         """
         parameters = [*named_layer_parameters(self._model, layers), *named_shared_parameters(self._model)]
         layout = ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer)
         slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
-        if isinstance(
-            self._model.objective, RecurrentDenoising
-        ):  # the mean number: more than are back-propagated take time, no memory
-            config = self._model.objective.config
-            self._model.objective.fixed_iterations = max(config.iterations, config.backprop_iterations + 1)
 
         def updated(name: str, parameter: nn.Parameter) -> None:
-            slot = slots[name]
-            torch.empty(
-                workspace_bytes(
-                    slot.numel, layout.group_of(slot).quantized, COMPUTE_DTYPE[settings.weights], dtype
-                ),
-                dtype=torch.uint8,
-            )
+            slot, kept_as = slots[name], COMPUTE_DTYPE[settings.weights]
+            quantized = layout.group_of(slot).quantized
+            torch.empty(workspace_bytes(slot.numel, quantized, kept_as, dtype), dtype=torch.uint8)
             parameter.grad = None
             torch.autograd.graph.increment_version(parameter)
 
         with FakeTensorMode():
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
-            bind(
-                self._model,
-                parameter_views(layout, flat),
-                updated if settings.during_backward else parameter_views(layout, grads),
-            )
+            gathers = updated if settings.during_backward else parameter_views(layout, grads)
+            bind(self._model, parameter_views(layout, flat), gathers)
             yield flat, grads
             unbind(self._model, layout)
 
     @torch.no_grad()
     def _enter(self, settings: Settings) -> tuple[Entered, Batch]:
         batch = self._model.example_batch(settings.micro_batch_size)
-        return self._model.objective.enter(self._model, batch, self._recipe.noise), batch
+        return self._objective.enter(batch), batch
 
     def _count(self, layers: range, settings: Settings) -> Pass:
-        model, recipe = self._model, self._recipe
+        model, objective = self._model, self._objective
         block = [model.layers[i] for i in layers]
         with self._bound(layers, settings) as weights, LiveBytes(*weights, in_heap=self._in_heap) as bytes_:
             batch = model.example_batch(settings.micro_batch_size)
-            if recipe.method == "end_to_end":
-                loss = model.objective.end_to_end_loss(model, block, batch, recipe.noise, settings.recompute)
+            if self._recipe.method == "end_to_end":
+                loss = objective.end_to_end_loss(block, batch, settings.recompute)
             else:
-                interval = model.objective.interval(0, 1, recipe.noise, 0.0)
-                loss = model.objective.block_loss(
-                    model, block, batch, interval, recipe.noise, settings.recompute
-                )
+                loss = objective.block_loss(block, batch, objective.interval(0, 1), settings.recompute)
             try:
                 loss.mean().backward()  # type: ignore[no-untyped-call]
             except RuntimeError as problem:
                 if not settings.during_backward or "inplace" not in str(problem):
                     raise
                 raise ConfigError(
-                    "optimizer.during_backward: found true; allowed with this model, which needs a weight again after its gradient is whole: "
-                    "false; set optimizer.during_backward: false"
+                    "optimizer.during_backward: found true; allowed with this model, which needs a weight "
+                    "again "
+                    "after its gradient is whole: false; set optimizer.during_backward: false"
                 ) from None
             del loss, batch
         return Pass(bytes_.peak, bytes_.work, Work())
 
     def _count_streamed(self, layers: range, settings: Settings, first: bool, last: bool) -> Pass:
-        model, objective, noise = self._model, self._model.objective, self._recipe.noise
+        objective = self._objective
         with self._bound(layers, settings) as weights:
             (h, cond, kept), batch = self._enter(settings)
             h, cond = h.detach().requires_grad_(), cond.detach().requires_grad_()
             h_grad, cond_grad = torch.zeros_like(h), torch.zeros_like(cond)
-            with LiveBytes(
-                *weights, *_tensors([h, cond, kept, batch, h_grad, cond_grad]), in_heap=self._in_heap
-            ) as bytes_:
-                out = objective.through(
-                    model, [model.layers[i] for i in layers], h, cond, kept, settings.recompute
-                )
+            existing = [*weights, h, cond, *kept.tensors(), *batch.values(), h_grad, cond_grad]
+            with LiveBytes(*existing, in_heap=self._in_heap) as bytes_:
+                block = [self._model.layers[i] for i in layers]
+                out = objective.through(block, h, cond, kept, settings.recompute)
                 forward = bytes_.work.copy()
                 if last:
-                    objective.leave(model, out, cond, kept, batch, noise).mean().backward()  # type: ignore[no-untyped-call]
+                    objective.leave(out, cond, kept, batch).mean().backward()  # type: ignore[no-untyped-call]
                 else:
                     torch.autograd.backward([out, cond], [h_grad, cond_grad])
                 del out
                 if first:
-                    roots = [root for root in objective.enter(model, batch, noise)[:2] if root.requires_grad]
+                    roots = [root for root in objective.enter(batch)[:2] if root.requires_grad]
                     torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
         return Pass(bytes_.peak, bytes_.work, forward)
 

@@ -1,16 +1,22 @@
-"""What the plan settles of a recipe, and what a model's blocks then look like."""
+"""Defines the settled settings of a run, and what a model's blocks look like under them.
+
+A recipe may leave settings `auto`; `Settings` holds what they became. `Setup` joins them with the recipe, the
+machine and the arenas of the blocks: every prediction starts from a `Setup`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
 from lowmem.blocks.arena import ArenaLayout
+from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
-from lowmem.recipe import OptimizerName, Precision, Tier
+from lowmem.recipe import OptimizerName, Precision, Recipe, Tier
 from lowmem.schema import Section
 
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -21,27 +27,25 @@ class Settings(Section):
 
     num_blocks: int
     micro_batch_size: int
-    precision: Precision
-    weights: Precision = "float32"  # as they are kept
+    precision: Precision  # of compute and gradients
+    weights: Precision = "float32"  # of the weights as they are kept
     recompute: bool
     optimizer: OptimizerName
-    during_backward: bool = (
-        False  # each parameter is updated, and its gradient freed, as soon as that is whole
-    )
+    # each parameter is updated, and its gradient freed, as soon as the gradient is whole
+    during_backward: bool = False
     ema: bool = False  # an average of the weights is kept
-    tier: Tier
-    borders: Tier = (
-        "device"  # where activations at block borders rest, while a model trained end to end streams
-    )
+    tier: Tier  # where blocks rest that are not visited
+    # where activations at block borders rest, while a model trained end to end streams
+    borders: Tier = "device"
     write_back: Literal["beside", "wait"]
 
 
 def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout], ArenaLayout]:
-    """The arenas of the blocks, and of the shared part."""
+    """The arenas of the blocks, and the arena of the shared part."""
 
     def layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> ArenaLayout:
         return ArenaLayout(
-            [(n, tuple(p.shape)) for n, p in parameters],
+            [(name, tuple(parameter.shape)) for name, parameter in parameters],
             settings.optimizer,
             settings.ema,
             COMPUTE_DTYPE[settings.weights],
@@ -54,4 +58,78 @@ def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout]
 
 
 def is_resident(settings: Settings, unified: bool) -> bool:
+    """Whether all blocks stay on the device. `unified`: device and host are one memory."""
     return settings.tier == "device" or (settings.tier == "host" and unified)
+
+
+def file_bytes(layouts: Sequence[ArenaLayout]) -> int:
+    """Bytes of the files that hold these arenas."""
+    return sum(layout.total_bytes + len(layout.header()) for layout in layouts)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A recipe's model under given settings on a given machine."""
+
+    recipe: Recipe
+    profile: Profile
+    settings: Settings
+    layouts: list[ArenaLayout]  # one for each block
+    shared: ArenaLayout
+
+    @property
+    def end_to_end(self) -> bool:
+        return self.recipe.method == "end_to_end"
+
+    @property
+    def resident(self) -> bool:
+        return is_resident(self.settings, self.profile.unified)
+
+    @property
+    def together(self) -> bool:
+        """Whether all blocks are on the device and are trained at once."""
+        return self.end_to_end and self.resident
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model is trained end to end while its blocks come and go within each step."""
+        return self.end_to_end and not self.resident
+
+    @property
+    def two_passes(self) -> bool:
+        """Whether a streamed step runs backward twice, first for the norm of the whole gradient."""
+        return self.recipe.optimizer.clips_whole
+
+    @property
+    def micro_batches(self) -> int:
+        """How many micro-batches a step has."""
+        return self.recipe.train.batch_size // self.settings.micro_batch_size
+
+    @property
+    def visited(self) -> list[ArenaLayout]:
+        """The arenas that are trained at once; of blocks that take turns, the largest."""
+        return self.layouts if self.together else [max(self.layouts, key=lambda layout: layout.total_bytes)]
+
+    @property
+    def on_device(self) -> list[ArenaLayout]:
+        """The blocks' arenas that are on the device during a visit, without what is staged."""
+        return self.layouts if self.resident else self.visited
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a weight or a gradient in the compute dtype."""
+        return COMPUTE_DTYPE[self.settings.precision].itemsize
+
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes per weight of the copy that computes; 0 where the kept weights compute themselves."""
+        return 0 if self.settings.weights == self.settings.precision else self.compute_bytes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes per weight of gradients that live until the update; 0 where updates run during backward."""
+        return 0 if self.settings.during_backward else self.compute_bytes
+
+
+def setup_of(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings) -> Setup:
+    return Setup(recipe, profile, settings, *layouts_of(model, settings))

@@ -1,8 +1,8 @@
-"""A run as it goes: block strip, loss, memory against the budget, rate, time left. Live in a terminal, plain
-lines elsewhere.
+"""Shows a run while it goes: progress of each block, loss, memory against the budget, rate, time left.
 
-`RunView` turns telemetry records into lines; it does not care whether they come from the trainer in this
-process or from `telemetry.jsonl` in another terminal (`lowmem status RUN --watch`).
+`RunView` keeps the state of a run and draws it as lines. It is fed with telemetry records. They come from the
+trainer in this process, or from `telemetry.jsonl` in another terminal (`lowmem status RUN --watch`). In a
+terminal the lines are redrawn in place; a log file gets one line every few seconds.
 """
 
 from __future__ import annotations
@@ -20,39 +20,53 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.run_dir import RunDir
-from lowmem.reporting.report import queue_totals, read_report, read_status
+from lowmem.machine.monitor import device_bytes
+from lowmem.machine.profile import profile_from_dict
+from lowmem.reporting.report import read_report, read_status
 from lowmem.reporting.telemetry import Listener, read_records
 from lowmem.units import format_bytes, format_seconds
 
 HEARTBEAT_S = 10.0  # longest silence of the plain view
 REFRESH_PER_S = 4
 RATE_STEPS = 200  # steps over which the rate is taken
+SAYING = {
+    "running": "running",
+    "finished": "finished",
+    "stopped": "stopped: run the same train command again to go on",
+}
 
 
 class RunView:
-    """State of a run, fed with records; `lines(width)` draws it."""
+    """The state of a run, as far as it was fed with records. `plan`: plan.json as a dict.
+
+    Raises ProfileError if the plan's profile is not one.
+    """
 
     def __init__(self, plan: dict[str, Any]) -> None:
-        self.plan = plan
+        self.budget = plan["budget"]
+        self.unified = profile_from_dict(plan["profile"], "plan.json: profile").unified
         self.num_blocks = plan["settings"]["num_blocks"]
         self.whole = plan["recipe"]["method"] == "end_to_end"
-        self.visits_total, self.steps_total = queue_totals(plan)
+        queue = BlockQueue.of(plan["recipe"], self.num_blocks)
+        self.visits_total, self.steps_total = queue.num_visits, queue.total_steps
         self.visits_done = 0
         self.steps = [0] * self.num_blocks
         self.losses: list[float | None] = [None] * self.num_blocks
-        self.current: list[int] = []
-        self.last: dict[str, Any] = {}
-        self.peak_bytes = 0
+        self.current: list[int] = []  # blocks that are being trained
+        self.last: dict[str, Any] = {}  # the latest step's record
+        self.peak_bytes = 0  # on the device, at the end of a step
         self.disk_bytes = 0
         self.waited_s, self.computed_s = 0.0, 0.0
         self.warning, self.advice = "", ""
-        self._moments: deque[float] = deque(maxlen=RATE_STEPS)
+        self._moments: deque[float] = deque(maxlen=RATE_STEPS)  # when the latest steps ended
 
     def feed(self, record: dict[str, Any]) -> None:
+        """Takes in one telemetry record."""
         event = record.get("event")
         if event == "open":
-            self._moments.clear()
+            self._moments.clear()  # time between processes is no training time
             self.visits_done = record["visits_done"]
         elif event == "visit":
             self.current = record["blocks"]
@@ -62,14 +76,12 @@ class RunView:
             for block in self.current:
                 self.steps[block] = record["step"] + 1
                 self.losses[block] = record.get("loss", self.losses[block])
-            self.peak_bytes = max(self.peak_bytes, self._device_bytes(record))
+            self.peak_bytes = max(self.peak_bytes, device_bytes(record, self.unified))
         elif event == "visited":
             for block in record["blocks"]:
                 self.losses[block] = record["loss"]
-            self.waited_s, self.computed_s = (
-                record["exposed_transfer_s"] + record["commit_s"],
-                record["compute_s"],
-            )
+            self.waited_s = record["exposed_transfer_s"] + record["commit_s"]
+            self.computed_s = record["compute_s"]
         elif event == "warning":
             self.warning = record["message"]
         elif event == "commit":
@@ -78,95 +90,83 @@ class RunView:
 
     @property
     def steps_done(self) -> int:
+        """Optimizer steps so far; a step of a model trained end to end is a step of every block."""
         return max(self.steps) if self.whole else sum(self.steps)
 
     @property
     def rate(self) -> float | None:
-        """Steps per second over the last steps."""
+        """Steps per second over the latest steps, None before there are two."""
         if len(self._moments) < 2 or self._moments[-1] <= self._moments[0]:
             return None
         return (len(self._moments) - 1) / (self._moments[-1] - self._moments[0])
 
     def lines(self, width: int) -> list[str]:
+        """The run as lines of at most `width` characters."""
         bar_width = max(10, min(80, width - 48))
-        out = [self.headline()[:width]]
-        per_block = self.steps_total if self.whole else self.steps_total // self.num_blocks
-        for block in range(self.num_blocks):
-            mark = ">" if block in self.current else " "
-            loss = self.losses[block]
-            loss_text = "" if loss is None else f"loss {loss:.4f}"
-            out.append(
-                f"{mark} block {block:<3} [{_fill(self.steps[block], per_block, bar_width)}] {self.steps[block]:>6}/{per_block} {loss_text}"[
-                    :width
-                ]
-            )
-        budget = self.plan["budget"]
-        device, host = self._device_bytes(self.last), self.last.get("host_bytes", 0)
-        unified = self.plan["profile"]["device"]["type"] != "cuda"
-        pools = [("memory" if unified else "device", device, budget["device_bytes"])]
-        if not unified:
-            pools.append(("host", host, budget["host_bytes"]))
-        if budget["disk_bytes"] is not None:
-            pools.append(("disk", self.disk_bytes, budget["disk_bytes"]))
-        for name, used, allowed in pools:
-            out.append(
-                f"  {name:<9} [{_fill(used, allowed, bar_width)}] {format_bytes(used)} of {format_bytes(allowed)}"[
-                    :width
-                ]
-            )
+        lines = [self.headline(), *self._block_lines(bar_width), *self._pool_lines(bar_width)]
         if self.computed_s:
-            waited = f"  waiting   {format_seconds(self.waited_s)} for blocks, {self.waited_s / self.computed_s:.1%} of compute"
-            out.append(waited[:width])
-        out += (
-            textwrap.wrap(
-                f"advice: {self.advice}", width, initial_indent="  ", subsequent_indent="          "
+            share = self.waited_s / self.computed_s
+            lines.append(f"  waiting   {format_seconds(self.waited_s)} for blocks, {share:.1%} of compute")
+        if self.advice:
+            lines += textwrap.wrap(
+                f"advice: {self.advice}", width, initial_indent="  ", subsequent_indent=" " * 10
             )
-            if self.advice
-            else []
-        )
-        return out + ([f"  warning: {self.warning}"[:width]] if self.warning else [])
+        if self.warning:
+            lines.append(f"  warning: {self.warning}")
+        return [line[:width] for line in lines]
+
+    def _block_lines(self, bar_width: int) -> Iterator[str]:
+        per_block = self.steps_total if self.whole else self.steps_total // self.num_blocks
+        for block, (steps, loss) in enumerate(zip(self.steps, self.losses, strict=True)):
+            mark = ">" if block in self.current else " "
+            bar = _bar(steps, per_block, bar_width)
+            loss_text = "" if loss is None else f"loss {loss:.4f}"
+            yield f"{mark} block {block:<3} [{bar}] {steps:>6}/{per_block} {loss_text}"
+
+    def _pool_lines(self, bar_width: int) -> Iterator[str]:
+        used = device_bytes(self.last, self.unified)
+        pools = [("memory" if self.unified else "device", used, self.budget["device_bytes"])]
+        if not self.unified:
+            pools.append(("host", self.last.get("host_bytes", 0), self.budget["host_bytes"]))
+        if self.budget["disk_bytes"] is not None:
+            pools.append(("disk", self.disk_bytes, self.budget["disk_bytes"]))
+        for name, used, allowed in pools:
+            bar = _bar(used, allowed, bar_width)
+            yield f"  {name:<9} [{bar}] {format_bytes(used)} of {format_bytes(allowed)}"
 
     def headline(self) -> str:
+        """Visits, steps, rate and time left."""
+        line = f"visit {self.visits_done}/{self.visits_total}, step {self.steps_done}/{self.steps_total}"
         rate = self.rate
-        left = (
-            ""
-            if rate is None
-            else f", {rate:.1f} steps/s, {format_seconds((self.steps_total - self.steps_done) / rate)} left"
-        )
-        return (
-            f"visit {self.visits_done}/{self.visits_total}, step {self.steps_done}/{self.steps_total}{left}"
-        )
+        if rate is None:
+            return line
+        left_s = (self.steps_total - self.steps_done) / rate
+        return f"{line}, {rate:.1f} steps/s, {format_seconds(left_s)} left"
 
     def summary(self) -> str:
-        """One line, for logs."""
+        """The run as one line, for logs."""
         losses = " ".join("-" if loss is None else f"{loss:.3f}" for loss in self.losses)
-        memory = f"{format_bytes(self.peak_bytes)} of {format_bytes(self.plan['budget']['device_bytes'])}"
+        memory = f"{format_bytes(self.peak_bytes)} of {format_bytes(self.budget['device_bytes'])}"
         return f"{self.headline()}; loss by block {losses}; peak {memory}"
 
-    def _device_bytes(self, record: dict[str, Any]) -> int:
-        if self.plan["profile"]["device"]["type"] != "cuda":
-            return int(record.get("host_bytes", 0))
-        return int(record.get("nvml_process_bytes", record.get("device_reserved_bytes", 0)))
 
-
-def _fill(done: float, total: float, width: int) -> str:
+def _bar(done: float, total: float, width: int) -> str:
     filled = min(int(width * done / max(total, 1)), width)
     return "#" * filled + "." * (width - filled)
 
 
 @contextlib.contextmanager
 def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
-    """A listener for the trainer that draws on stderr: redrawn in place in a terminal, else a line every few
-    seconds.
+    """Yields a listener for the trainer that draws on stderr.
+
+    In a terminal it redraws the view in place. Elsewhere it prints a line every few seconds.
     """
     run, views = RunDir(run_dir), list[RunView]()
     console = Console(stderr=True, highlight=False)
 
     def view() -> RunView:
-        if not views:
-            views.append(RunView(run.read_plan()))
-            for record in read_records(run.telemetry_path):  # what earlier processes did
-                views[0].feed(record)
+        if not views:  # made at the first record: before it a new run has no plan.json
+            views.append(_view_of(run))
         return views[0]
 
     if console.is_terminal:
@@ -196,27 +196,32 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
     yield log
 
 
-def status_lines(run_dir: str | os.PathLike[str], width: int) -> tuple[str, list[str]]:
-    """(running | stopped | finished, the same picture as the live view), from the files alone."""
-    run = RunDir(run_dir)
+def _view_of(run: RunDir) -> RunView:
+    """The view of a run after all records so far, those of earlier processes included."""
     view = RunView(run.read_plan())
     for record in read_records(run.telemetry_path):
         view.feed(record)
-    status = read_status(run_dir)
+    return view
+
+
+def status_lines(run_dir: str | os.PathLike[str], width: int) -> tuple[str, list[str]]:
+    """(running | stopped | finished, the lines of the live view), from the files alone.
+
+    Raises as `read_report`.
+    """
+    view, status = _view_of(RunDir(run_dir)), read_status(run_dir)
     view.advice = status["advice"] or ""
     view.visits_done = status["progress"]["visits_done"]
     for block in status["blocks"]:
-        view.steps[block["block"]] = max(
-            block["steps"], view.steps[block["block"]] if status["state"] == "running" else 0
-        )
-    seen = status["last"].get("time")
-    age = f", last record {format_seconds(max(time.time() - seen, 0))} ago" if seen else ""
-    what = {
-        "running": "running",
-        "finished": "finished",
-        "stopped": "stopped: run the same train command again to go on",
-    }[status["state"]]
-    return status["state"], [f"{status['run']}: {what}{age}"[:width], *view.lines(width)]
+        # steps after the last commit count while a process may still commit them
+        seen = view.steps[block["block"]] if status["state"] == "running" else 0
+        view.steps[block["block"]] = max(block["steps"], seen)
+    seen_at = status["last"].get("time")
+    age = f", last record {format_seconds(max(time.time() - seen_at, 0))} ago" if seen_at else ""
+    return status["state"], [
+        f"{status['run']}: {SAYING[status['state']]}{age}"[:width],
+        *view.lines(width),
+    ]
 
 
 def watch(run_dir: str | os.PathLike[str], period_s: float = 1.0) -> None:

@@ -1,8 +1,7 @@
-"""A run's telemetry sent on, record by record, to TensorBoard, Weights & Biases or Trackio: listeners of the
-trainer.
+"""Sends a run's telemetry on to TensorBoard, Weights & Biases or Trackio while it trains.
 
-`telemetry.jsonl` stays the record of the run. None of the three is a dependency: one that is asked for must
-be installed.
+Each logger is a listener of the trainer. `telemetry.jsonl` stays the record of the run. None of the three
+packages is a dependency of lowmem: the one that is asked for must be installed.
 """
 
 from __future__ import annotations
@@ -21,59 +20,66 @@ LOGGERS = ("tensorboard", "trackio", "wandb")
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """`train/loss/block-2`, `memory/host_bytes`, `time/compute_s` ...: what a step or a visit tells in
-    numbers.
-    """
+    """The numbers of a step's or a visit's record, by tag: `train/loss/block-2`, `memory/host_bytes`, ..."""
     if record["event"] not in ("step", "visited"):
         return {}
+    block = record.get("block")
     found = {}
     for name, value in record.items():
         if name in NOT_LOGGED or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         group = "memory" if name.endswith("_bytes") else "time" if name.endswith("_s") else "train"
-        block = record.get("block")
-        found[f"{group}/{name}{f'/block-{block}' if name == 'loss' and block is not None else ''}"] = float(
-            value
-        )
+        of_block = f"/block-{block}" if name == "loss" and block is not None else ""
+        found[f"{group}/{name}{of_block}"] = float(value)
     return found
 
 
 @contextlib.contextmanager
 def open_logger(name: str, run_dir: Path, settings: dict[str, Any]) -> Iterator[Listener]:
-    """A listener that sends records on; what is pending is sent at the end.
+    """Yields a listener that sends records to the logger `name`, and sends what is pending at the end.
 
-    Raises ConfigError: unknown name, or not installed.
+    `settings`: what the logger shows as the run's configuration. Raises ConfigError if the name is unknown or
+    the package is not installed.
     """
     if name not in LOGGERS:
         raise ConfigError(f"--log-to: found '{name}'; {nearest(name, LOGGERS)}")
-    sent = 0
-    if name == "tensorboard":
-        writer = _module("torch.utils.tensorboard", name).SummaryWriter(str(run_dir / "tensorboard"))
+    opened = _tensorboard(run_dir) if name == "tensorboard" else _tracker(name, run_dir, settings)
+    with opened as listener:
+        yield listener
 
-        def draw(record: dict[str, Any]) -> None:
-            nonlocal sent
-            sent += record["event"] == "step"
-            for tag, value in scalars(record).items():
-                writer.add_scalar(
-                    tag, value, record["step"] if "/loss/" in tag else sent, walltime=record["time"]
-                )
 
-        try:
-            yield draw
-        finally:
-            writer.close()
-        return
+@contextlib.contextmanager
+def _tensorboard(run_dir: Path) -> Iterator[Listener]:
+    writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
+    steps_sent = 0
 
+    def send(record: dict[str, Any]) -> None:
+        nonlocal steps_sent
+        steps_sent += record["event"] == "step"
+        for tag, value in scalars(record).items():
+            # a block's loss runs over the block's own steps, all else over the steps of this process
+            step = record["step"] if "/loss/" in tag else steps_sent
+            writer.add_scalar(tag, value, step, walltime=record["time"])
+
+    try:
+        yield send
+    finally:
+        writer.close()
+
+
+@contextlib.contextmanager
+def _tracker(name: str, run_dir: Path, settings: dict[str, Any]) -> Iterator[Listener]:
+    """Weights & Biases or Trackio: both have the same three functions."""
     module = _module(name, name)
     module.init(project="lowmem", name=run_dir.resolve().name, config=settings)
 
-    def log(record: dict[str, Any]) -> None:
+    def send(record: dict[str, Any]) -> None:
         values = scalars(record)
         if values:
             module.log({**values, **({"block_step": record["step"]} if "step" in record else {})})
 
     try:
-        yield log
+        yield send
     finally:
         module.finish()
 

@@ -1,4 +1,4 @@
-"""Tables as plain text, the same in a terminal, a file and a test."""
+"""Draws tables as plain text, which looks the same in a terminal, a file and a test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 110
+WIDTH = 110  # characters
 
 
 def text_table(
@@ -19,7 +19,11 @@ def text_table(
     notes: Sequence[str] = (),
     width: int = WIDTH,
 ) -> str:
-    """The title, the table (first column to the left, the others to the right), notes as lines below."""
+    """A title, a table and one line for each note.
+
+    The first column stands on the left of its cells, the others on the right. Cells wrap at `width`
+    characters a line.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")

@@ -1,10 +1,7 @@
-"""Where every byte is, while it is there: a monitor on its own thread, and a record of it in
-`telemetry.jsonl`.
+"""Writes and reads `telemetry.jsonl`, the record of what happened in a run folder.
 
-Three sources, each optional: psutil (this process, the machine), NVML (the card, every process on it),
-torch's allocator. Each NVML call may fail on its own (unified-memory parts report NOT_SUPPORTED); what cannot
-be read is None, never 0. Anonymous resident memory (rss less shared and file pages) is what a limit kills
-for, so that is what counts on the host.
+The trainer writes one JSON object a line: an event's name, the time, and the event's own fields. Listeners
+get each record as it is written; the live view and the loggers are listeners.
 """
 
 from __future__ import annotations
@@ -18,22 +15,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-Listener = Callable[[dict[str, Any]], None]  # is given every record as it is written
+Listener = Callable[[dict[str, Any]], None]  # called with every record as it is written
 
 
 class Recorder:
-    """Appends one JSON object a line.
+    """Appends records to a file.
 
-    Lines are not fsynced, and one that finds no space is dropped: telemetry may lose lines, never the run.
+    Lines are not fsynced, and a line that finds no space is dropped: telemetry may lose lines, but it never
+    stops a run.
     """
 
     def __init__(self, path: Path) -> None:
+        # a killed process may have left half a line: the first record then starts on a line of its own
         self._torn = _last_byte(path) not in (b"", b"\n")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
-        self._lock = threading.Lock()  # the trainer and the writer's thread both record
+        self._lock = threading.Lock()  # the trainer and the thread that writes blocks both record
         self.listeners: list[Listener] = []
 
     def write(self, event: str, **fields: Any) -> None:
+        """Appends one record, and tells the listeners."""
         record = {"event": event, "time": round(time.time(), 4), **fields}
         line = (json.dumps(record) + "\n").encode()
         with self._lock:
@@ -56,7 +56,7 @@ def _last_byte(path: Path) -> bytes:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run, oldest first; a line torn by a kill is passed over."""
+    """The records of a run, oldest first. Skips lines that a kill has torn; no file means no records."""
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as file:

@@ -1,5 +1,6 @@
-"""What keeps a run from taking memory that is not there: before it begins, while it goes, and when an
-allocation fails all the same.
+"""The guard of memory: a run takes none that is not there.
+
+It looks before a run begins, while the run goes on, and when an allocation fails all the same.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ from lowmem.planning.plan import Plan
 from lowmem.reporting.telemetry import Listener, Recorder
 from lowmem.units import format_bytes
 
-AT_ONCE = (
-    2  # with less than that part of the memory that should be left, a run does not wait for its next commit
-)
-CPU_REFUSAL = "DefaultCPUAllocator"  # torch's message of an allocation that failed on a CPU has it
+# With less than this part of the memory that should be left, a run stops at once and not at its next commit.
+AT_ONCE = 2
+CPU_REFUSAL = "DefaultCPUAllocator"  # stands in torch's message about an allocation that failed on a CPU
 KEPT = "the last commit is kept"
 
 
@@ -30,23 +30,27 @@ def require_available(plan: Plan) -> None:
     need, have = plan.predicted.host_peak_bytes - anonymous_bytes(psutil.Process()), available_bytes()
     if need > have:
         raise BudgetError(
-            f"plan: needs {format_bytes(need)} more of the host; the machine has {format_bytes(have)} available now, whatever profile "
-            f"{plan.profile.name} allows; close other programs, or plan with a larger host.reserve_gib",
+            f"plan: needs {format_bytes(need)} more of the host; the machine has {format_bytes(have)} "
+            "available "
+            f"now, whatever profile {plan.profile.name} allows; close other programs, or plan with a larger "
+            "host.reserve_gib",
             plan.table(),
         )
 
 
 def check_available(plan: Plan, sample: Sample, committed: bool) -> None:
-    """Raises ShortageError where other programs have left too little.
+    """Raises ShortageError where other programs have left too little memory.
 
-    Between two commits only where it is much too little.
+    Between two commits (`committed` false) it raises only where far too little is left.
     """
     left, least = sample.host_available_bytes, plan.profile.min_available_bytes
     if left is None or left >= (least if committed else least // AT_ONCE):
         return
     raise ShortageError(
-        f"the machine has {format_bytes(left)} of memory left; allowed: {format_bytes(least)} (host.min_available_gib of profile "
-        f"{plan.profile.name}); stopped before it swaps, {KEPT}: close other programs, then run the same command again"
+        f"the machine has {format_bytes(left)} of memory left; allowed: {format_bytes(least)} "
+        f"(host.min_available_gib of profile {plan.profile.name}); stopped before it swaps, {KEPT}: close "
+        "other "
+        "programs, then run the same command again"
     )
 
 
@@ -57,9 +61,9 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 def smaller(plan: Plan, micro_batch_size: int) -> Plan:
-    """The plan with another micro-batch.
+    """The plan with a smaller micro-batch.
 
-    Gradients of several add up, so no parameter is updated during backward any more.
+    The gradients of several micro-batches add up, so no parameter is updated during backward any more.
     """
     during_backward = plan.settings.during_backward and micro_batch_size == plan.recipe.train.batch_size
     settings = plan.settings.model_copy(
@@ -69,39 +73,38 @@ def smaller(plan: Plan, micro_batch_size: int) -> Plan:
 
 
 def next_smaller(micro_batch_size: int) -> int | None:
-    """Half of it, or the largest divisor below: it must go on dividing the batch."""
+    """Half of it, or the largest divisor below half, because it must go on dividing the batch."""
     return next((size for size in range(micro_batch_size // 2, 0, -1) if micro_batch_size % size == 0), None)
 
 
 def shortage(plan: Plan, visit: Visit | None, peak: Peak) -> ShortageError:
-    """What to say of an allocation that failed. `visit`: under way."""
-    where = (
-        "before the first visit"
-        if visit is None
-        else f"visit {visit.index}, block {', '.join(map(str, visit.blocks))}"
-    )
+    """What to say about an allocation that failed. `visit`: the one under way, None before the first."""
+    where = "before the first visit"
+    if visit is not None:
+        where = f"visit {visit.index}, block {', '.join(map(str, visit.blocks))}"
     predicted, settings = plan.predicted, plan.settings
     half = next_smaller(settings.micro_batch_size)
-    cures = (
-        []
-        if half is None
-        else [f"train.on_oom: shrink, which goes on from there with micro-batches of {half}"]
-    )
-    cures += [] if settings.recompute else ["train.recompute: true in another --run-dir"]
+    cures = []
+    if half is not None:
+        cures.append(f"train.on_oom: shrink, which goes on from there with micro-batches of {half}")
+    if not settings.recompute:
+        cures.append("train.recompute: true in another --run-dir")
     cures.append("a profile with a larger reserve in another --run-dir")
     return ShortageError(
-        f"{where}: out of memory at micro-batch {settings.micro_batch_size}; predicted peak {format_bytes(predicted.device_peak_bytes)} on the "
-        f"device, {format_bytes(predicted.host_peak_bytes)} on the host; measured {format_bytes(peak.device_bytes)} and "
-        f"{format_bytes(peak.host_bytes)} before it failed; {KEPT}: set {', or '.join(cures)}"
+        f"{where}: out of memory at micro-batch {settings.micro_batch_size}; predicted peak "
+        f"{format_bytes(predicted.device_peak_bytes)} on the device, "
+        f"{format_bytes(predicted.host_peak_bytes)} on "
+        f"the host; measured {format_bytes(peak.device_bytes)} and {format_bytes(peak.host_bytes)} before it "
+        f"failed; {KEPT}: set {', or '.join(cures)}"
     )
 
 
 def go_on_smaller(
     run: RunDir, plan: Plan, visit: Visit | None, peak: Peak, listeners: Sequence[Listener]
 ) -> int:
-    """Commits that a smaller micro-batch goes on from the last commit, and returns it.
+    """Commits that the run goes on from the last commit with a smaller micro-batch. Returns its size.
 
-    Raises ShortageError where that is not to be.
+    Raises ShortageError where the recipe forbids that or no smaller size is left.
     """
     state, size = run.read_state(), next_smaller(plan.settings.micro_batch_size)
     if (

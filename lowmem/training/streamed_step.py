@@ -1,19 +1,21 @@
 """Exact back-propagation with one block on the device at a time.
 
-    forward     input part | block 0 | block 1 | ...          keeping what crosses the borders between blocks, nothing else
+    forward     input part | block 0 | block 1 | ...     keeps what crosses the borders between blocks
     backward    last block and the loss | ... | block 1 | block 0 | input part again
 
-All micro-batches of a step pass a block before the next is fetched, so a step moves the same bytes whatever
-its batch. In the backward pass a block's forward is made again from its border; its gradients, summed over
-the micro-batches, are used at once for its update and are the only ones alive. Block 0 ends a step and begins
-the next, so it stays.
+All micro-batches of a step pass a block before the next block is fetched, so a step moves the same bytes
+whatever its batch. In the backward pass a block's forward is made again from its border. Its gradients,
+summed over the micro-batches, are used at once for its update; no other gradients are alive. Block 0 ends a
+step and begins the next, so it stays on the device.
 
 The bits are those of plain autograd through the whole model:
-  * every block is entered with the generator's state of the forward pass, so dropout and all draws are made again as they were;
-  * `cond` is used by all layers, and autograd adds its gradients up in the order of the backward pass. Here `cond` is a root of each
-    block's backward pass beside the block's output, and what has come together so far is its gradient there: the sum goes on in that order;
-  * parameters of the shared part that input and output part both use (a tied table) get the same sum. Over several micro-batches the
-    output parts' gradients come first here and alternate there, so the two differ by rounding, in that case alone.
+  * Every block is entered with the generator's state of the forward pass, so dropout and all draws repeat.
+  * All layers use `cond`, and autograd adds its gradients up in the order of the backward pass. Here `cond`
+    is a root of each block's backward pass beside the block's output, and the sum so far is its gradient.
+    So the sum goes on in the same order.
+  * Parameters of the shared part that both the input and the output part use (a tied table) get the same sum.
+    Over several micro-batches the output parts' gradients come first here, and alternate with the others in
+    plain autograd. The two differ by rounding in that case alone.
 """
 
 from __future__ import annotations
@@ -30,11 +32,9 @@ from lowmem.blocks.arena import unbind
 from lowmem.blocks.borders import RANDOM_STATE_BYTES, Borders
 from lowmem.blocks.optim import whole_factor
 from lowmem.blocks.order import fetches
-from lowmem.blocks.stream import BlockStream
-from lowmem.machine.monitor import Monitor
-from lowmem.models.base import Batch, BlockModel
-from lowmem.planning.plan import Plan
-from lowmem.training.trainable import Scratch, Trainable
+from lowmem.objectives.base import Batch, Kept, Objective
+from lowmem.training.attempt import Attempt
+from lowmem.training.trainable import Trainable
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Part:
     seed: int  # of its draws
     batch: Batch
     cond: Tensor
-    kept: dict[str, Any]
+    kept: Kept
     cond_grad: Tensor | None = None  # as far as the backward pass has come
     loss: Tensor | None = None
 
@@ -52,29 +52,18 @@ class Part:
 class StreamedStep:
     """Optimizer steps of a whole model whose blocks come and go."""
 
-    def __init__(
-        self,
-        model: BlockModel,
-        plan: Plan,
-        stream: BlockStream,
-        scratch: Scratch,
-        shared: Trainable,
-        borders: Borders,
-        monitor: Monitor,
-    ) -> None:
-        self.model, self.noise, self.stream, self.scratch, self.shared, self.borders, self.monitor = (
-            model,
-            plan.noise,
-            stream,
-            scratch,
-            shared,
-            borders,
-            monitor,
+    def __init__(self, attempt: Attempt, objective: Objective[Any, Any], borders: Borders) -> None:
+        """`objective`: bound to the attempt's model. `borders`: where the attempt keeps activations."""
+        self.model, self.objective, self.borders = attempt.model, objective, borders
+        self.stream, self.scratch, self.shared = attempt.stream, attempt.scratch, attempt.shared
+        self.monitor, plan = attempt.monitor, attempt.plan
+        self.slices, self.recompute = (
+            self.model.block_slices(plan.settings.num_blocks),
+            plan.settings.recompute,
         )
-        self.slices, self.recompute = model.block_slices(plan.settings.num_blocks), plan.settings.recompute
         self.num_blocks, self.recipe = plan.settings.num_blocks, plan.recipe
         self.fetches = fetches(self.num_blocks, plan.recipe.optimizer.clips_whole)
-        self.states = RandomStates(self.num_blocks, borders.parts, stream.device)
+        self.states = RandomStates(self.num_blocks, borders.parts, self.stream.device)
         self._stays: Tensor | None = None  # block 0, from the end of a step to the forward pass of the next
 
     def step(
@@ -105,9 +94,8 @@ class StreamedStep:
                 norms[block] = self._backward(block, buffer, parts).gradient_norm()
                 self._let_go(block, buffer)
             self._backward_of_input(parts)
-            factor = whole_factor(
-                [*(norms[block] for block in range(self.num_blocks)), self.shared.gradient_norm()], optimizer
-            )
+            in_order = [norms[block] for block in range(self.num_blocks)]
+            factor = whole_factor([*in_order, self.shared.gradient_norm()], optimizer)
             self.shared.forget()
 
         for block, buffer in blocks:
@@ -155,7 +143,7 @@ class StreamedStep:
     @torch.no_grad()
     def _enter(self, index: int, seed: int, batch: Batch) -> Part:
         torch.manual_seed(seed)
-        h, cond, kept = self.model.objective.enter(self.model, batch, self.noise)
+        h, cond, kept = self.objective.enter(batch)
         self.borders.put((0, index), h)
         self.states.save(0, index)
         return Part(seed, batch, cond, kept)
@@ -166,9 +154,7 @@ class StreamedStep:
         for index, part in enumerate(parts):
             self.states.restore(block, index)
             h = self.borders.get((block, index))
-            out = self.model.objective.through(
-                self.model, self._layers(block), h, part.cond, part.kept, False
-            )
+            out = self.objective.through(self._layers(block), h, part.cond, part.kept)
             self.borders.put((block + 1, index), out)
             self.states.save(block + 1, index)
         self._let_go(block, buffer)
@@ -177,17 +163,15 @@ class StreamedStep:
         """The block's gradients, and those of all that lies before it."""
         trainable = self.scratch.trainable(0, self.stream.layouts[block], buffer)
         trainable.bind(self.model)
-        objective, last = self.model.objective, block == self.num_blocks - 1
+        last = block == self.num_blocks - 1
         for index, part in enumerate(parts):
             self.states.restore(block, index)
-            h, cond = (
-                self.borders.get((block, index)).detach().requires_grad_(),
-                part.cond.detach().requires_grad_(),
-            )
-            roots = [objective.through(self.model, self._layers(block), h, cond, part.kept, self.recompute)]
+            h = self.borders.get((block, index)).detach().requires_grad_()
+            cond = part.cond.detach().requires_grad_()
+            roots = [self.objective.through(self._layers(block), h, cond, part.kept, self.recompute)]
             grads: list[Tensor | None] = [None]
             if last:
-                losses = objective.leave(self.model, roots[0], cond, part.kept, part.batch, self.noise)
+                losses = self.objective.leave(roots[0], cond, part.kept, part.batch)
                 roots = [losses.mean() / len(parts)]
                 part.loss = roots[0].detach()
             else:
@@ -204,7 +188,7 @@ class StreamedStep:
     def _backward_of_input(self, parts: list[Part]) -> None:
         for index, part in enumerate(parts):
             torch.manual_seed(part.seed)
-            h, cond, _ = self.model.objective.enter(self.model, part.batch, self.noise)
+            h, cond, _ = self.objective.enter(part.batch)
             pairs = [(h, self.borders.get((self.num_blocks, index))), (cond, part.cond_grad)]
             roots = [(root, grad) for root, grad in pairs if root.requires_grad and grad is not None]
             if roots:
@@ -212,11 +196,10 @@ class StreamedStep:
 
 
 class RandomStates:
-    """The generators' states at the entry of every block, for every micro-batch, in memory of their own for
-    the whole run.
+    """The generators' states at the entry of every block, for every micro-batch.
 
-    A tensor for each would stay in the midst of freed activations, and the C library's heap would grow around
-    it.
+    They have memory of their own for the whole run. A tensor for each state would lie amid freed activations,
+    and the C library's heap would grow around it.
     """
 
     def __init__(self, num_blocks: int, parts: int, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Augmentation: a function of (seed, step, position), of training images alone, within their shape and range."""
+"""Augmentation: a function of (seed, step, position) that changes training images only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def augment(**keys: Any) -> Augment:
 
 
 def slopes(count: int, channels: int) -> np.ndarray[Any, Any]:
-    """uint8 [N, C, 24, 20]: from 0 to 255 in another direction in every image and channel, with a white spot."""
+    """uint8 [N, C, 24, 20]: rises from 0 to 255, elsewhere in every image and channel, with a white spot."""
     y, x = np.mgrid[0:24, 0:20] / 23
     share = np.random.default_rng(0).random((count, channels, 1, 1))
     images = share * y + (1 - share) * x
@@ -71,9 +71,9 @@ def test_augmented_batches_are_a_function_of_seed_and_step_and_test_batches_are_
 ) -> None:
     plain = recipes(tmp_path)[name]
     data, other, without = (
-        load_data(augmented(plain, **ALL)),
-        load_data(augmented(plain, **ALL)),
-        load_data(plain.data, plain.train.seq_len),
+        load_data(augmented(plain, **ALL).data),
+        load_data(augmented(plain, **ALL).data),
+        load_data(plain.data),
     )
     for step in (0, 7):
         other.batch(3, step + 1, 5)  # what was drawn before does not matter
@@ -88,14 +88,14 @@ def test_augmented_batches_are_a_function_of_seed_and_step_and_test_batches_are_
         assert (batch["label"] == without.batch(3, step, 8)["label"]).all()
     assert batches_digest(data.test_batches(5)) == batches_digest(without.test_batches(5))
     assert batches_digest(
-        [load_data(augmented(plain, **ALL), augmented=False).batch(3, 0, 8)]
+        [load_data(augmented(plain, **ALL).data, augmented=False).batch(3, 0, 8)]
     ) == batches_digest([without.batch(3, 0, 8)])
 
 
 def test_without_augmentation_the_bits_are_those_of_a_recipe_that_does_not_name_it() -> None:
     off = digits(flip=False, rand_augment_ops=0, rand_augment_magnitude=30)
     assert batches_digest([off.batch(0, 5, 64)]) == batches_digest(
-        [load_data(recipe_with().data.data, recipe_with().train.seq_len).batch(0, 5, 64)]
+        [load_data(recipe_with().data).batch(0, 5, 64)]
     )
 
 
@@ -129,10 +129,8 @@ def test_an_operation_keeps_shape_and_kind_does_nothing_at_magnitude_0_and_somet
         assert none.size == full.size == picture.size and none.mode == full.mode == picture.mode
         if name not in ("autocontrast", "equalize"):  # which have no magnitude
             assert none.tobytes() == picture.tobytes()
-        if name not in ("identity", "autocontrast") and (name, channels) != (
-            "color",
-            1,
-        ):  # its values reach from 0 to 255; grey has no colour
+        # The image's values reach from 0 to 255 already, and grey has no colour.
+        if name not in ("identity", "autocontrast") and (name, channels) != ("color", 1):
             assert full.tobytes() != picture.tobytes()
 
 
@@ -157,9 +155,8 @@ def test_full_ranges_are_those_of_the_literature() -> None:
     assert len(np.unique(np.asarray(steps["posterize"](grey, 1.0, 1)))) == 16
     assert (np.asarray(steps["solarize"](grey, 1.0, 1)) == 255 - np.asarray(grey)).all()
     assert np.asarray(steps["brightness"](grey, 1.0, -1)).max() == int(0.1 * 255)
-    assert (
-        np.asarray(steps["rotate"](column, 1.0, 1))[165 - 80, 165 - 46] > 100
-    )  # 30 degrees counter-clockwise
+    rotated = np.asarray(steps["rotate"](column, 1.0, 1))
+    assert rotated[165 - 80, 165 - 46] > 100  # 30 degrees counter-clockwise
 
 
 def test_augmentation_that_cannot_be_done_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

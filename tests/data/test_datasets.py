@@ -1,63 +1,92 @@
-"""Data: batches are functions of (seed, step), text stays on disk, and bad texts are named in one line.
-
-Images: test_data_images.py.
-"""
+"""Every kind of data: one registry, batches as functions of (seed, step), what a section says of itself."""
 
 from __future__ import annotations
 
-import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
-import psutil
 import pytest
-from conftest import batches_digest, data_refusal, recipe_with, text_of
+from conftest import batches_digest, recipe_with, text_of
 
-from lowmem.data import text as data_text
-from lowmem.data import tokenizer as data_tokenizer
-from lowmem.data.datasets import DataSpec, describe_data, load_data
-from lowmem.data.text import TextDataset, load_text, load_tokenizer
-from lowmem.errors import ConfigError, DataError
+from lowmem.data import config
+from lowmem.data.cache import digest, file_facts
+from lowmem.data.config import DataConfig, ImageSource, TextConfig
+from lowmem.data.datasets import DataSection, DataSpec, describe_data, load_data
+from lowmem.data.images import ImageSet
+from lowmem.errors import ConfigError
 from lowmem.recipe import Recipe
-from lowmem.units import MIB
 
-SEQ_LEN = 16
-TEXT = "".join(f"line {n}: naïve café, {n * n} €\n" for n in range(400))
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> the module with its section, and the keys it needs
+    "digits": ("digits", {}),
+    "idx_images": ("idx", {"path": "folder"}),
+    "npz_images": ("npz", {"path": "file.npz"}),
+    "image_folder": ("folder", {"path": "folder", "image_size": 8}),
+    "latent_arrays": ("latents", {"path": "folder"}),
+    "stdlib_text": ("text", {}),
+    "text": ("text", {"path": "file.txt"}),
+    "huggingface images": ("huggingface", {"kind": "images", "dataset": "known", "image_size": 8}),
+    "huggingface text": ("huggingface", {"kind": "text", "dataset": "known"}),
+    "custom": ("config", {}),
+}
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "lowmem"
+def section(kind: str, **keys: Any) -> DataSection:
+    return recipe_with(data={"name": kind.split()[0], **KINDS[kind][1], **keys}).data
 
 
-def text_recipe(path: Path, tokenizer: str = "bytes", seq_len: int | None = SEQ_LEN) -> Recipe:
-    return recipe_with(
-        data={"name": "text", "path": str(path), "tokenizer": tokenizer}, train__seq_len=seq_len
+def sections(annotation: Any = DataConfig) -> list[type[DataSection]]:
+    """The members of the union, the inner union's too."""
+    parts = get_args(annotation)
+    return [annotation] if isinstance(annotation, type) else [cls for part in parts for cls in sections(part)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_chooses_the_section_of_its_own_kind(kind: str) -> None:
+    found = section(kind)
+    assert (found.name, type(found).__module__) == (kind.split()[0], f"lowmem.data.{KINDS[kind][0]}")  # type: ignore[attr-defined]
+
+
+def test_every_kind_in_the_registry_is_among_those_tested_here_and_can_be_imported_from_it() -> None:
+    assert sorted(cls.__name__ for cls in sections()) == sorted(
+        type(section(kind)).__name__ for kind in KINDS
     )
+    assert {cls.__name__ for cls in sections()} < set(config.__all__)
 
 
-def text_data(path: Path, tokenizer: str = "bytes") -> TextDataset:
-    return load_text(text_recipe(path, tokenizer).data, SEQ_LEN)  # type: ignore[arg-type]
+def test_a_kind_of_images_needs_only_its_own_section_and_reader() -> None:
+    class Ramp(ImageSource):
+        name: Literal["ramp"]
+        count: int
+
+        def _open(self) -> ImageSet:
+            labels = np.arange(self.count) % 2
+            part = {"image": np.full((self.count, 1, 2, 2), 255, np.uint8), "label": labels}
+            return ImageSet((1, 2, 2), 2, lambda: (part, part))
+
+    ramp = Ramp(name="ramp", count=6)
+    assert describe_data(ramp) == DataSpec(image_shape=(1, 2, 2), num_classes=2)
+    batch = load_data(ramp).batch(0, 0, 4)
+    assert (batch["image"] == 1).all() and batch["image"].dtype == np.float32 and batch["label"].shape == (4,)
 
 
-@pytest.fixture
-def text_path(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_bytes(TEXT.encode())
-    return path
-
-
-# ------------------------------------------------------------------------------------------------------------
-# batches
+def test_the_registry_imports_no_package_that_only_one_kind_needs() -> None:
+    heavy = ("torch", "PIL", "sklearn", "datasets", "tokenizers")
+    code = f"import sys, lowmem.data.config; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["digits", "text"])
-def test_a_batch_is_a_function_of_seed_and_step(name: str, text_path: Path) -> None:
-    recipe = recipe_with() if name == "digits" else text_recipe(text_path)
-    data, other = load_data(recipe.data, recipe.train.seq_len), load_data(recipe.data, recipe.train.seq_len)
+def test_a_batch_is_a_function_of_seed_and_step(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(256)) * 20)
+    recipe: Recipe = recipe_with()
+    if name == "text":
+        recipe = recipe_with(data={"name": "text", "path": str(path)}, train__seq_len=16)
+    data, other = load_data(*text_of(recipe)), load_data(*text_of(recipe))
     for step in (0, 7, 100):
         other.batch(3, step + 1, 5)  # what was drawn before does not matter
         assert batches_digest([data.batch(3, step, 8)]) == batches_digest([other.batch(3, step, 8)])
@@ -65,200 +94,58 @@ def test_a_batch_is_a_function_of_seed_and_step(name: str, text_path: Path) -> N
 
 
 def test_the_digits_are_what_they_were() -> None:
-    data = load_data(recipe_with().data.data, recipe_with().train.seq_len)
+    data = load_data(recipe_with().data)
     batches = (data.batch(seed, step, 64) for seed in (0, 1) for step in (0, 22, 500))
     assert batches_digest(batches) == "aa82984d8007754b2cfe807affc142e2aab5a5edd3f227ee007330155c53ffd6"
-    assert (
-        batches_digest(data.test_batches(100))
-        == "1631bf92d02fa4b7f559a26e66b79347ae3175d5213c9deae8a30b6f7b2c8255"
-    )
-
-
-def test_windows_come_from_the_train_part_and_test_windows_cover_the_rest_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "halves.txt"
-    path.write_bytes(bytes(range(200)) + bytes(range(200, 250)))
-    recipe = recipe_with(
-        data={"name": "text", "path": str(path), "test_fraction": 0.2}, train__seq_len=SEQ_LEN
-    )
-    assert describe_data(recipe.data, recipe.train.seq_len) == DataSpec(vocab_size=256, seq_len=SEQ_LEN)
-    data = load_data(recipe.data, recipe.train.seq_len)
-    tokens = np.concatenate([data.batch(0, step, 100)["tokens"] for step in range(20)])
-    assert tokens.dtype == np.int64 and tokens.shape == (2000, SEQ_LEN)
-    assert (np.diff(tokens, axis=1) == 1).all()
-    assert set(tokens[:, 0]) == set(
-        range(200 - SEQ_LEN + 1)
-    )  # each start there is, the last one too, none beyond
-    test = list(data.test_batches(2))
-    assert [batch["tokens"].shape for batch in test] == [(2, SEQ_LEN), (1, SEQ_LEN)] and data.num_test == 3
-    assert np.concatenate([batch["tokens"].ravel() for batch in test]).tolist() == list(range(200, 248))
-
-
-def test_the_standard_library_is_the_same_text_twice(cache: Path) -> None:
-    recipe = recipe_with(data={"name": "stdlib_text"}, train__seq_len=SEQ_LEN)
-    first = load_data(recipe.data, recipe.train.seq_len)
-    files = {path: path.stat().st_mtime_ns for path in cache.glob("stdlib-*.bin")}
-    again = load_data(recipe.data, recipe.train.seq_len)
-    assert len(files) == 2 and all(path.stat().st_mtime_ns == time for path, time in files.items())
-    assert sum(path.stat().st_size for path in files) > 5e6 and 0.02 < first.num_test / first.num_train < 0.5
-    assert batches_digest([first.batch(0, 0, 4)]) == batches_digest([again.batch(0, 0, 4)])
-    for path in files:
-        path.unlink()
-    assert batches_digest(load_data(recipe.data, recipe.train.seq_len).test_batches(999)) == batches_digest(
-        first.test_batches(999)
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# tokenizers and their cache
-
-
-@pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
-@pytest.mark.parametrize("piece_bytes", [7, 1 << 18])
-def test_text_round_trips(
-    text_path: Path, tokenizer: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data_tokenizer, "PIECE_BYTES", piece_bytes)
-    recipe, data = text_recipe(text_path, tokenizer), text_data(text_path, tokenizer)
-    codec = load_tokenizer(recipe.data)  # type: ignore[arg-type]
-    assert codec.vocab_size == data.vocab_size == (256 if tokenizer == "bytes" else len(set(TEXT)))
-    tokens = [*data.train.tolist(), *data.test.tolist()]
-    assert codec.encode(TEXT) == tokens and codec.decode(tokens) == TEXT
-
-
-def test_a_character_outside_the_text_is_named(text_path: Path) -> None:
-    with pytest.raises(DataError, match="'ß' is not among the"):
-        load_tokenizer(text_recipe(text_path, "characters").data).encode("caß")  # type: ignore[arg-type]
-
-
-def subwords(folder: Path, kind: str) -> str:
-    """A tokenizer trained on the text: as a JSON file that would cut sequences off, or as GPT-2's pair of
-    files.
-    """
-    tokenizers = pytest.importorskip("tokenizers")
-    inner = tokenizers.ByteLevelBPETokenizer()
-    inner.train_from_iterator([TEXT], vocab_size=400, show_progress=False)
-    if kind == "json":
-        inner.enable_truncation(8)
-        inner.save(str(folder / "tokenizer.json"))
-        return str(folder / "tokenizer.json")
-    inner.save_model(str(folder))
-    (folder / "vocab.json").rename(folder / "encoder.json")
-    (folder / "merges.txt").rename(folder / "vocab.bpe")
-    return str(folder)
-
-
-@pytest.mark.parametrize("kind", ["json", "folder"])
-def test_text_tokenised_in_pieces_is_the_text_tokenised_whole(
-    text_path: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data_tokenizer, "PIECE_BYTES", 61)
-    tokenizer = subwords(tmp_path, kind)
-    data = text_data(text_path, tokenizer)
-    codec = load_tokenizer(text_recipe(text_path, tokenizer).data)  # type: ignore[arg-type]
-    tokens = [*data.train.tolist(), *data.test.tolist()]
-    assert tokens == codec.encode(TEXT) and codec.decode(tokens) == TEXT
-    assert data.train.dtype == np.uint16 and max(tokens) < codec.vocab_size <= 400
-
-
-def test_the_cache_is_reused_until_the_file_changes(
-    text_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text_data(text_path, "characters")
-    before = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
-    with monkeypatch.context() as patch:
-        for module in (data_text, data_tokenizer):
-            patch.setattr(module, "pieces", None)  # reading the text again would fail
-        text_data(text_path, "characters")
-    assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == before
-    text_path.write_bytes((TEXT + "Ω").encode())
-    assert text_data(text_path, "characters").vocab_size == len(set(TEXT)) + 1
-    assert len(list(cache.glob("*.bin"))) == 2
-
-
-def test_a_half_written_cache_is_never_used(
-    text_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = text_data(text_path, "characters").train.tolist()
-    (file,) = cache.glob("*.bin")
-    (cache / f"{file.name}.tmp").write_bytes(file.read_bytes()[:100])  # as a kill leaves it
-    file.unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert "No space left on device" in data_refusal(text_recipe(text_path, "characters"))
-    assert not file.exists() and not list(cache.glob("*.tmp"))
-    assert text_data(text_path, "characters").train.tolist() == whole
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told apart on Linux only")
-def test_a_large_text_is_mapped_and_not_held_in_memory(tmp_path: Path) -> None:
-    path = tmp_path / "large.txt"
-    block = np.random.default_rng(0).integers(0, 256, MIB, np.uint8).tobytes()
-    with open(path, "wb") as file:
-        file.writelines(block for _ in range(200))
-
-    def anonymous_bytes() -> int:
-        memory = psutil.Process().memory_info()
-        return int(memory.rss - memory.shared)
-
-    before = anonymous_bytes()
-    data = text_data(path)
-    assert len(data.train) + len(data.test) == 200 * MIB
-    for step in range(100):
-        data.batch(0, step, 64)
-    assert sum(batch["tokens"].shape[0] for batch in data.test_batches(4096)) == data.num_test
-    assert anonymous_bytes() - before < 50 * MIB
-
-
-# ------------------------------------------------------------------------------------------------------------
-# what is refused
+    test = batches_digest(data.test_batches(100))
+    assert test == "1631bf92d02fa4b7f559a26e66b79347ae3175d5213c9deae8a30b6f7b2c8255"
 
 
 @pytest.mark.parametrize(
-    ("content", "tokenizer", "words"),
+    ("kind", "keys", "unit"),
     [
-        (None, "bytes", "No such file or directory"),
-        (None, "characters", "No such file or directory"),
-        (b"", "bytes", "is empty"),
-        (b"a" * 12, "bytes", "the train part has 10 tokens; allowed: at least train.seq_len = 16"),
-        (b"a" * 100, "bytes", "the test part has 10 tokens; allowed: at least train.seq_len = 16"),
-        (b"a" * 100, "characters", "the test part has 10 tokens"),
-        (b"a" * 500 + b"\xff" + b"a" * 500, "characters", "byte 500 is not UTF-8"),
-        (b"a" * 98 + "é€".encode() + b"\xc3", "characters", "byte 103 is not UTF-8"),
-        (b"a" * 98 + b"\xe2\x82a", "characters", "byte 98 is not UTF-8"),
-        (b"a" * 500, "bites", "no file 'bites'; allowed: bytes, characters"),
+        ("stdlib_text", {}, "char"),
+        ("text", {}, "char"),
+        ("text", {"tokenizer": "characters"}, "char"),
+        ("text", {"tokenizer": "words.json"}, "token"),
+        ("huggingface text", {"tokenizer": "words.json"}, "token"),
+        ("huggingface text", {"tokenizer": "bytes"}, "char"),
+        ("custom", {}, "token"),
     ],
 )
-def test_a_bad_text_is_refused(
-    tmp_path: Path,
-    cache: Path,
-    content: bytes | None,
-    tokenizer: str,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_token_counts_as_a_character_only_if_the_tokenizer_makes_it_one(
+    kind: str, keys: dict[str, str], unit: str
 ) -> None:
-    monkeypatch.setattr(data_tokenizer, "PIECE_BYTES", 100)
-    path = tmp_path / "bad.txt"
-    if content is not None:
-        path.write_bytes(content)
-    assert words in data_refusal(text_recipe(path, tokenizer))
-    assert not list(cache.glob("*.tmp"))
+    found = section(kind, **keys)
+    assert found.metric_unit == unit and isinstance(found, TextConfig) == (kind != "custom")
 
 
-def test_a_text_is_refused_before_a_run_is_planned(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
-        describe_data(*text_of(text_recipe(tmp_path / "none.txt")))
-    with pytest.raises(ConfigError, match="train.seq_len: missing; text needs"):
-        describe_data(*text_of(text_recipe(tmp_path / "none.txt", seq_len=None)))
+def test_only_latents_are_no_pictures() -> None:
+    assert [kind for kind in KINDS if not section(kind).decoded] == ["latent_arrays"]
 
 
-def test_a_tokenizer_that_cannot_be_read_is_refused(
-    text_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "encoder.json'; allowed:" in data_refusal(text_recipe(text_path, str(tmp_path)))
-    broken = tmp_path / "tokenizer.json"
-    broken.write_text(json.dumps({"model": 1}))
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "tokenizers", None)
-        assert "pip install 'lowmem[text]'" in data_refusal(text_recipe(text_path, str(broken)))
-    pytest.importorskip("tokenizers")
-    assert "tokenizer.json: not readable" in data_refusal(text_recipe(text_path, str(broken)))
+def test_custom_data_come_from_python_alone() -> None:
+    for use in (describe_data, load_data):
+        with pytest.raises(ConfigError, match="'custom' data are given from Python: Trainer"):
+            use(section("custom"))
+
+
+@pytest.mark.parametrize("change", ["size", "time", "path"])
+def test_another_size_time_or_path_of_a_file_is_another_digest(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"1234")
+    before, stat = digest(file_facts([path])), path.stat()
+    if change == "size":
+        path.write_bytes(b"12345")
+    path = path.rename(tmp_path / "b") if change == "path" else path
+    later = 10**9 * (change == "time")
+    _set_time(path, stat.st_mtime_ns + later)
+    assert digest(file_facts([path])) != before
+    path = path.rename(tmp_path / "a")
+    path.write_bytes(b"1234")
+    _set_time(path, stat.st_mtime_ns)
+    assert digest(file_facts([path])) == before
+
+
+def _set_time(path: Path, time_ns: int) -> None:
+    os.utime(path, ns=(time_ns, time_ns))

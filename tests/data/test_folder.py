@@ -1,5 +1,6 @@
-"""Images in folders: classes by name, one split whatever is added, squares cut by the batch; bad folders are
-named in one line.
+"""Images in folders: classes by name, one split whatever is added, squares cut by the batch.
+
+A bad folder is named in one line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Data sets by name, with a stand-in for the library `datasets`: what it is asked for, what is made of its
-answer, what is refused.
-"""
+"""Data sets by name, with a stand-in for the library `datasets`: calls, answers, refusals."""
 
 from __future__ import annotations
 
@@ -114,10 +112,8 @@ def text_recipe(**keys: Any) -> Recipe:
 
 
 def test_images_come_with_their_labels(images: Library) -> None:
-    assert describe_data(image_recipe().data.data, image_recipe().train.seq_len) == DataSpec(
-        image_shape=(3, 8, 8), num_classes=2
-    )
-    data = load_data(image_recipe().data.data, image_recipe().train.seq_len)
+    assert describe_data(image_recipe().data) == DataSpec(image_shape=(3, 8, 8), num_classes=2)
+    data = load_data(image_recipe().data)
     assert (data.num_train, data.num_test) == (20, 6)
     epoch = data.batch(0, 0, 20)
     values = np.rint((epoch["image"][:, 0, 0, 0] + 1) * 127.5).astype(int)
@@ -186,7 +182,7 @@ def test_declared_shapes_are_enough_to_plan_without_library_and_network(
     for recipe in (image_recipe(num_classes=10), text_recipe(vocab_size=256)):
         with pytest.raises(
             DataError,
-            match=r"the package datasets, which is not installed; install the extra: pip install 'lowmem\[huggingface\]'",
+            match=r"the package datasets, which is not installed.*pip install 'lowmem\[huggingface\]'",
         ):
             load_data(recipe.data, recipe.train.seq_len)
 
@@ -203,7 +199,8 @@ def test_what_is_declared_must_be_what_is_found(images: Library) -> None:
     [
         (
             {"dataset": "unknwn"},
-            "data.dataset: 'unknwn', split 'train': cannot be opened (Couldn't reach 'unknwn' on the Hub (no network))",
+            "data.dataset: 'unknwn', split 'train': cannot be opened "
+            "(Couldn't reach 'unknwn' on the Hub (no network))",
         ),
         (
             {"subset": "a", "test_split": "tset"},
@@ -250,7 +247,7 @@ def test_labels_that_are_kept_back_are_refused(images: Library) -> None:
 )
 def test_an_unreadable_image_is_named_when_it_is_met(images: Library, stored: Any) -> None:
     images.splits["test"]["image"][4] = stored
-    data = load_data(image_recipe().data.data, image_recipe().train.seq_len)
+    data = load_data(image_recipe().data)
     with pytest.raises(
         DataError, match="data.dataset: 'known', split 'test', image 4: not readable as an image"
     ):

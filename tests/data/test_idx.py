@@ -1,4 +1,4 @@
-"""Images in MNIST's format: read whole, kept as bytes, dealt once an epoch; bad files are named in one line."""
+"""Images in MNIST's format: read whole, kept as bytes, dealt once an epoch. A bad file is named."""
 
 from __future__ import annotations
 

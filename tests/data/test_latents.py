@@ -1,5 +1,6 @@
-"""Latents: mapped from their files, scaled, and refused in one line; a generator of them trains, is
-evaluated, and gives latents back.
+"""Latents: mapped from their files, scaled, and refused in one line.
+
+A generator of latents trains, is evaluated, and gives latents back.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 from conftest import as_overrides, data_refusal, recipe_with
 
 from lowmem.data.datasets import DataSpec, describe_data, load_data
-from lowmem.inference.evaluation import images
+from lowmem.inference.evaluation import features
 from lowmem.inference.generate import sample_run
 from lowmem.job import plan_recipe, train
 from lowmem.recipe import Recipe
@@ -140,7 +141,7 @@ def test_a_torn_file_and_an_archive_are_refused(tmp_path: Path) -> None:
 def test_a_generator_of_latents_is_planned_without_them_trained_evaluated_and_gives_latents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "FEATURE_STEPS", 2)
+    monkeypatch.setattr(features, "FEATURE_STEPS", 2)
     data = {"name": "latent_arrays", "path": str(save(tmp_path)), "image_shape": [4, 4, 4], "num_classes": 5}
     quick = as_overrides(
         train__num_steps=2,

@@ -1,6 +1,4 @@
-"""Images in a NumPy archive: arrays or encoded files, held once in memory, and bad archives named in one
-line.
-"""
+"""Images in a NumPy archive: arrays or encoded files, held once in memory. A bad archive is named."""
 
 from __future__ import annotations
 
@@ -306,7 +304,8 @@ def test_what_is_no_whole_archive_is_refused(path: Path, tmp_path: Path) -> None
     [
         (
             encode(pixels(5, 5, 3)),
-            "train image 7: found 3 x 5 x 5 (channels x height x width); allowed: 3 x 5 x 4, as the first image",
+            "train image 7: found 3 x 5 x 5 (channels x height x width); "
+            "allowed: 3 x 5 x 4, as the first image",
         ),
         (encode(pixels(5, 4)), "train image 7: found 1 x 5 x 4"),
         (FILES["train"][7][:50], "train image 7: not readable as an image"),

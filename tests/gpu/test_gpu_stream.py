@@ -108,32 +108,13 @@ def test_the_peak_is_flat_in_depth(tmp_path: Path, profile: Profile) -> None:
     assert not known or max(known.values()) / min(known.values()) <= 1.01
 
 
-CAPPED_CHILD = """
-import json, sys, torch
-from pathlib import Path
-from gpu_common import train_tokens
-from lowmem.machine.profile import load_profile
-from lowmem.reporting.telemetry import NvmlReader, Sample
-profile = load_profile("cuda-8gib-host-24gib")
-content = train_tokens(Path(sys.argv[1]), profile, 4, 2048, 2, 2, {"tier": "disk"})
-sample = Sample(host_bytes=0)
-NvmlReader().fill(sample)
-refused = False
-try:
-    torch.empty(profile.device_budget_bytes, dtype=torch.uint8, device="cuda")
-except torch.OutOfMemoryError:
-    refused = True
-print(json.dumps({"reserved": torch.cuda.max_memory_reserved(), "nvml": sample.nvml_process_bytes, "refused": refused,
-                  "planned": content["predicted"]["device_peak_bytes"], "measured": content["measured"]["device_peak_bytes"]}))
-"""
-
-
 def test_a_small_card_is_emulated_on_a_large_one(tmp_path: Path) -> None:
     card = load_profile("cuda-8gib-host-24gib")
     if torch.cuda.get_device_properties(0).total_memory <= card.device_budget_bytes:
         pytest.skip("this card is no larger")
     path = os.pathsep.join([str(Path(__file__).parent), str(ROOT), *sys.path])
-    command = [sys.executable, "-c", CAPPED_CHILD, str(tmp_path / "run")]
+    child = Path(__file__).parent / "small_card_child.py"
+    command = [sys.executable, str(child), str(tmp_path / "run")]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -93,7 +93,8 @@ def test_images_of_another_shape_or_classes_are_refused(images: Path, tmp_path: 
     for overrides in ([f"path={other}"], ["name=npz_images", f"path={other}"]):
         with pytest.raises(
             ConfigError,
-            match=r"--data: found image_shape \(1, 6, 6\), num_classes 2; allowed: image_shape \(1, 8, 8\), num_classes 2",
+            match=r"--data: found image_shape \(1, 6, 6\), num_classes 2; "
+            r"allowed: image_shape \(1, 8, 8\), num_classes 2",
         ):
             evaluate_run(images, overrides)
     with pytest.raises(ConfigError, match="num_classes 10; allowed"):

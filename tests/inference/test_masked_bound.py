@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowmem.models.base import Batch, BlockModel
+from lowmem.models.base import BlockModel
 from lowmem.noise import Interval
+from lowmem.objectives.base import Batch
 from lowmem.objectives.masked import MaskedDenoising
 from lowmem.recipe import NoiseConfig
 
@@ -22,13 +23,18 @@ SCHEDULES: list[Literal["linear", "cosine"]] = ["linear", "cosine"]
 HEAD_CHUNK = 4096
 
 
+def schedule_of(schedule: Literal["linear", "cosine"]) -> MaskedDenoising:
+    """An objective to ask for its schedule alone."""
+    return MaskedDenoising(Exact(torch.ones(2, 2) / 4), NOISE, schedule, 2, HEAD_CHUNK)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The schedule and its partition
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_alpha_falls_from_one_to_zero_and_its_inverse_undoes_it(schedule: Any) -> None:
-    objective = MaskedDenoising(schedule, 2, HEAD_CHUNK)
+    objective = schedule_of(schedule)
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     alpha = objective.alpha(t)
     assert (alpha[0], alpha[-1]) == (1, 0) and (alpha.diff() < 0).all()
@@ -42,7 +48,7 @@ def test_alpha_falls_from_one_to_zero_and_its_inverse_undoes_it(schedule: Any) -
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_weight_is_the_slope_of_alpha_over_the_masked_share(schedule: Any) -> None:
-    objective = MaskedDenoising(schedule, 2, HEAD_CHUNK)
+    objective = schedule_of(schedule)
     t = torch.linspace(0.001, 1, 50, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(objective.alpha(t).sum(), t)
     torch.testing.assert_close(objective.weight(t), -slope / (1 - objective.alpha(t)))
@@ -53,8 +59,8 @@ def test_the_weight_is_the_slope_of_alpha_over_the_masked_share(schedule: Any) -
 def test_blocks_own_equal_shares_of_alpha_the_first_next_to_all_masked(
     schedule: Any, num_blocks: int
 ) -> None:
-    objective = MaskedDenoising(schedule, 2, HEAD_CHUNK)
-    intervals = [objective.interval(block, num_blocks, NOISE, 0.0) for block in range(num_blocks)]
+    objective = schedule_of(schedule)
+    intervals = [objective.interval(block, num_blocks, 0.0) for block in range(num_blocks)]
     assert intervals[0].high == 1 and intervals[-1].low == 0
     assert [upper.low for upper in intervals[:-1]] == [lower.high for lower in intervals[1:]]
     borders = torch.tensor(
@@ -67,8 +73,8 @@ def test_blocks_own_equal_shares_of_alpha_the_first_next_to_all_masked(
 
 
 def test_overlap_widens_by_a_share_of_the_interval_within_the_range() -> None:
-    objective = MaskedDenoising("linear", 2, HEAD_CHUNK)
-    found = [objective.interval(block, 3, NOISE, 0.1) for block in range(3)]
+    objective = schedule_of("linear")
+    found = [objective.interval(block, 3, 0.1) for block in range(3)]
     torch.testing.assert_close(
         torch.tensor(found), torch.tensor([[19 / 30, 1], [9 / 30, 21 / 30], [0, 11 / 30]])
     )
@@ -95,12 +101,14 @@ class Exact(BlockModel):
             nn.functional.one_hot(self.sequences, vocab).to(probs.dtype),
         )
         self.layers = nn.ModuleList()
-        self.head = nn.Identity()
-        self.objective = MaskedDenoising(schedule, mask_token=vocab, head_chunk=HEAD_CHUNK)
+        self.vocab, self.schedule = vocab, schedule
+
+    def make_objective(self, noise: NoiseConfig) -> MaskedDenoising:
+        return MaskedDenoising(self, noise, self.schedule, self.vocab, HEAD_CHUNK)
 
     def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
         assert noisy is not None
-        agrees = ((noisy[:, None] == self.sequences) | (noisy[:, None] == self.objective.mask_token)).all(
+        agrees = ((noisy[:, None] == self.sequences) | (noisy[:, None] == self.vocab)).all(
             -1
         )  # [B, number of sequences]
         posterior = torch.einsum("bs,slv->blv", agrees * self.probs, self.one_hot)
@@ -108,6 +116,9 @@ class Exact(BlockModel):
 
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
         return h
+
+    def logits(self, features: Tensor) -> Tensor:
+        return features
 
 
 def toy(vocab: int, length: int) -> Tensor:
@@ -122,7 +133,7 @@ def toy(vocab: int, length: int) -> Tensor:
 
 def nelbo(model: Exact, interval: Interval, num_points: int = 400) -> Tensor:
     """Nats per token of each sequence, [S]: every mask pattern by its probability, t by the midpoint rule."""
-    objective, tokens = model.objective, model.sequences
+    objective, tokens = model.make_objective(NOISE), model.sequences
     edges = torch.linspace(interval.low, interval.high, num_points + 1, dtype=torch.float64)
     t = (edges[1:] + edges[:-1]) / 2
     total = torch.zeros(len(tokens), dtype=torch.float64)
@@ -130,9 +141,8 @@ def nelbo(model: Exact, interval: Interval, num_points: int = 400) -> Tensor:
         mask = torch.tensor(pattern).expand_as(tokens)
         share = objective.masked_share(t)
         probability = share ** sum(pattern) * (1 - share) ** (len(pattern) - sum(pattern))
-        at_one = objective.density(
-            model, [], tokens, mask, torch.ones(len(tokens))
-        )  # the exact denoiser does not look at t
+        ones = torch.ones(len(tokens))  # the exact denoiser does not look at t
+        at_one = objective.weighted_mean(objective.losses([], tokens, mask, ones, tokens), mask, ones)
         unweighted = at_one / objective.weight(torch.ones(1))
         total += unweighted * (probability * objective.weight(t)).mean() * (interval.high - interval.low)
     return total
@@ -147,7 +157,7 @@ def test_with_the_exact_denoiser_the_bound_is_the_negative_log_likelihood_of_eac
     model = Exact(probs, schedule=schedule)
     nll = -probs.flatten().log().double() / length
     torch.testing.assert_close(nelbo(model, Interval(0.0, 1.0)), nll, atol=1e-3, rtol=0)
-    blocks = sum(nelbo(model, model.objective.interval(block, 3, NOISE, 0.0)) for block in range(3))
+    blocks = sum(nelbo(model, model.make_objective(NOISE).interval(block, 3, 0.0)) for block in range(3))
     torch.testing.assert_close(blocks, nll, atol=1e-3, rtol=0)
 
 
@@ -170,14 +180,10 @@ def test_the_blocks_drawn_losses_add_up_to_the_whole_ranges_and_to_the_entropy(s
     torch.manual_seed(0)
     model = Exact(probs, schedule=schedule)
     batch = {"tokens": model.sequences[torch.multinomial(probs.flatten(), 40_000, replacement=True)]}
-    objective = model.objective
-    whole, whole_error = mean_and_error(objective.end_to_end_loss(model, [], batch, NOISE, recompute=False))
+    objective = model.make_objective(NOISE)
+    whole, whole_error = mean_and_error(objective.end_to_end_loss([], batch, recompute=False))
     parts = [
-        mean_and_error(
-            objective.block_loss(
-                model, [], batch, objective.interval(block, 3, NOISE, 0.0), NOISE, recompute=False
-            )
-        )
+        mean_and_error(objective.block_loss([], batch, objective.interval(block, 3, 0.0), recompute=False))
         for block in range(3)
     ]
     blocks, blocks_error = sum(mean for mean, _ in parts), math.hypot(*(error for _, error in parts))

@@ -12,14 +12,14 @@ from conftest import recipe_with, with_weights
 
 from lowmem.blocks.run_dir import RunDir
 from lowmem.inference.frozen_run import FrozenRun
-from lowmem.inference.sampling import generate
+from lowmem.inference.sampling import Draw, generate
 from lowmem.machine.profile import load_profile
-from lowmem.models.causal_lm import CausalLm
+from lowmem.models.causal_lm import CausalLm, CausalLmModel
 from lowmem.models.layers import clean_noisy_attention
 from lowmem.noise import Interval
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.plan import make_plan
-from lowmem.recipe import CausalLmModel, NoiseConfig, Recipe
+from lowmem.recipe import NoiseConfig, Recipe
 from lowmem.reporting.report import digest
 from lowmem.training.trainer import Trainer
 
@@ -41,16 +41,13 @@ def built(whole: bool = False, **changes: Any) -> CausalLm:
 
 
 def objective_of(model: CausalLm) -> TokenDenoising:
-    assert isinstance(model.objective, TokenDenoising)
-    return model.objective
+    return model.make_objective(NOISE)
 
 
 def block_logits(model: CausalLm, tokens: torch.Tensor, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     objective = objective_of(model)
-    features = objective.features(model, model.layers[:2], {"tokens": tokens}, z, sigma, NOISE)
-    return objective.logits(model, features.flatten(0, 1), z.flatten(0, 1), sigma.flatten()).view(
-        *tokens.shape, -1
-    )
+    features = objective.features(model.layers[:2], {"tokens": tokens}, z, sigma)
+    return objective.logits(features.flatten(0, 1), z.flatten(0, 1), sigma.flatten()).view(*tokens.shape, -1)
 
 
 @pytest.mark.parametrize("noisy_input", ["scaled", "posterior", "none"])
@@ -135,14 +132,8 @@ def test_the_loss_in_chunks_equals_the_loss_at_once_and_so_do_its_gradients() ->
     for chunk in (7, 10_000):
         model = built(head_chunk=chunk)
         torch.manual_seed(1)
-        loss = model.objective.block_loss(
-            model,
-            model.layers[:2],
-            {"tokens": torch.arange(24).view(2, 12) % VOCAB},
-            Interval(0.1, 5.0),
-            NOISE,
-            False,
-        )
+        batch = {"tokens": torch.arange(24).view(2, 12) % VOCAB}
+        loss = objective_of(model).block_loss(model.layers[:2], batch, Interval(0.1, 5.0))
         loss.mean().backward()
         results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-6)
@@ -201,10 +192,10 @@ def test_a_trained_model_continues_and_its_cache_changes_nothing(
     }
     recipe = tiny(method, noisy_input=noisy_input, **changes)
     build, plan, _ = train(tmp_path / "run", recipe)
-    with FrozenRun(RunDir(tmp_path / "run"), plan, build, resident=True) as frozen:
+    with FrozenRun(RunDir(tmp_path / "run"), plan, build, for_drawing=True) as frozen:
         prompt = torch.tensor([[3, 4, 5], [9, 10, 0]])
-        cached = generate(frozen, prompt, 8, temperature=1e-4, top_p=1.0, seed=0)
-        uncached = generate(frozen, prompt, 8, temperature=1e-4, top_p=1.0, seed=0, use_cache=False)
+        cached = generate(frozen, prompt, 8, Draw(temperature=1e-4))
+        uncached = generate(frozen, prompt, 8, Draw(temperature=1e-4), use_cache=False)
     assert torch.equal(cached, uncached)
     assert cached[0].tolist() == [(3 + i) % VOCAB for i in range(11)]
     assert cached[1].tolist() == [(9 + i) % VOCAB for i in range(11)]
@@ -232,7 +223,6 @@ def test_logits_from_the_cache_equal_those_of_the_training_pass(noisy_input: str
                 seen,
                 fed,
                 z[:, position : position + 1],
-                NOISE,
             )
         fed = seen.shape[1]
         assert (logits - whole[:, position]).abs().max() < 1e-5
@@ -256,10 +246,9 @@ def test_without_a_noisy_input_a_block_trained_at_sigma_max_alone_is_an_ordinary
     noise = NoiseConfig(sigma_max=1e4, sigma_max_share=1.0)
     block, whole = built(noisy_input="none"), built(whole=True)
     batch = {"tokens": torch.randint(VOCAB, (4, LENGTH))}
-    drawn = block.objective.block_loss(block, block.layers[:2], batch, Interval(0.1, 1e4), noise, False)
-    assert torch.allclose(
-        drawn, whole.objective.end_to_end_loss(whole, whole.layers[:2], batch, noise, False), atol=1e-3
-    )
+    drawn = block.make_objective(noise).block_loss(block.layers[:2], batch, Interval(0.1, 1e4))
+    ordinary = whole.make_objective(noise).end_to_end_loss(whole.layers[:2], batch)
+    assert torch.allclose(drawn, ordinary, atol=1e-3)
 
 
 @pytest.mark.parametrize("noisy_input", ["posterior", "none"])
@@ -306,16 +295,16 @@ def test_the_mean_of_the_blocks_features_gives_the_mean_of_their_log_probabiliti
     objective, batch = objective_of(model), {"tokens": torch.randint(VOCAB, (3, LENGTH))}
     z, sigma = torch.randn(3, LENGTH, 16), torch.full((3, LENGTH), 2.0)
     with torch.no_grad():
-        parts = [objective.features(model, model.layers[i : i + 2], batch, z, sigma, NOISE) for i in (0, 2)]
+        parts = [objective.features(model.layers[i : i + 2], batch, z, sigma) for i in (0, 2)]
         flat = [
-            objective.logits(model, part.flatten(0, 1), z.flatten(0, 1), sigma.flatten()).log_softmax(-1)
+            objective.logits(part.flatten(0, 1), z.flatten(0, 1), sigma.flatten()).log_softmax(-1)
             for part in parts
         ]
         expected = F.cross_entropy(
             torch.stack(flat).mean(0), batch["tokens"].flatten(), reduction="none"
         ).view(3, LENGTH)
         assert torch.allclose(
-            objective.predictions(model, torch.stack(parts).mean(0), batch["tokens"], z, sigma)[0],
+            objective.predictions(torch.stack(parts).mean(0), batch["tokens"], z, sigma)[0],
             expected,
             atol=1e-5,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from PIL import Image
 from lowmem import noise
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import describe_data, load_data
+from lowmem.inference import image_samples
 from lowmem.inference.evaluate import evaluate_run
-from lowmem.inference.evaluation import images
+from lowmem.inference.evaluation import features as features_module
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.generate import sample_run
 from lowmem.machine.profile import load_profile
@@ -104,16 +106,15 @@ def test_unpatchify_inverts_patchify(image_shape: tuple[int, int, int]) -> None:
 
 
 def test_weighted_l2_of_the_denoised_is_plain_l2_of_the_networks_output() -> None:
-    model, objective = random_dit(), ImageDenoising()
+    model = random_dit()
+    objective = model.make_objective(NOISE)
     sigma = torch.tensor([0.002, 0.05, 0.3, 1.0, 10.0, 80.0])
     batch = {"label": torch.arange(6)}
-    y = objective.target(torch.rand(6, 1, 8, 8) * 2 - 1, NOISE)
+    y = objective.target(torch.rand(6, 1, 8, 8) * 2 - 1)
     z = objective.noised(y, sigma)
     level = noise.append_dims(sigma, 4)
     with torch.no_grad():
-        loss = objective.loss(
-            objective.denoised(model, model.layers, batch, z, sigma, NOISE), y, sigma, NOISE
-        )
+        loss = objective.loss(objective.denoised(model.layers, batch, z, sigma), y, sigma)
         h, cond = model.input_part(batch, noise.c_in(level, 0.5) * z, noise.c_noise(sigma))
         for layer in model.layers:
             h = layer(h, cond)
@@ -121,19 +122,18 @@ def test_weighted_l2_of_the_denoised_is_plain_l2_of_the_networks_output() -> Non
     target = (y - noise.c_skip(level, 0.5) * z) / noise.c_out(level, 0.5)
     assert loss.shape == (6,)
     assert loss.numpy() == pytest.approx((out - target).square().flatten(1).mean(1).numpy(), rel=1e-3)
-    unweighted = objective.loss(y + 2.0, y, sigma, NoiseConfig(weighting="none"))
+    unweighted = model.make_objective(NoiseConfig(weighting="none")).loss(y + 2.0, y, sigma)
     assert unweighted.numpy() == pytest.approx(4.0, rel=1e-6)
 
 
 def test_the_loss_of_the_whole_is_the_loss_of_one_block_that_owns_every_level() -> None:
-    model, objective = random_dit(), ImageDenoising()
+    model = random_dit()
+    objective = model.make_objective(NOISE)
     batch = {"image": torch.rand(6, 1, 8, 8) * 2 - 1, "label": torch.arange(6)}
     torch.manual_seed(1)
-    block = objective.block_loss(
-        model, model.layers, batch, objective.interval(0, 1, NOISE, 0.0), NOISE, recompute=False
-    )
+    block = objective.block_loss(model.layers, batch, objective.interval(0, 1, 0.0), recompute=False)
     torch.manual_seed(1)
-    assert torch.equal(objective.end_to_end_loss(model, model.layers, batch, NOISE, recompute=True), block)
+    assert torch.equal(objective.end_to_end_loss(model.layers, batch, recompute=True), block)
 
 
 def test_a_fresh_model_knows_nothing_and_its_loss_says_so() -> None:
@@ -141,28 +141,30 @@ def test_a_fresh_model_knows_nothing_and_its_loss_says_so() -> None:
 
     F = 0, so the weighted loss is the mean square of F_target, about 1 where y has std sigma_data.
     """
-    model, objective = random_dit(), ImageDenoising()
+    model = random_dit()
+    objective = model.make_objective(NOISE)
     model.head.reset_parameters()
     y = torch.randn(64, 1, 8, 8) * 0.5
     sigma = torch.full((64,), 0.4)
     with torch.no_grad():
         denoised = objective.denoised(
-            model, model.layers, {"label": torch.arange(64) % 10}, objective.noised(y, sigma), sigma, NOISE
+            model.layers, {"label": torch.arange(64) % 10}, objective.noised(y, sigma), sigma
         )
-    assert float(objective.loss(denoised, y, sigma, NOISE).mean()) == pytest.approx(1.0, abs=0.1)
+    assert float(objective.loss(denoised, y, sigma).mean()) == pytest.approx(1.0, abs=0.1)
 
 
 def test_labels_are_dropped_at_the_rate_asked_for_and_the_class_matters() -> None:
     labels = torch.zeros(20_000, dtype=torch.long)
-    dropped = ImageDenoising(0.1).drop_labels(labels, 10)
+    model = random_dit()
+    dropped = ImageDenoising(model, NOISE, 0.1).drop_labels(labels)
     assert set(dropped.tolist()) == {0, 10}
     assert float((dropped == 10).float().mean()) == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(ImageDenoising(0.0).drop_labels(labels, 10), labels)
+    assert torch.equal(ImageDenoising(model, NOISE, 0.0).drop_labels(labels), labels)
     model = random_dit()
     z, sigma = torch.randn(2, 1, 8, 8).mean(0, keepdim=True).expand(2, -1, -1, -1), torch.ones(2)
     with torch.no_grad():
-        one, none = ImageDenoising().denoised(
-            model, model.layers, {"label": torch.tensor([1, 10])}, z, sigma, NOISE
+        one, none = ImageDenoising(model, NOISE).denoised(
+            model.layers, {"label": torch.tensor([1, 10])}, z, sigma
         )
     assert not torch.equal(one, none)
 
@@ -201,7 +203,7 @@ def test_a_perfect_denoiser_gives_back_y_and_calls_the_blocks_in_order(
     labels = torch.arange(23) % 10
     with opened(tiny, eval={"batch_size": 100}) as frozen:
         ran = with_denoiser(frozen, monkeypatch, lambda z, sigma, label: wanted[label] * 0.5)
-        made = images.sample(frozen, labels, 9, 1.0, seed=0)
+        made = image_samples.sample(frozen, labels, 9, 1.0, seed=0)
     assert made.shape == (23, 1, 8, 8)
     assert (made - wanted[labels]).abs().max() < 1e-5
     assert ran == [0] * 3 + [1] * 3 + [2] * 3
@@ -211,7 +213,7 @@ def test_samples_of_a_known_distribution_have_its_spread(tiny: Path, monkeypatch
     """y ~ N(0, 0.2^2): D = s^2 / (s^2 + sigma^2) z. The whole way down must count, not only the last call."""
     with opened(tiny) as frozen:
         with_denoiser(frozen, monkeypatch, lambda z, sigma, label: 0.04 / (0.04 + sigma**2) * z)
-        made = images.sample(frozen, torch.zeros(60, dtype=torch.long), 100, 1.0, seed=0)
+        made = image_samples.sample(frozen, torch.zeros(60, dtype=torch.long), 100, 1.0, seed=0)
     assert float((made * 0.5).std()) == pytest.approx(0.2, rel=0.1)
 
 
@@ -225,12 +227,12 @@ def test_guidance_moves_away_from_no_class_and_guidance_1_asks_only_once(
             lambda z, sigma, label: torch.where(label == 10, 0.1, 0.15)[:, None, None, None].expand_as(z),
         )
         labels = torch.zeros(4, dtype=torch.long)
-        assert images.sample(frozen, labels, 3, 2.0, seed=0).numpy() == pytest.approx(
+        assert image_samples.sample(frozen, labels, 3, 2.0, seed=0).numpy() == pytest.approx(
             0.4, abs=1e-5
         )  # (0.1 + 2 * 0.05) / sigma_data
         assert len(ran) == 2 * 3
         ran.clear()
-        assert images.sample(frozen, labels, 3, 1.0, seed=0).numpy() == pytest.approx(0.3, abs=1e-5)
+        assert image_samples.sample(frozen, labels, 3, 1.0, seed=0).numpy() == pytest.approx(0.3, abs=1e-5)
         assert len(ran) == 3
 
 
@@ -239,7 +241,7 @@ def test_samples_follow_the_seed_and_not_the_batch_size(tiny: Path) -> None:
     made = []
     for seed, batch_size in ((0, 100), (0, 7), (1, 100)):
         with opened(tiny, eval={"batch_size": batch_size}) as frozen:
-            made.append(images.sample(frozen, labels, 4, 2.0, seed))
+            made.append(image_samples.sample(frozen, labels, 4, 2.0, seed))
     assert (made[0] - made[1]).abs().max() < 1e-4
     assert (made[0] - made[2]).abs().max() > 0.1
     assert made[0].abs().max() <= 1
@@ -258,17 +260,17 @@ def exactly(mean: np.ndarray[Any, Any], cov: np.ndarray[Any, Any], count: int = 
 
 def test_frechet_is_zero_of_the_same_and_the_closed_form_of_two_gaussians() -> None:
     x = torch.randn(300, 64)
-    assert images.frechet(x, x) == pytest.approx(0.0, abs=1e-6)
+    assert features_module.frechet(x, x) == pytest.approx(0.0, abs=1e-6)
     flat = torch.cat(
         [torch.randn(300, 8), torch.zeros(300, 56)], dim=1
     )  # dead features: singular covariances
-    assert images.frechet(flat, flat) == pytest.approx(0.0, abs=1e-6)
+    assert features_module.frechet(flat, flat) == pytest.approx(0.0, abs=1e-6)
     means = np.zeros(3), np.array([1.0, 2.0, 0.0])
     spread = np.diag([1.0, 4.0, 9.0]), np.diag([4.0, 4.0, 1.0])
     expected = 5.0 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2
-    assert images.frechet(exactly(means[0], spread[0]), exactly(means[1], spread[1])) == pytest.approx(
-        expected, rel=1e-9
-    )
+    assert features_module.frechet(
+        exactly(means[0], spread[0]), exactly(means[1], spread[1])
+    ) == pytest.approx(expected, rel=1e-9)
     mixed = (
         np.array([[2.0, 0.5, 0.0], [0.5, 1.0, 0.3], [0.0, 0.3, 3.0]]),
         np.array([[1.0, -0.4, 0.2], [-0.4, 2.0, 0.0], [0.2, 0.0, 0.5]]),
@@ -276,7 +278,7 @@ def test_frechet_is_zero_of_the_same_and_the_closed_form_of_two_gaussians() -> N
     from scipy.linalg import sqrtm
 
     expected = 5.0 + np.trace(mixed[0] + mixed[1] - 2 * sqrtm(mixed[0] @ mixed[1])).real
-    assert images.frechet(exactly(means[0], mixed[0]), exactly(means[1], mixed[1])) == pytest.approx(
+    assert features_module.frechet(exactly(means[0], mixed[0]), exactly(means[1], mixed[1])) == pytest.approx(
         expected, rel=1e-6
     )
 
@@ -284,24 +286,24 @@ def test_frechet_is_zero_of_the_same_and_the_closed_form_of_two_gaussians() -> N
 def test_the_feature_network_tells_classes_apart() -> None:
     data = load_data(dit_recipe().data, dit_recipe().train.seq_len)
     test = next(data.test_batches(360))
-    network = images.feature_network(data)
-    assert images.feature_network(load_data(dit_recipe().data, dit_recipe().train.seq_len)) is network, (
-        "trained once in a process"
-    )
+    network = features_module.feature_network(data)
+    assert (
+        features_module.feature_network(load_data(dit_recipe().data, dit_recipe().train.seq_len)) is network
+    ), "trained once in a process"
     features = network(torch.from_numpy(test["image"]))
-    assert features.shape == (360, images.FEATURES)
+    assert features.shape == (360, features_module.FEATURES)
     assert float((network.head(features).argmax(-1).numpy() == test["label"]).mean()) > 0.95
 
 
 def test_the_feature_network_is_the_same_each_time_and_draws_nothing_from_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(images, "FEATURE_STEPS", 5)
+    monkeypatch.setattr(features_module, "FEATURE_STEPS", 5)
     data, made = load_data(dit_recipe().data, dit_recipe().train.seq_len), []
     for seed in (0, 0, 1):
-        monkeypatch.setattr(images, "_networks", {})
+        monkeypatch.setattr(features_module, "_networks", OrderedDict())
         state = torch.random.get_rng_state()
-        made.append(images.feature_network(data, seed)(torch.ones(2, 1, 8, 8)))
+        made.append(features_module.feature_network(data, seed)(torch.ones(2, 1, 8, 8)))
         assert torch.equal(torch.random.get_rng_state(), state)
         torch.manual_seed(len(made))
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
@@ -327,7 +329,7 @@ def test_an_evaluation_reports_distance_floor_blocks_and_levels(tmp_path: Path, 
 def test_a_grid_is_a_png_of_the_right_size(tmp_path: Path, channels: int) -> None:
     made = torch.full((7, channels, 8, 8), -1.0)
     made[0] = 1.0
-    images.write_grid(made, tmp_path / "grid.png", 3)
+    image_samples.write_grid(made, tmp_path / "grid.png", 3)
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.format == "PNG" and picture.mode == ("L" if channels == 1 else "RGB")
         assert picture.size == (3 * 34 - 2, 3 * 34 - 2)  # 8 pixels magnified to 32, gaps of 2
@@ -337,7 +339,7 @@ def test_a_grid_is_a_png_of_the_right_size(tmp_path: Path, channels: int) -> Non
         and (pixels[:32, 34:66] == 0).all()
         and (pixels[68:, 34:] == 255).all()
     )
-    images.write_grid(torch.zeros(2, 3, 28, 28), tmp_path / "grid.png", 1)
+    image_samples.write_grid(torch.zeros(2, 3, 28, 28), tmp_path / "grid.png", 1)
     with Image.open(tmp_path / "grid.png") as picture:
         assert picture.size == (28, 58)
 

@@ -17,13 +17,13 @@ from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import Dataset
 from lowmem.inference.evaluation.masked import evaluate
 from lowmem.inference.frozen_run import FrozenRun
-from lowmem.inference.sampling import sample_tokens
+from lowmem.inference.sampling import Draw, sample_tokens
 from lowmem.machine.profile import load_profile
-from lowmem.models.masked_lm import MaskedLm
+from lowmem.models.masked_lm import MaskedLm, MaskedLmModel
 from lowmem.noise import Interval
 from lowmem.objectives.masked import T_MIN, MaskedDenoising
 from lowmem.planning.plan import Plan, make_plan
-from lowmem.recipe import MaskedLmModel, NoiseConfig, Recipe, recipe_from_dict
+from lowmem.recipe import NoiseConfig, Recipe, recipe_from_dict
 from lowmem.reporting.report import digest
 from lowmem.training.trainer import Trainer
 from lowmem.units import MIB
@@ -51,13 +51,17 @@ def random_model(head_chunk: int = HEAD_CHUNK) -> MaskedLm:
 
 
 def logits_of(model: MaskedLm, tokens: Tensor, mask: Tensor, t: Tensor) -> Tensor:
-    objective = model.objective
-    assert isinstance(objective, MaskedDenoising)
-    return objective.logits(model, objective.features(model, model.layers, tokens, mask, t))
+    objective = model.make_objective(NOISE)
+    return objective.logits(objective.features(model.layers, tokens, mask, t))
 
 
 def test_the_loss_ignores_unmasked_positions_and_the_network_masked_tokens() -> None:
-    model, objective = random_model(), MaskedDenoising("linear", VOCAB, HEAD_CHUNK)
+    model = random_model()
+    objective = MaskedDenoising(model, NOISE, "linear", VOCAB, HEAD_CHUNK)
+
+    def density(mask: Tensor) -> Tensor:
+        return objective.weighted_mean(objective.losses(model.layers, tokens, mask, t, tokens), mask, t)
+
     tokens = torch.randint(VOCAB, (5, LENGTH))
     mask = torch.rand(tokens.shape) < 0.5
     t = torch.full((5,), 0.5)
@@ -68,9 +72,9 @@ def test_the_loss_ignores_unmasked_positions_and_the_network_masked_tokens() -> 
         tokens.shape
     )
     by_hand = torch.stack([2.0 * ce[row][mask[row]].sum() / LENGTH for row in range(5)])
-    torch.testing.assert_close(objective.density(model, model.layers, tokens, mask, t), by_hand)
+    torch.testing.assert_close(density(mask), by_hand)
     none = torch.zeros_like(mask)
-    assert not objective.density(model, model.layers, tokens, none, t).any()
+    assert not density(none).any()
 
 
 def test_every_masked_position_looks_both_ways_and_the_level_matters() -> None:
@@ -88,11 +92,10 @@ def test_every_masked_position_looks_both_ways_and_the_level_matters() -> None:
 
 
 def test_the_loss_stays_finite_down_to_level_zero() -> None:
-    model, objective = random_model(), MaskedDenoising("cosine", VOCAB, HEAD_CHUNK)
+    model = random_model()
+    objective = MaskedDenoising(model, NOISE, "cosine", VOCAB, HEAD_CHUNK)
     batch = {"tokens": torch.randint(VOCAB, (64, LENGTH))}
-    losses = objective.block_loss(
-        model, model.layers, batch, Interval(0.0, T_MIN / 10), NOISE, recompute=False
-    )
+    losses = objective.block_loss(model.layers, batch, Interval(0.0, T_MIN / 10), recompute=False)
     assert losses.isfinite().all()
 
 
@@ -102,9 +105,8 @@ def test_the_loss_in_chunks_equals_the_loss_at_once_and_so_do_its_gradients(reco
     for chunk in (7, 10_000):
         model = random_model(chunk)
         torch.manual_seed(1)
-        loss = model.objective.end_to_end_loss(
-            model, model.layers, {"tokens": torch.randint(VOCAB, (3, LENGTH))}, NOISE, recompute
-        )
+        batch = {"tokens": torch.randint(VOCAB, (3, LENGTH))}
+        loss = model.make_objective(NOISE).end_to_end_loss(model.layers, batch, recompute)
         loss.mean().backward()
         results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
@@ -204,11 +206,11 @@ def test_a_trained_runs_bound_is_the_sum_of_its_blocks_and_near_the_entropy(froz
 
 @pytest.mark.parametrize("num_steps", [1, 3, 16])
 def test_samples_have_no_mask_left_and_follow_the_seed(frozen: FrozenRun, num_steps: int) -> None:
-    tokens = sample_tokens(frozen, 20, num_steps, seed=0)
+    tokens = sample_tokens(frozen, 20, num_steps, Draw(seed=0))
     assert tokens.shape == (20, LENGTH) and tokens.dtype == torch.int64
     assert tokens.min() >= 0 and tokens.max() < VOCAB
-    assert torch.equal(tokens, sample_tokens(frozen, 20, num_steps, seed=0))
-    assert not torch.equal(tokens, sample_tokens(frozen, 20, num_steps, seed=1))
+    assert torch.equal(tokens, sample_tokens(frozen, 20, num_steps, Draw(seed=0)))
+    assert not torch.equal(tokens, sample_tokens(frozen, 20, num_steps, Draw(seed=1)))
     if num_steps == 16:
         right = ((tokens.diff(dim=1) % VOCAB) == 1).float().mean()
         assert right > 0.3, "chance: 1 in 8"
@@ -220,7 +222,7 @@ def test_a_low_temperature_and_a_small_top_p_both_draw_the_likeliest_token(froze
     """
 
     def right(temperature: float, top_p: float) -> float:
-        tokens = sample_tokens(frozen, 100, LENGTH, 0, temperature, top_p)
+        tokens = sample_tokens(frozen, 100, LENGTH, Draw(temperature, top_p))
         return float(((tokens.diff(dim=1) % VOCAB) == 1).float().mean())
 
     plain = right(1.0, 1.0)

@@ -15,14 +15,14 @@ from conftest import recipe_with, with_weights
 
 from lowmem.blocks.run_dir import RunDir
 from lowmem.errors import ConfigError
-from lowmem.inference.evaluation.recurrent import generate
 from lowmem.inference.frozen_run import FrozenRun
+from lowmem.inference.sampling import Draw, generate_recurrent
 from lowmem.machine.profile import load_profile
-from lowmem.models.recurrent_lm import RecurrentLm
+from lowmem.models.recurrent_lm import RecurrentLm, RecurrentLmModel
 from lowmem.noise import Interval
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.planning.plan import make_plan
-from lowmem.recipe import NoiseConfig, RecurrentLmModel
+from lowmem.recipe import NoiseConfig
 from lowmem.reporting.report import digest
 from lowmem.training.trainer import Trainer
 
@@ -44,8 +44,7 @@ CONFIG = RecurrentLmModel(
 def built() -> tuple[RecurrentLm, RecurrentDenoising]:
     torch.manual_seed(0)
     model = with_weights(RecurrentLm(CONFIG, VOCAB, LENGTH), std=0.2)
-    assert isinstance(model.objective, RecurrentDenoising)
-    return model, model.objective
+    return model, model.make_objective(NOISE)
 
 
 def runs_of_each_layer(model: RecurrentLm, call: Any) -> list[int]:
@@ -66,17 +65,17 @@ def runs_of_each_layer(model: RecurrentLm, call: Any) -> list[int]:
 
 def loop_features(model: RecurrentLm, tokens: torch.Tensor, iterations: int) -> torch.Tensor:
     """[B, L, D] after so many iterations of the loop."""
-    h, cond, kept = model.objective.entered(model, tokens, iterations)
-    return model.features(model.objective.through(model, model.layers, h, cond, kept, False), cond)
+    objective = model.make_objective(NOISE)
+    h, cond, kept = objective.entered(tokens, iterations)
+    return model.features(objective.through(model.layers, h, cond, kept), cond)
 
 
 def test_as_a_denoiser_every_layer_runs_once_and_end_to_end_the_core_runs_its_iterations() -> None:
     model, objective = built()
     batch = model.example_batch(2)
     whole = Interval(NOISE.sigma_min, NOISE.sigma_max)
-    assert runs_of_each_layer(
-        model, lambda: objective.block_loss(model, model.layers, batch, whole, NOISE, False)
-    ) == [1, 1, 1, 1]
+    one_pass = runs_of_each_layer(model, lambda: objective.block_loss(model.layers, batch, whole))
+    assert one_pass == [1, 1, 1, 1]
     assert runs_of_each_layer(model, lambda: loop_features(model, batch["tokens"], 12)) == [1, 12, 12, 1]
 
 
@@ -118,9 +117,7 @@ def test_a_token_changes_only_later_predictions(whole: bool) -> None:
         torch.manual_seed(2)
         if whole:
             return loop_features(model, tokens, 5)
-        return objective.features(
-            model, model.layers, {"tokens": tokens}, z, torch.full((2, LENGTH), 1.0), NOISE
-        )
+        return objective.features(model.layers, {"tokens": tokens}, z, torch.full((2, LENGTH), 1.0))
 
     before = features(tokens)
     changed = tokens.clone()
@@ -193,15 +190,15 @@ def test_greedy_text_goes_on_as_the_training_text_did_and_past_the_length_traine
     )
     with FrozenRun(RunDir(tmp_path), plan, build) as frozen:
         prompt = torch.tensor([[3, 4, 5], [9, 10, 0]])
-        made = generate(frozen, prompt, 2 * LENGTH, 0.0, 1.0, seed=0)
+        made = generate_recurrent(frozen, prompt, 2 * LENGTH, Draw(temperature=0.0))
         assert torch.equal(made, (prompt[:, :1] + torch.arange(3 + 2 * LENGTH)) % VOCAB)
-        hot = [generate(frozen, prompt, 8, 100.0, 1.0, seed) for seed in (0, 0, 1)]
+        hot = [generate_recurrent(frozen, prompt, 8, Draw(100.0, seed=seed)) for seed in (0, 0, 1)]
         assert (
             torch.equal(hot[0], hot[1])
             and not torch.equal(hot[0], hot[2])
             and torch.equal(hot[0][:, :3], prompt)
         )
-        nothing = generate(frozen, prompt[:, :0], 4, 1.0, 0.9, seed=0)
+        nothing = generate_recurrent(frozen, prompt[:, :0], 4, Draw(1.0, 0.9))
         assert nothing.shape == (2, 4) and torch.equal(nothing, (nothing[:, :1] + torch.arange(4)) % VOCAB)
 
 

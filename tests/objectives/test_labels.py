@@ -13,10 +13,10 @@ from pydantic import ValidationError
 from lowmem.errors import ConfigError
 from lowmem.inference.evaluate import evaluate_run
 from lowmem.job import train
-from lowmem.models.vit import Vit
+from lowmem.models.vit import Vit, VitModel
 from lowmem.noise import Interval
 from lowmem.objectives.labels import LabelDenoising
-from lowmem.recipe import NoiseConfig, VitModel
+from lowmem.recipe import NoiseConfig
 
 NOISE = NoiseConfig()
 
@@ -27,8 +27,7 @@ def built(**changes: Any) -> tuple[Vit, LabelDenoising]:
         **{"name": "vit", "num_layers": 2, "dim": 16, "num_heads": 2, "patch_size": 4, **changes}
     )
     model = with_weights(Vit(config, (1, 8, 8), 10), std=0.3).eval()
-    assert isinstance(model.objective, LabelDenoising)
-    return model, model.objective
+    return model, model.make_objective(NOISE)
 
 
 def drawn(batch_size: int = 6) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -46,8 +45,8 @@ def test_without_a_noisy_input_only_the_read_out_knows_z(
 ) -> None:
     model, objective = built(noisy_input=noisy_input, readout=readout)
     batch, z, sigma = drawn()
-    difference = objective.logits(model, model.layers, batch, z, sigma, NOISE) - objective.logits(
-        model, model.layers, batch, z + 1, sigma, NOISE
+    difference = objective.logits(model.layers, batch, z, sigma) - objective.logits(
+        model.layers, batch, z + 1, sigma
     )
     assert (difference.abs().max() > 1e-4) == sees_z
 
@@ -56,22 +55,18 @@ def test_the_bayes_read_out_adds_the_evidence_to_the_networks_logits() -> None:
     plain, bayes = built(noisy_input="none", readout="plain"), built(noisy_input="none", readout="bayes")
     batch, z, sigma = drawn()
     evidence = z @ plain[0].target_table().T / 0.7**2
-    logits = [
-        objective.logits(model, model.layers, batch, z, sigma, NOISE) for model, objective in (plain, bayes)
-    ]
+    logits = [objective.logits(model.layers, batch, z, sigma) for model, objective in (plain, bayes)]
     assert torch.allclose(logits[0] + evidence, logits[1], atol=1e-5)
 
 
 def test_guidance_moves_away_from_the_blank_image_and_1_is_none() -> None:
     model, objective = built(image_drop=0.1)
     batch, z, sigma = drawn()
-    blank = objective.logits(
-        model, model.layers, {**batch, "image": torch.zeros_like(batch["image"])}, z, sigma, NOISE
-    )
-    seen = objective.logits(model, model.layers, batch, z, sigma, NOISE)
-    assert torch.equal(objective.guided_logits(model, model.layers, batch, z, sigma, NOISE, 1.0), seen)
+    blank = objective.logits(model.layers, {**batch, "image": torch.zeros_like(batch["image"])}, z, sigma)
+    seen = objective.logits(model.layers, batch, z, sigma)
+    assert torch.equal(objective.guided_logits(model.layers, batch, z, sigma, 1.0), seen)
     assert torch.allclose(
-        objective.guided_logits(model, model.layers, batch, z, sigma, NOISE, 3.0),
+        objective.guided_logits(model.layers, batch, z, sigma, 3.0),
         seen + 2 * (seen - blank),
         atol=1e-5,
     )
@@ -91,9 +86,7 @@ def test_blank_images_change_the_loss_and_nothing_else_that_is_drawn() -> None:
     for image_drop in (0.0, 1e-9, 0.9):
         model, objective = built(image_drop=image_drop)
         torch.manual_seed(3)
-        losses[image_drop] = objective.block_loss(
-            model, model.layers, drawn()[0], Interval(0.5, 80.0), NOISE, False
-        )
+        losses[image_drop] = objective.block_loss(model.layers, drawn()[0], Interval(0.5, 80.0), False)
     assert torch.equal(losses[0.0], losses[1e-9])
     assert not torch.equal(losses[0.0], losses[0.9])
 

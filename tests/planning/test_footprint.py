@@ -54,7 +54,9 @@ def test_weights_and_gradients_are_not_counted_as_activations() -> None:
     plan = make_plan(build, recipe, load_profile("cpu-16gib"))
     with torch.device("meta"):
         model = build()
-    activations = PassCounter(model, recipe)(range(2), plan.settings).peak_bytes
+    activations = PassCounter(model, model.make_objective(recipe.noise), recipe)(
+        range(2), plan.settings
+    ).peak_bytes
     block = layouts_of(model, plan.settings)[0][0]
     largest = max(slot.numel for slot in block.slots) * 4
     assert largest < activations < 3 * largest < block.weights_bytes
@@ -65,7 +67,7 @@ def test_activations_grow_with_the_micro_batch_and_shrink_with_recompute() -> No
     build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
     with torch.device("meta"):
         model = build()
-    counter = PassCounter(model, recipe)
+    counter = PassCounter(model, model.make_objective(recipe.noise), recipe)
     settings = make_plan(build, recipe, load_profile("cpu-16gib")).settings
     small, large = (
         counter(range(6), settings.model_copy(update={"micro_batch_size": size})).peak_bytes
@@ -106,3 +108,30 @@ def test_staging_is_slots_beside_the_block_in_compute_a_ring_and_a_snapshot_of_t
     device, host = device_slots * slot, shared.total_bytes + rings * RING_CHUNKS * CHUNK_BYTES
     found = plan.predicted.by_category["staging"], plan.predicted.host_by_category["staging"]
     assert found == ((device + host,) * 2 if profile.unified else (device, host))
+
+
+@pytest.mark.parametrize("machine", ["cpu-16gib", "jetson-orin-nano-8gb", "rtx-3060-12gb"])
+def test_data_count_once_in_the_memory_that_holds_them(machine: str) -> None:
+    recipe, profile = recipe_with(), load_profile(machine)
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
+    without, holding = (
+        make_plan(build, recipe, profile, data_bytes=num_bytes).predicted for num_bytes in (0, 5 * MIB)
+    )
+    assert holding.host_peak_bytes - without.host_peak_bytes == 5 * MIB
+    on_device = holding.device_peak_bytes - without.device_peak_bytes
+    assert on_device == (5 * MIB if profile.unified else 0)
+    assert holding.disk_bytes == without.disk_bytes
+
+
+@pytest.mark.parametrize("method", ["diffusion_blocks", "end_to_end"])
+@pytest.mark.parametrize("machine", ["cpu-16gib", "jetson-orin-nano-8gb", "rtx-3060-12gb"])
+def test_categories_add_up_to_the_peaks_and_the_worst_block_has_the_devices(
+    machine: str, method: str
+) -> None:
+    recipe, profile = recipe_with(method=method, offload__tier="disk"), load_profile(machine)
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
+    predicted = make_plan(build, recipe, profile).predicted
+    assert sum(predicted.by_category.values()) == predicted.device_peak_bytes
+    assert sum(predicted.host_by_category.values()) == predicted.host_peak_bytes
+    assert max(predicted.block_peak_bytes) == predicted.device_peak_bytes
+    assert len(predicted.block_peak_bytes) == 3

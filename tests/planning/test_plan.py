@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import recipe_with
 
+from lowmem.blocks.order import BlockQueue
 from lowmem.cli import plan as cli_plan
 from lowmem.data.datasets import describe_data
-from lowmem.errors import BudgetError, ConfigError
+from lowmem.errors import BudgetError, ConfigError, ResumeError
 from lowmem.job import largest_models, plan_recipe
 from lowmem.machine.profile import Profile, load_profile, profile_from_dict
 from lowmem.models import model_builder
@@ -21,7 +24,7 @@ from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
 from lowmem.planning.footprint import with_headroom
 from lowmem.planning.passes import PassCounter
-from lowmem.planning.plan import Plan, make_plan
+from lowmem.planning.plan import Plan, check_continues, make_plan
 from lowmem.planning.settings import layouts_of
 from lowmem.units import MIB
 
@@ -177,7 +180,7 @@ def test_a_plan_that_does_not_fit_offers_bf16_weights_and_updates_during_backwar
 
 
 class UsesAWeightAgain(Vit):
-    """Reads a layer's weight as a constant, below that layer: backward needs it after its gradient is whole."""
+    """Reads the last layer's weight below all layers: backward needs it after its gradient is whole."""
 
     def input_part(self, batch: Any, noisy: Any, c_noise: Any) -> Any:
         h, cond = super().input_part(batch, noisy, c_noise)
@@ -213,6 +216,41 @@ def test_a_plan_fits_only_with_room_for_what_its_prediction_may_be_off_by() -> N
         )
 
 
+def test_a_plans_queue_has_the_recipes_method_steps_order_and_seed_and_the_settled_blocks() -> None:
+    recipe = recipe_with(
+        blocks__num_blocks=3,
+        blocks__visit_steps=7,
+        blocks__order="random",
+        train__num_steps=31,
+        train__seed=5,
+    )
+    queue = BlockQueue("diffusion_blocks", 3, 31, 7, "random", 5)
+    build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
+    plan = make_plan(build, recipe, load_profile("cpu-4gib"))
+    frozen = json.loads(json.dumps(plan.to_dict()))
+    assert plan.queue() == queue
+    assert BlockQueue.of(frozen["recipe"], frozen["settings"]["num_blocks"]) == queue
+
+
+def test_a_run_goes_on_with_what_it_was_made_with_and_is_refused_at_the_first_difference() -> None:
+    frozen = {"recipe": recipe_with(train__seed=1).to_dict(), "profile": {"name": "a"}}
+    check_continues(Path("runs/x"), frozen, copy.deepcopy(frozen))
+    given = copy.deepcopy(frozen)
+    given["recipe"]["train"]["seed"] = 2
+    given["profile"]["name"] = "b"
+    with pytest.raises(ResumeError) as refused:
+        check_continues(Path("runs/x"), frozen, given)
+    assert str(refused.value) == (
+        "run folder runs/x: made with recipe.train.seed = 1, now 2; use the same value, or another --run-dir"
+    )
+
+
+def test_a_run_may_go_on_with_another_answer_to_memory_that_runs_out() -> None:
+    frozen, given = ({"recipe": recipe_with(train__on_oom=answer).to_dict()} for answer in ("stop", "shrink"))
+    assert frozen != given
+    check_continues(Path("runs/x"), frozen, given)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Time, several machines, the largest model
 
@@ -221,7 +259,7 @@ def test_the_operations_of_a_pass_are_six_for_each_weight_and_token_and_eight_wi
     recipe = recipe_with(method="end_to_end", model__dim=256, train__batch_size=8, train__micro_batch_size=8)
     with torch.device("meta"):
         model = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))()
-    counter = PassCounter(model, recipe)
+    counter = PassCounter(model, model.make_objective(recipe.noise), recipe)
     settings = make_plan(lambda: model, recipe, load_profile("cpu-16gib")).settings
     products = sum(
         p.numel() for name, p in model.layers.named_parameters() if p.ndim == 2 and "modulation" not in name
@@ -333,7 +371,7 @@ def test_a_model_of_seven_billion_parameters_is_planned_in_little_memory() -> No
 import sys
 from lowmem.job import plan_recipe
 import psutil
-from lowmem.reporting.telemetry import anonymous_bytes
+from lowmem.machine.monitor import anonymous_bytes
 plan = plan_recipe("too-big-8gib", "cuda-8gib-host-24gib")
 assert plan.fits and plan.num_parameters > 7e9, plan.num_parameters
 print(anonymous_bytes(psutil.Process()))

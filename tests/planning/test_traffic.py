@@ -8,7 +8,26 @@ import pytest
 from exact_runs import STEPS, setting_model, short, through_ram, trained, uncounted_activations  # noqa: F401
 
 from lowmem.blocks.borders import BorderBytes
+from lowmem.blocks.traffic import Traffic
+from lowmem.planning.settings import setup_of
+from lowmem.planning.traffic import StreamedTraffic, streamed_traffic
 from lowmem.reporting.report import digest, read_report
+
+
+def moving(number: int) -> Traffic:
+    """Another number of bytes each way."""
+    return Traffic(
+        host_to_device_bytes=number,
+        device_to_host_bytes=2 * number,
+        disk_read_bytes=3 * number,
+        disk_written_bytes=5 * number,
+    )
+
+
+def test_a_process_moves_its_start_each_step_and_each_commit_whichever_way() -> None:
+    traffic = StreamedTraffic(start=moving(1), step=moving(10), commit=moving(1000), hidden_tokens=None)
+    assert traffic.moved(steps=7, commits=2) == moving(1 + 7 * 10 + 2 * 1000)
+    assert traffic.moved(steps=0, commits=0) == moving(1)
 
 
 @pytest.mark.parametrize("clip", ["block", "global"])
@@ -26,10 +45,7 @@ def test_the_bytes_moved_are_those_of_the_plan_with_borders_on_disk(
     traffic = plan.predicted.traffic
     assert traffic is not None
     assert (traffic.step.disk_read_bytes > 0) and list((tmp_path / "run").glob("*.tmp")) == []
-    for name, counted in state.traffic.items():
-        assert counted == getattr(traffic.start, name) + 3 * getattr(traffic.step, name) + getattr(
-            traffic.commit, name
-        ), name
+    assert state.traffic == traffic.moved(steps=3, commits=1)
     resident = trained(tmp_path / "resident", "masked_lm", **{**changes, "offload__tier": "device"})[0]
     assert digest(state) == digest(resident)
 
@@ -47,20 +63,8 @@ def test_the_bytes_moved_are_those_of_the_plan(
     assert plan.predicted.traffic is not None
     traffic = plan.predicted.traffic
     if tier == "host":
-        from lowmem.planning.settings import layouts_of
-        from lowmem.planning.traffic import streamed_traffic
-
-        traffic = streamed_traffic(
-            *layouts_of(setting_model(plan), plan.settings),
-            plan.profile,
-            "host",
-            clip == "global",
-            False,
-            BorderBytes(),
-        )
-    visits = -(-STEPS // 3)
-    for name, counted in state.traffic.items():
-        assert counted == getattr(traffic.start, name) + STEPS * getattr(
-            traffic.step, name
-        ) + visits * getattr(traffic.commit, name), name
+        settings = plan.settings.model_copy(update={"tier": "host"})
+        setup = setup_of(setting_model(plan), plan.recipe, plan.profile, settings)
+        traffic = streamed_traffic(setup, BorderBytes())
+    assert state.traffic == traffic.moved(steps=STEPS, commits=-(-STEPS // 3))
     assert state.measured["disk_bytes"] == plan.predicted.disk_bytes

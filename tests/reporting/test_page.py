@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lowmem.errors import ConfigError
-from lowmem.reporting.page import MAX_POINTS, write_page
+from lowmem.reporting.page import write_page
+from lowmem.reporting.plots import MAX_POINTS
 from lowmem.reporting.report import comparison_table, read_report
 from lowmem.units import format_bytes
 

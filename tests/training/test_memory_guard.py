@@ -134,7 +134,8 @@ def fail_above(monkeypatch: pytest.MonkeyPatch, samples: int, problem: BaseExcep
 OOMS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 9 bytes."
     ),
     MemoryError(),
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import first_weights
 from exact_runs import (
     BATCH,
     CLASSES,
@@ -26,21 +27,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lowmem.blocks.run_dir import RunDir, RunState
+from lowmem.inference import image_samples, sampling
 from lowmem.inference.evaluation import images, labels, masked, recurrent, tokens
 from lowmem.inference.frozen_run import FrozenRun
-from lowmem.models.base import Batch, BuildModel
+from lowmem.inference.sampling import Draw
+from lowmem.models.base import BuildModel
 from lowmem.models.dit import Dit
 from lowmem.models.masked_lm import MaskedLm
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
 from lowmem.noise import Interval, sample_sigma
+from lowmem.objectives.base import Batch
 from lowmem.planning.plan import Plan
 from lowmem.recipe import Recipe
 from lowmem.reporting.report import digest
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.training import trainer as trainer_module
 from lowmem.training.open_run import layouts_by_key
-from lowmem.training.trainer import Trainer
 
 # ------------------------------------------------------------------------------------------------------------
 # Tiers
@@ -122,10 +125,8 @@ def plain(recipe: Recipe, build: BuildModel, plan: Plan, folder: Path) -> nn.Mod
     """The same run by a loop of torch's own parts alone, from the same first weights; moments are in the
     optimizer's state.
     """
-    first = Trainer(build, plan, folder)
-    first.run.acquire()
-    start = tensors_of(folder, first._open())
-    first.run.release()
+    _, state = first_weights(folder, build, plan)
+    start = tensors_of(folder, state)
     model = build()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -313,12 +314,18 @@ def read(name: str, frozen: FrozenRun) -> list[Any]:
     if name == "vit":
         return [labels.evaluate(frozen, data)]
     if name == "dit":
-        return [images.sample(frozen, torch.arange(6), 4, 2.0, 0).tolist(), images._losses(frozen, data, 0)]
+        return [
+            image_samples.sample(frozen, torch.arange(6), 4, 2.0, 0).tolist(),
+            images._losses(frozen, data, 0),
+        ]
     if name == "masked_lm":
-        return [masked.evaluate(frozen, data), masked.sample_tokens(frozen, 2, 4, 0).tolist()]
+        return [masked.evaluate(frozen, data), sampling.sample_tokens(frozen, 2, 4, Draw()).tolist()]
     if name == "causal_lm":
-        return [tokens.evaluate(frozen, data), tokens.generate(frozen, prompt, 4, 1.0, 0.9, 0).tolist()]
-    return [recurrent.evaluate(frozen, data), recurrent.generate(frozen, prompt, 4, 1.0, 0.9, 0).tolist()]
+        return [tokens.evaluate(frozen, data), sampling.generate(frozen, prompt, 4, Draw(1.0, 0.9)).tolist()]
+    return [
+        recurrent.evaluate(frozen, data),
+        sampling.generate_recurrent(frozen, prompt, 4, Draw(1.0, 0.9)).tolist(),
+    ]
 
 
 @pytest.mark.parametrize("name", MODELS)

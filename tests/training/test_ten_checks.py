@@ -144,17 +144,15 @@ def test_check_2_drawn_levels_follow_the_truncated_log_normal_of_each_block() ->
 def check_weighting() -> None:
     weighting = NoiseConfig(weighting="edm")
     model, batch, interval = built(), digits_batch(), Interval(0.18, 80.0)
-    objective = model.objective
+    objective = model.make_objective(weighting)
     assert isinstance(objective, LabelDenoising)
     torch.manual_seed(1)
-    loss = objective.block_loss(model, model.layers[:2], batch, interval, weighting, recompute=False)
+    loss = objective.block_loss(model.layers[:2], batch, interval, recompute=False)
     torch.manual_seed(1)
     label = batch["label"]
     sigma = noise.sample_sigma(torch.rand(len(label)), interval, weighting)
     z = objective.noised(model.target_table()[label], sigma)  # type: ignore[operator]
-    ce = F.cross_entropy(
-        objective.logits(model, model.layers[:2], batch, z, sigma, weighting), label, reduction="none"
-    )
+    ce = F.cross_entropy(objective.logits(model.layers[:2], batch, z, sigma), label, reduction="none")
     weight = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
     assert loss.mean().item() == pytest.approx((ce * weight).mean().item(), rel=1e-6), (
         "mean over samples of ce times that sample's w"
@@ -209,14 +207,12 @@ def test_check_4_blocks_take_something_from_the_image_at_every_high_level(
 
 def check_target_scale() -> None:
     model = built()
-    objective = model.objective
+    objective = model.make_objective(NOISE)
     assert isinstance(objective, LabelDenoising)
     table = model.target_table()  # type: ignore[operator]
     assert table.norm(dim=-1).detach().numpy() == pytest.approx(1.0, abs=1e-6)
     sure = torch.full((10, 10), -1e4).fill_diagonal_(1e4)
-    assert (objective.denoised(model, sure) - table).abs().max() < 1e-6, (
-        "certainty through the sampler gives y back"
-    )
+    assert (objective.denoised(sure) - table).abs().max() < 1e-6, "certainty through the sampler gives y back"
 
 
 def test_check_5_targets_have_length_1_and_certainty_through_the_sampler_returns_them() -> None:
@@ -225,7 +221,7 @@ def test_check_5_targets_have_length_1_and_certainty_through_the_sampler_returns
 
 def test_check_5_fails_when_the_sampler_uses_the_unnormalised_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        LabelDenoising, "denoised", lambda self, model, logits: logits.softmax(-1) @ model.labels.weight
+        LabelDenoising, "denoised", lambda self, logits: logits.softmax(-1) @ self.model.labels.weight
     )
     with pytest.raises(AssertionError):
         check_target_scale()

@@ -1,4 +1,4 @@
-"""Updates during backward against updates after it: the same bits, for every architecture, with less memory."""
+"""Updates during backward against updates after it: the same bits for every architecture, in less memory."""
 
 from __future__ import annotations
 
@@ -11,21 +11,13 @@ from torch import Tensor, nn
 
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer, parameter_views
 from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
-from lowmem.models.causal_lm import CausalLm
-from lowmem.models.dit import Dit
-from lowmem.models.masked_lm import MaskedLm
-from lowmem.models.recurrent_lm import RecurrentLm
-from lowmem.models.vit import Vit
+from lowmem.models.causal_lm import CausalLm, CausalLmModel
+from lowmem.models.dit import Dit, DitModel
+from lowmem.models.masked_lm import MaskedLm, MaskedLmModel
+from lowmem.models.recurrent_lm import RecurrentLm, RecurrentLmModel
+from lowmem.models.vit import Vit, VitModel
 from lowmem.planning.settings import COMPUTE_DTYPE
-from lowmem.recipe import (
-    CausalLmModel,
-    DitModel,
-    MaskedLmModel,
-    NoiseConfig,
-    OptimizerConfig,
-    RecurrentLmModel,
-    VitModel,
-)
+from lowmem.recipe import NoiseConfig, OptimizerConfig
 from lowmem.training.trainable import SHARED, Scratch, Trainable
 
 TRANSFORMER: dict[str, Any] = {"num_layers": 3, "dim": 64, "num_heads": 2, "dropout": 0.1}
@@ -79,10 +71,9 @@ def trained(
         torch.manual_seed(step)
         for trainable in trainables:
             trainable.begin(step, 1e-2, CONFIG)
-        interval = model.objective.interval(0, 2, noise, 0.0)
-        model.objective.block_loss(
-            model, [model.layers[i] for i in layers], batch, interval, noise, recompute
-        ).mean().backward()
+        objective = model.make_objective(noise)
+        interval = objective.interval(0, 2, 0.0)
+        objective.block_loss([model.layers[i] for i in layers], batch, interval, recompute).mean().backward()
         if during_backward:
             assert all(parameter.grad is None for parameter in model.parameters())
         for trainable in trainables:

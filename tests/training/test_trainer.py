@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHORT, recipe_with, run_short
+from conftest import SHORT, first_weights, recipe_with, run_short
 
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import describe_data, load_data
 from lowmem.errors import BudgetError, ResumeError, StoreError
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
-from lowmem.models.base import Batch, BlockModel
+from lowmem.models.base import BlockModel
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding
+from lowmem.objectives.base import Batch
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.planning.plan import make_plan
+from lowmem.recipe import NoiseConfig
 from lowmem.reporting.report import digest, read_report
 from lowmem.schedule import learning_rate
 from lowmem.training.trainer import Trainer
@@ -148,12 +150,9 @@ def test_end_to_end_training_equals_a_plain_pytorch_loop_bit_for_bit(tmp_path: P
     build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
     plan = make_plan(build, recipe, load_profile("cpu-4gib"))
 
-    initial = Trainer(build, plan, tmp_path / "initial")
-    initial.run.acquire()
-    first = initial._open()
-    initial.run.release()
+    initial, first = first_weights(tmp_path / "initial", build, plan)
     model = build()
-    load_weights(model, initial.run, first, plan)
+    load_weights(model, initial, first, plan)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -164,9 +163,7 @@ def test_end_to_end_training_equals_a_plain_pytorch_loop_bit_for_bit(tmp_path: P
             group["lr"] = learning_rate(step, recipe.train)
         batch = {name: torch.from_numpy(array) for name, array in data.batch(0, step, 64).items()}
         optimizer.zero_grad()
-        model.objective.end_to_end_loss(
-            model, model.layers, batch, recipe.noise, recompute=False
-        ).mean().backward()
+        model.make_objective(recipe.noise).end_to_end_loss(model.layers, batch).mean().backward()
         optimizer.step()
     trained = build()
     load_weights(trained, RunDir(tmp_path / "ours"), state, plan)
@@ -300,7 +297,9 @@ class Mine(BlockModel):
         self.time = TimeEmbedding(32)
         self.layers = torch.nn.ModuleList(Layer(32, 2, 2, 0.0) for _ in range(4))
         self.head = Linear(32, 4)
-        self.objective = LabelDenoising()
+
+    def make_objective(self, noise: NoiseConfig) -> LabelDenoising:
+        return LabelDenoising(self, noise)
 
     def example_batch(self, batch_size: int) -> Batch:
         return {"row": torch.zeros(batch_size, 16), "label": torch.zeros(batch_size, dtype=torch.long)}
@@ -323,16 +322,14 @@ def test_first_weights_in_bf16_are_those_in_fp32_rounded(tmp_path: Path) -> None
     for weights in ("float32", "bfloat16"):
         recipe = recipe_with(**{**SHORT, "train__precision": "bfloat16", "train__weights": weights})
         build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
-        trainer = Trainer(build, make_plan(build, recipe, load_profile("cpu-4gib")), tmp_path / weights)
-        trainer.run.acquire()
-        state = trainer._open()
-        trainer.run.release()
+        plan = make_plan(build, recipe, load_profile("cpu-4gib"))
+        run, state = first_weights(tmp_path / weights, build, plan)
         first[weights] = build()
         load_weights(
             first[weights],
-            trainer.run,
+            run,
             state,
-            trainer.plan,
+            plan,
             torch.bfloat16 if weights == "bfloat16" else torch.float32,
         )
     for (name, wide), kept in zip(
@@ -400,18 +397,14 @@ def test_weights_are_created_the_same_whatever_the_number_of_blocks(tmp_path: Pa
     for num_blocks in (1, 3):
         recipe = recipe_with(**{**SHORT, "blocks__num_blocks": num_blocks})
         build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
-        trainer = Trainer(
-            build, make_plan(build, recipe, load_profile("cpu-4gib")), tmp_path / str(num_blocks)
-        )
-        trainer.run.acquire()
-        state = trainer._open()
-        trainer.run.release()
+        plan = make_plan(build, recipe, load_profile("cpu-4gib"))
+        run, state = first_weights(tmp_path / str(num_blocks), build, plan)
         tensors: dict[str, torch.Tensor] = {}
         for record in state.files.values():
             tensors.update(
                 {
                     k: v
-                    for k, v in load_file(trainer.run.path / record.name).items()
+                    for k, v in load_file(run.path / record.name).items()
                     if not k.startswith(("padding", "optimizer"))
                 }
             )

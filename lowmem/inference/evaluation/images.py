@@ -1,10 +1,7 @@
-"""Image generators: the Fréchet distance of samples to the test images, each block's loss, the loss per
+"""Image generators: the Fréchet distance of samples to the test images, each block's loss, and the loss per
 level.
 
-The Fréchet distance is taken in a fixed feature space, not in Inception's: a small convolutional network
-trained here, on the run's own training images, to tell their classes apart (`feature_network`). It is the
-same for every run on the same data, so runs compare with each other; a figure means little beside another
-data set's, and nothing beside a published FID.
+The Fréchet distance is taken in a feature space of our own (see `features`).
 """
 
 from __future__ import annotations
@@ -18,10 +15,12 @@ from torch import Tensor, nn
 
 from lowmem.data.datasets import Dataset
 from lowmem.inference.evaluation.common import test_batches
-from lowmem.inference.evaluation.features import _features, _training_images, feature_network, frechet
+from lowmem.inference.evaluation.features import feature_network, features_of, frechet, training_images
 from lowmem.inference.frozen_run import FrozenRun
-from lowmem.inference.image_samples import _walk, sample, sampling_settings
-from lowmem.noise import block_interval, block_of, boundaries, sample_sigma, sigma_at
+from lowmem.inference.image_samples import sample, sampling_settings
+from lowmem.models.base import BlockModel
+from lowmem.noise import block_of, boundaries, sample_sigma, sigma_at
+from lowmem.objectives.base import Batch
 from lowmem.objectives.images import ImageDenoising
 from lowmem.schedule import mix_seed
 
@@ -35,21 +34,17 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     test, test_labels = (
         torch.from_numpy(np.concatenate([batch[name] for batch in tests])) for name in ("image", "label")
     )
-    labels = test_labels[
-        torch.arange(config.num_samples) % len(test_labels)
-    ]  # the test part's share of each class
+    # classes in the shares that the test part has
+    labels = test_labels[torch.arange(config.num_samples) % len(test_labels)]
     made = sample(frozen, labels, num_steps, guidance, seed)
-    real_features, _ = _features(network, *_training_images(data, 0))
-    test_features, test_right = _features(network, test, test_labels)
-    made_features, made_right = _features(network, made, labels)
+    real_features, _ = features_of(network, *training_images(data, 0))
+    test_features, test_right = features_of(network, test, test_labels)
+    made_features, made_right = features_of(network, made, labels)
     return {
         "metric": "frechet",
         "value": frechet(made_features, test_features),
-        "frechet_train_test": frechet(
-            real_features, test_features
-        ),  # the floor: what training images themselves score
-        # of the feature network, on samples: how often it sees the class that was asked for
-        "class_accuracy": made_right,
+        "frechet_train_test": frechet(real_features, test_features),  # the floor: what training images score
+        "class_accuracy": made_right,  # how often the feature network sees the class that was asked for
         "class_accuracy_test": test_right,
         "num_samples": config.num_samples,
         "num_steps": num_steps,
@@ -58,45 +53,24 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sampling
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Losses on the test images
-
-
 def _losses(frozen: FrozenRun, data: Dataset, seed: int) -> dict[str, Any]:
     """`per_block`: the loss on the block's own levels, drawn as in training.
 
-    `levels`: at one level, with the true class and with another's.
+    `levels`: the loss at one level, with the true class and with another image's.
     """
-    plan = frozen.plan
-    batches = test_batches(frozen, data)
-    noise, num_blocks = plan.noise, plan.settings.num_blocks
+    batches, objective, num_blocks = test_batches(frozen, data), frozen.objective, len(frozen.blocks)
+    noise = objective.noise
     borders = boundaries(num_blocks, noise)
-    wanted = sorted(
-        {
-            noise.sigma_min,
-            noise.sigma_max,
-            *(sigma_at((b + 0.5) / num_blocks, noise) for b in range(num_blocks)),
-        },
-        reverse=True,
-    )
+    middles = (sigma_at((b + 0.5) / num_blocks, noise) for b in range(num_blocks))
+    wanted = sorted({noise.sigma_min, noise.sigma_max, *middles}, reverse=True)
     per_block, levels = [], []
-    for block, layers in _walk(frozen, range(num_blocks)):
-        interval = block_interval(block, num_blocks, noise)
+    for block, layers in frozen.walk_owners(frozen.blocks):
+        interval = objective.interval(block, num_blocks)
         torch.manual_seed(mix_seed(seed, block))
-        drawn = [
-            sample_sigma(torch.rand(len(b["label"]), device=frozen.device), interval, noise) for b in batches
-        ]
-        per_block.append(
-            {
-                "block": block,
-                "loss": _loss(frozen, layers, batches, drawn),
-                "num_samples": sum(map(len, drawn)),
-            }
-        )
+        sizes = [len(batch["label"]) for batch in batches]
+        drawn = [sample_sigma(torch.rand(size, device=frozen.device), interval, noise) for size in sizes]
+        loss = _loss(frozen, layers, batches, drawn)
+        per_block.append({"block": block, "loss": loss, "num_samples": sum(sizes)})
         for sigma in wanted:
             if block_of(sigma, borders) == block:
                 fixed = [torch.full_like(b["label"], 1, dtype=torch.float32) * sigma for b in batches]
@@ -104,39 +78,19 @@ def _losses(frozen: FrozenRun, data: Dataset, seed: int) -> dict[str, Any]:
                 torch.manual_seed(mix_seed(seed, block, sigma))
                 true = _loss(frozen, layers, batches, fixed)
                 torch.manual_seed(mix_seed(seed, block, sigma))  # the same noise: only the class differs
-                levels.append(
-                    {
-                        "sigma": sigma,
-                        "block": block,
-                        "loss": true,
-                        "loss_shuffled": _loss(frozen, layers, shuffled, fixed),
-                    }
-                )
+                other = _loss(frozen, layers, shuffled, fixed)
+                levels.append({"sigma": sigma, "block": block, "loss": true, "loss_shuffled": other})
     return {"per_block": per_block, "levels": levels}
 
 
 def _loss(
-    frozen: FrozenRun, layers: Iterable[nn.Module], batches: list[dict[str, Tensor]], sigmas: list[Tensor]
+    frozen: FrozenRun, layers: Iterable[nn.Module], batches: list[Batch], sigmas: list[Tensor]
 ) -> float:
-    objective, noise = frozen.model.objective, frozen.plan.noise
-    assert isinstance(objective, ImageDenoising)
+    _, objective = frozen.parts(BlockModel, ImageDenoising)
     losses = []
     for batch, sigma in zip(batches, sigmas, strict=True):
-        y = objective.target(batch["image"], noise)
+        y = objective.target(batch["image"])
         losses.append(
-            objective.loss(
-                objective.denoised(frozen.model, layers, batch, objective.noised(y, sigma), sigma, noise),
-                y,
-                sigma,
-                noise,
-            )
+            objective.loss(objective.denoised(layers, batch, objective.noised(y, sigma), sigma), y, sigma)
         )
     return float(torch.cat(losses).mean())
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The feature space
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A picture

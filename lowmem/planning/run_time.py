@@ -1,0 +1,120 @@
+"""Predicts how long a run takes under given settings.
+
+A step's time comes from the operations of its counted passes and of its updates. A visit's time adds the
+transfers that compute does not hide. How blocks move depends on the kind of run: they stream within each
+step, they all stay on the device, or they take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lowmem.blocks.arena import ArenaLayout
+from lowmem.blocks.order import BlockQueue
+from lowmem.planning.duration import (
+    EIGHT_BIT_S,
+    Duration,
+    Moving,
+    moving_s,
+    pass_s,
+    run_duration,
+    update_work,
+)
+from lowmem.planning.passes import Pass
+from lowmem.planning.settings import Setup, file_bytes
+from lowmem.planning.traffic import StreamedTraffic
+
+
+class Visits(NamedTuple):
+    """What `run_duration` needs to know of the visits; one entry for each block, or one for all together."""
+
+    steps_s: list[float]
+    moves: list[Moving]
+    written_bytes: int  # to the disk, over the whole run
+
+
+def predict_time(setup: Setup, passes: Sequence[Pass], traffic: StreamedTraffic | None) -> Duration:
+    """The duration of a run on a profile that has rates.
+
+    `passes`: one for each block, or one for all blocks together. `traffic`: of a model that streams.
+    """
+    recipe = setup.recipe
+    queue = BlockQueue.of(recipe.to_dict(), setup.settings.num_blocks)
+    passes_s = [_passes_s(setup, taken) for taken in passes]
+    if traffic is not None:
+        visits = _streamed(setup, queue, passes_s, traffic)
+    elif setup.end_to_end:
+        visits = _together(setup, queue, passes_s)
+    else:
+        visits = _in_turns(setup, queue, passes_s)
+    return run_duration(queue, *visits, recipe.train.batch_size, recipe.train.seq_len)
+
+
+def _streamed(setup: Setup, queue: BlockQueue, passes_s: list[float], traffic: StreamedTraffic) -> Visits:
+    """Blocks come and go within each step."""
+    profile, step, on_disk = setup.profile, traffic.step, setup.settings.tier == "disk"
+    a_step_s = max(  # the link and the disk work beside each other
+        moving_s(step.host_to_device_bytes, step.device_to_host_bytes, profile, False),
+        moving_s(step.disk_read_bytes, step.disk_written_bytes, profile, on_disk),
+    )
+    steps = min(queue.visit_steps, queue.num_steps)
+    return Visits(
+        [sum(passes_s) + _updates_s(setup, [*setup.layouts, setup.shared])],
+        [Moving(steps * a_step_s)],
+        traffic.moved(queue.num_steps, queue.num_visits).disk_written_bytes,
+    )
+
+
+def _together(setup: Setup, queue: BlockQueue, passes_s: list[float]) -> Visits:
+    """All blocks stay on the device and are trained at once: only commits move them."""
+    everything = [*setup.layouts, setup.shared]
+    written = file_bytes(everything)
+    return Visits(
+        [sum(passes_s) + _updates_s(setup, everything)],
+        [_visit_moving(setup, 0, written)],
+        queue.num_visits * written,
+    )
+
+
+def _in_turns(setup: Setup, queue: BlockQueue, passes_s: list[float]) -> Visits:
+    """Blocks are trained in turn: each visit may fetch its block, and commits it with the shared part."""
+    shared, num_blocks = setup.shared, setup.settings.num_blocks
+    a_round = file_bytes(setup.layouts) + num_blocks * file_bytes([shared])
+    return Visits(
+        [
+            taken_s + _updates_s(setup, [layout, shared])
+            for taken_s, layout in zip(passes_s, setup.layouts, strict=True)
+        ],
+        [
+            _visit_moving(setup, 0 if setup.resident else layout.total_bytes, file_bytes([layout, shared]))
+            for layout in setup.layouts
+        ],
+        queue.num_visits // num_blocks * a_round,
+    )
+
+
+def _passes_s(setup: Setup, taken: Pass) -> float:
+    """Seconds of a step's passes through one block: forward alone where the block streams, then backward."""
+    backward_passes = 2 if setup.streams and setup.two_passes else 1
+    forward_s, backward_s = pass_s(taken.forward_work, setup.profile), pass_s(taken.work, setup.profile)
+    return setup.micro_batches * (forward_s + backward_passes * backward_s)
+
+
+def _updates_s(setup: Setup, updated: Sequence[ArenaLayout]) -> float:
+    """Seconds of the optimizer's step over these arenas."""
+    profile, clipped = setup.profile, setup.recipe.optimizer.grad_clip is not None
+    eight_bit_s = EIGHT_BIT_S[profile.device.type] if setup.settings.optimizer == "adamw8bit" else 0.0
+    return sum(
+        pass_s(update_work(layout, setup.compute_bytes, clipped), profile) + eight_bit_s * layout.numel
+        for layout in updated
+    )
+
+
+def _visit_moving(setup: Setup, read_bytes: int, written_bytes: int) -> Moving:
+    """The transfers of a visit that ends in a commit; compute waits for the write where it is set to."""
+    on_disk = setup.settings.tier == "disk"
+    total_s = moving_s(read_bytes, written_bytes, setup.profile, on_disk)
+    if setup.settings.write_back == "beside":
+        return Moving(total_s)
+    return Moving(total_s, moving_s(0, written_bytes, setup.profile, on_disk))

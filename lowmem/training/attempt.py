@@ -1,0 +1,250 @@
+"""One attempt at a fit: everything that lives from the opened run folder to its closed threads.
+
+An attempt opens the folder (lock, plan, committed state), then the stream of blocks, the shared part and the
+files it writes to. `with` closes all of it, however the attempt ends. When memory runs out the trainer makes
+another attempt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lowmem.blocks.arena import unbind
+from lowmem.blocks.borders import Borders
+from lowmem.blocks.order import Visit
+from lowmem.blocks.run_dir import BlockRecord, FileRecord, RunDir, RunState
+from lowmem.blocks.stream import BlockStream
+from lowmem.errors import StoreError
+from lowmem.machine.detect import training_device
+from lowmem.machine.environment import read_environment
+from lowmem.machine.heap import give_back_freed
+from lowmem.machine.monitor import Monitor, sample_fields
+from lowmem.models.base import BlockModel
+from lowmem.planning.plan import Plan, check_continues, read_plan
+from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
+from lowmem.reporting.telemetry import Listener, Recorder
+from lowmem.training.first_weights import create_weights
+from lowmem.training.memory_guard import check_available, require_available, smaller
+from lowmem.training.open_run import open_borders, open_stream
+from lowmem.training.trainable import SHARED, Scratch, Trainable
+
+# mean pairwise cosine of the target table above which targets no longer tell classes apart
+COLLAPSE_COSINE = 0.5
+
+
+@dataclass
+class Clock:
+    """Seconds of the run so far, over all processes that took part."""
+
+    total_s: float = 0.0
+    compute_s: float = 0.0
+    exposed_transfer_s: float = 0.0
+    commit_s: float = 0.0
+    started: float = field(default_factory=time.perf_counter, repr=False)
+
+    def as_dict(self) -> dict[str, float]:
+        total = self.total_s + time.perf_counter() - self.started
+        return {
+            "total_s": total,
+            "compute_s": self.compute_s,
+            "exposed_transfer_s": self.exposed_transfer_s,
+            "commit_s": self.commit_s,
+        }
+
+
+class Attempt:
+    """What training needs while it runs. After `with` has opened it, `state` is what is committed.
+
+    `plan` is the frozen plan, or that plan with the smaller micro-batch that an earlier attempt has come to.
+    Where the run is finished already, only the folder is opened: there is no stream.
+    """
+
+    recorder: Recorder
+    clock: Clock
+    state: RunState
+    stream: BlockStream
+    scratch: Scratch
+    shared: Trainable
+
+    def __init__(
+        self, run: RunDir, frozen: Plan, model: BlockModel, listeners: Sequence[Listener] = ()
+    ) -> None:
+        self.run, self.frozen, self.plan, self.model, self.listeners = run, frozen, frozen, model, listeners
+        self.device = training_device(frozen.profile)
+        self.layouts, self.shared_layout = layouts_of(model, frozen.settings)
+        self.queue = frozen.queue()
+        self.monitor = Monitor(frozen.profile.unified)
+        self.borders: Borders | None = None  # where a model that is trained end to end streams
+        self.visit: Visit | None = None  # under way
+        self._closing = contextlib.ExitStack()
+
+    @property
+    def finished(self) -> bool:
+        return self.state.visits_done == self.queue.num_visits
+
+    def __enter__(self) -> Attempt:
+        with contextlib.ExitStack() as opened:  # closes what is open if a later step fails
+            self.run.acquire()
+            opened.callback(self.run.release)
+            if self.plan.profile.unified:
+                give_back_freed()  # the plan counts on it
+            self.state = self._open_state()
+            if self.state.micro_batch_size is not None:
+                self.plan = smaller(self.plan, self.state.micro_batch_size)
+            self.recorder = Recorder(self.run.telemetry_path)
+            opened.callback(self.recorder.close)
+            self.recorder.listeners += self.listeners
+            opened.enter_context(self.monitor)
+            self.clock = Clock(**self.state.time)
+            if not self.finished:
+                self._open_stream(opened)
+            self._closing = opened.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    # --------------------------------------------------------------------------------------------------------
+    # Opening
+
+    def _open_state(self) -> RunState:
+        """The committed state; of a new run, after its first weights are written."""
+        run, keys = self.run, ("schema", "recipe", "profile", "settings")
+        given = {key: value for key, value in self.frozen.to_dict().items() if key in keys}
+        if run.exists():
+            check_continues(run.path, {key: read_plan(run).to_dict().get(key) for key in given}, given)
+        state = run.read_state()
+        if state is None or state.visits_done < self.queue.num_visits:
+            require_available(self.plan)
+        if not run.exists():
+            run.write_plan(self.frozen.to_dict())
+        if state is None:
+            run.remove_leftovers(None)
+            files = create_weights(run, self.plan, self.model)
+            blocks = [BlockRecord(block=block) for block in range(len(self.layouts))]
+            state = RunState(files=files, blocks=blocks)
+            run.commit(state)
+        run.check_files(state)
+        if state.visits_done > self.queue.num_visits:
+            raise StoreError(
+                f"{run.state_path}: {state.visits_done} visits done of {self.queue.num_visits}; "
+                "restore it from a copy"
+            )
+        run.remove_leftovers(state)
+        return state
+
+    def _open_stream(self, opened: contextlib.ExitStack) -> None:
+        """The shared part stays on the device. Blocks come and go, unless they all fit."""
+        plan, state = self.plan, self.state
+        self.recorder.write(
+            "open",
+            visits_done=state.visits_done,
+            visits_total=self.queue.num_visits,
+            pid=os.getpid(),
+            environment=read_environment(),
+        )
+        self.stream = open_stream(self.run, plan, self.model, state.files)
+        opened.callback(self.stream.close)
+        self.recorder.write("staging", **self.stream.facts())
+        whole = plan.recipe.method == "end_to_end"
+        dtype, seed = COMPUTE_DTYPE[plan.settings.precision], plan.recipe.train.seed
+        self.scratch = Scratch(
+            self.layouts,
+            self.shared_layout,
+            dtype,
+            self.device,
+            seed,
+            plan.settings.during_backward,
+            together=whole and self.stream.resident,
+        )
+        self.shared = self.scratch.trainable(SHARED, self.shared_layout, self.stream.load_shared())
+        opened.callback(self._let_go)
+        self.shared.bind(self.model)
+        self.model.train()
+        if whole and not self.stream.resident:
+            self.borders = open_borders(plan, self.device, self.run.path)
+            opened.callback(self.borders.close)
+        self._files = dict(state.files)
+        self._earlier = state.traffic, state.transfer_s  # what earlier processes moved
+
+    def _let_go(self) -> None:
+        """Gives back all that the attempt has on the device: an evaluation, or the next attempt, needs the
+        room.
+        """
+        for layout in (*self.layouts, self.shared_layout):
+            unbind(self.model, layout)
+        del self.scratch, self.shared
+
+    # --------------------------------------------------------------------------------------------------------
+    # A step, a visit, a commit
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds that compute stood waiting, for blocks and for activations at borders."""
+        return self.stream.exposed_s + (0.0 if self.borders is None else self.borders.exposed_s)
+
+    def record_step(self, visit: Visit, step: int, lr: float, loss: Tensor, step_s: float) -> None:
+        """Raises ShortageError where other programs have left too little memory."""
+        block = visit.blocks[0] if len(visit.blocks) == 1 else None
+        fields: dict[str, float | int | None] = {"visit": visit.index, "block": block, "step": step}
+        if not loss.is_cuda:  # to read it there would make the host wait for the device in every step
+            fields["loss"] = round(float(loss), 6)
+        sample = self.monitor.last
+        self.recorder.write("step", **fields, lr=lr, step_s=round(step_s, 6), **sample_fields(sample))
+        check_available(self.plan, sample, committed=False)
+
+    def next_state(self, visit: Visit, loss: float, health: dict[str, float]) -> RunState:
+        """What will be committed after the visit; its files and traffic are known to `committer` alone."""
+        state, peak, run_peak = self.state, self.monitor.take_peak(), self.monitor.run_peak
+        blocks = list(state.blocks)
+        for block in visit.blocks:
+            old = blocks[block]
+            blocks[block] = BlockRecord(
+                block=block,
+                visits=old.visits + 1,
+                steps=visit.first_step + visit.num_steps,
+                loss=loss,
+                measured_peak_bytes=max(old.measured_peak_bytes, peak.device_bytes),
+            )
+        measured = {
+            "device_peak_bytes": max(state.measured.get("device_peak_bytes", 0), run_peak.device_bytes),
+            "host_peak_bytes": max(state.measured.get("host_peak_bytes", 0), run_peak.host_bytes),
+        }
+        figures = {"loss": loss, "device_peak_bytes": peak.device_bytes, **health, **self.clock.as_dict()}
+        self.recorder.write("visited", visit=visit.index, blocks=list(visit.blocks), **figures)
+        cosine = health.get("table_cosine", 0.0)
+        if cosine > COLLAPSE_COSINE:
+            message = (
+                f"the target table is collapsing: mean cosine of its rows {cosine:.2f}, alarm above "
+                f"{COLLAPSE_COSINE}; lower train.lr"
+            )
+            self.recorder.write("warning", visit=visit.index, message=message)
+        done = {"visits_done": visit.index + 1, "blocks": blocks}
+        return state.model_copy(update={**done, "time": self.clock.as_dict(), "measured": measured})
+
+    def committer(self, state: RunState) -> Callable[[dict[str, FileRecord]], None]:
+        """What the writer's thread calls when a visit's files are on the disk.
+
+        `self._files` grows from commit to commit, in the order of the writer.
+        """
+        earlier_traffic, earlier_times = self._earlier
+
+        def commit(files: dict[str, FileRecord]) -> None:
+            self._files.update(files)
+            disk_bytes = sum(record.num_bytes for record in (*self._files.values(), *files.values()))
+            traffic, times = earlier_traffic + self.stream.traffic(), earlier_times + self.stream.transfer_s()
+            if self.borders is not None:
+                traffic = traffic + self.borders.traffic()
+            measured = {**state.measured, "disk_bytes": disk_bytes}
+            moved = {"traffic": traffic, "transfer_s": times, "files": dict(self._files)}
+            self.run.commit(state.model_copy(update={"measured": measured, **moved}))
+            figures = {**traffic.model_dump(), **times.model_dump()}
+            self.recorder.write("commit", visits_done=state.visits_done, disk_bytes=disk_bytes, **figures)
+
+        return commit
