@@ -84,6 +84,7 @@ class ArenaLayout:
         self.slots: list[ParameterSlot] = []
         self.groups: list[Group] = []
         end = 0
+        # A stable sort: parameters of one kind keep the model's order, on every machine and in every version.
         for name, shape in sorted(parameters, key=kind):
             fp32_state, no_decay = kind((name, shape))
             self.slots.append(ParameterSlot(name, tuple(shape), end))
@@ -94,6 +95,7 @@ class ArenaLayout:
             else:
                 self.groups.append(Group(start, end, not no_decay, not fp32_state))
         self.numel, self.weights_dtype = end, weights_dtype
+        # Quantized groups come first, so fp32 state needs room only from here on.
         self.fp32_state_start = max((g.stop for g in self.groups if g.quantized), default=0)
         self.fields: dict[str, tuple[StateField, int]] = {}  # name -> field, first byte
         position = self.weights_bytes

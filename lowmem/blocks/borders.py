@@ -204,6 +204,7 @@ class AwayBorders(Borders):
         self._traffic = Traffic()
 
     def begin(self) -> None:
+        # The last step's last tensors were never pushed out, so nobody knows yet whether they were written.
         for _, _, written in self._at_hand:
             written.result()
         self._at_hand.clear()
@@ -211,7 +212,7 @@ class AwayBorders(Borders):
 
     def put(self, place: Place, h: Tensor) -> None:
         self._window.put(place)
-        h = h.detach().contiguous()
+        h = h.detach().contiguous()  # without its history: autograd's graph must not live on in here
         if self._away is None:
             self._away = _Slots(h, 1 if self._file is not None else (self.num_blocks + 1) * self.parts)
         away = self._away
@@ -220,11 +221,13 @@ class AwayBorders(Borders):
             disk_written_bytes=away.slot_bytes if self._file is not None else 0,
         )
         self._at_hand.append((place, h, self._thread.submit(self._out, away, place, h, self._now())))
+        # What is pushed out must have arrived: its memory on the device is freed now.
         if len(self._at_hand) > AT_HAND:
             self._waited(self._at_hand.pop(0)[2])
 
     def get(self, place: Place) -> Tensor:
         missing, wanted = self._window.get(place)
+        # The one that is needed now goes first; the thread takes its work in order.
         on_its_way = self._fetch(place) if missing else self._fetched.pop(place, None)
         self._fetched.update({other: self._fetch(other) for other in wanted})
         if on_its_way is None:

@@ -109,6 +109,7 @@ class DiskStore(Store):
         self._verified = set[str]()  # files that this process has written, or whose digest it has checked
         self._first_digest = dict[str, bytes]()  # of the first chunk of each block's last durable write
         self._read_pace, self._write_pace = paces or (Pace(), Pace())
+        # Threads of their own for each way, so that a read never stands in line behind a long write.
         self._readers = ThreadPoolExecutor(THREADS, "lowmem-reading")
         self._writers = ThreadPoolExecutor(THREADS, "lowmem-writing")
         # Reads are counted by one thread of the stream and writes by another, so none of these needs a lock.
@@ -144,7 +145,7 @@ class DiskStore(Store):
         path = self.run_dir.path / name
         began = time.perf_counter()
         with refusals_of(path), removed_if_it_fails(path):
-            open_file(path, os.O_WRONLY | os.O_CREAT).close()
+            open_file(path, os.O_WRONLY | os.O_CREAT).close()  # each request then opens a handle of its own
             head = aligned_buffer(len(header))
             head.numpy()[:] = memoryview(header)
             self._requests.write(path, 0, head)
