@@ -30,7 +30,7 @@ from lowmem.planning.duration import Work
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.plan import Plan, make_plan
 from lowmem.recipe import NoiseConfig, Recipe
-from lowmem.training import trainer as trainer_module
+from lowmem.training import attempt as attempt_module
 from lowmem.training.open_run import layouts_by_key
 from lowmem.training.trainer import Trainer
 
@@ -136,7 +136,7 @@ def through_ram(monkeypatch: pytest.MonkeyPatch) -> None:
         store = HostStore(DiskStore(run, layouts_by_key(layouts, shared), files))
         return BlockStream(store, layouts, shared, torch.device("cpu"), False, plan.recipe.offload.prefetch)
 
-    monkeypatch.setattr(trainer_module, "open_stream", opened)
+    monkeypatch.setattr(attempt_module, "open_stream", opened)
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ from lowmem.errors import ResumeError, StoreError
 from lowmem.schema import Section, parse
 
 LOCK_WAIT_S = 0.5  # `lowmem status` holds the lock for an instant when it looks at it
+HOLD_TRIES = 5  # between two reads of the state a run may commit
 
 
 class FileRecord(Section):
@@ -73,6 +74,7 @@ class RunDir:
         self.state_path = self.path / "state.json"
         self.telemetry_path = self.path / "telemetry.jsonl"
         self._lock = FileLock(self.path / "lock")
+        self._held: dict[str, int] = {}  # name of a file -> its open handle
 
     def exists(self) -> bool:
         return self.plan_path.is_file()
@@ -134,6 +136,37 @@ class RunDir:
             return None
         return parse(RunState, read_json(self.state_path), str(self.state_path), StoreError)
 
+    def hold_committed(self) -> RunState | None:
+        """Returns the committed state and holds its files open until `let_go`, None before the first commit.
+
+        A process that trains in the folder replaces files at every commit. Held files stay readable.
+        Raises StoreError if a file is missing.
+        """
+        state = self.read_state()
+        for _ in range(HOLD_TRIES):
+            if state is None:
+                return None
+            try:
+                for record in state.files.values():
+                    self._held[record.name] = os.open(self.path / record.name, os.O_RDONLY)
+                return state
+            except FileNotFoundError:  # a commit came between, or the file is lost: then the next try tells
+                self.let_go()
+                state = self.read_state()
+        if state is not None:
+            self.check_files(state)
+        return state
+
+    def let_go(self) -> None:
+        """Closes the files that `hold_committed` holds."""
+        while self._held:
+            os.close(self._held.popitem()[1])
+
+    def file_path(self, name: str) -> Path:
+        """Where to open a block's file: through the handle held on it, where the system allows that."""
+        held = Path(f"/proc/self/fd/{self._held[name]}") if name in self._held else None
+        return held if held is not None and held.exists() else self.path / name
+
     def commit(self, state: RunState) -> None:
         """Replaces the committed state, then removes the files that it no longer names.
 
@@ -153,12 +186,12 @@ class RunDir:
     def check_files(self, state: RunState) -> None:
         """Raises StoreError if a committed file is missing or has another size. It reads no data."""
         for record in state.files.values():
-            path = self.path / record.name
+            path = self.file_path(record.name)
             found = path.stat().st_size if path.is_file() else None
             if found != record.num_bytes:
                 what = "no file" if found is None else f"{found} bytes"
                 raise StoreError(
-                    f"{path}: expected {record.num_bytes} bytes, found {what}; "
+                    f"{self.path / record.name}: expected {record.num_bytes} bytes, found {what}; "
                     "restore it from a copy, or begin again in another --run-dir; nothing was overwritten"
                 )
 

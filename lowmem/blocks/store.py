@@ -118,7 +118,7 @@ class DiskStore(Store):
 
     def read(self, key: str, buffer: Tensor) -> None:
         record, header = self.files[key], self.layouts[key].header()
-        path = self.run_dir.path / record.name
+        path, source = self.run_dir.path / record.name, self.run_dir.file_path(record.name)
         whole = buffer.numel() == self.layouts[key].total_bytes
         # The digest covers all of the data, so a read of the weights alone cannot check it, and must not
         # mark the file as checked either. Whatever is committed was read whole before it was trained.
@@ -126,9 +126,11 @@ class DiskStore(Store):
         head = aligned_buffer(len(header))
         began = time.perf_counter()
         with refusals_of(path):
-            self._check_size(path, record)
-            self._requests.read(path, 0, head)
-            digests = self._read_data(path, len(header), buffer, verify)
+            found = _size_of(source)
+            if found != record.num_bytes:
+                raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {CURE}")
+            self._requests.read(source, 0, head)
+            digests = self._read_data(source, len(header), buffer, verify)
         self._read_s += time.perf_counter() - began
         self._read_bytes += len(header) + buffer.numel()
         if bytes(head.numpy()) != header:
@@ -203,12 +205,6 @@ class DiskStore(Store):
             self.ring.close()
 
     # --------------------------------------------------------------------------------------------------------
-
-    def _check_size(self, path: Path, record: FileRecord) -> None:
-        with open_file(path, os.O_RDONLY) as file:
-            found = os.fstat(file.fileno()).st_size
-        if found != record.num_bytes:
-            raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {CURE}")
 
     def _unchanged(self, key: str, buffer: Tensor) -> bool:
         """Tells whether the newest file holds exactly these bytes.
@@ -306,3 +302,9 @@ class HostStore(Store):
     def close(self) -> None:
         self.disk.close()
         self._copies.clear()
+
+
+def _size_of(path: Path) -> int:
+    """By an opened handle, so that a file without read permission is said to be that."""
+    with open_file(path, os.O_RDONLY) as file:
+        return os.fstat(file.fileno()).st_size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views, unbind
-from lowmem.blocks.run_dir import RunDir
+from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import describe_data
 from lowmem.errors import ResumeError
 from lowmem.machine.detect import training_device
@@ -54,10 +54,21 @@ class FrozenRun:
 
     def __init__(self, run: RunDir, plan: Plan, build_model: BuildModel, for_drawing: bool = False) -> None:
         """`for_drawing`: blocks that every draw needs stay on the device."""
-        state = run.read_state()
-        if state is None:
-            raise ResumeError(f"run folder {run.path}: nothing is committed in it yet; train first")
-        run.check_files(state)
+        self._closing = contextlib.ExitStack()
+        with contextlib.ExitStack() as opened:  # closes what is open if a later step fails
+            opened.callback(run.let_go)
+            state = run.hold_committed()
+            if state is None:
+                raise ResumeError(f"run folder {run.path}: nothing is committed in it yet; train first")
+            run.check_files(state)
+            self._open(run, plan, build_model, state, for_drawing)
+            opened.callback(self.stream.close)
+            self._bind(self.shared_layout, self.stream.load_shared())
+            self._closing = opened.pop_all()
+
+    def _open(
+        self, run: RunDir, plan: Plan, build_model: BuildModel, state: RunState, for_drawing: bool
+    ) -> None:
         self.plan = plan
         self.device = training_device(plan.profile)
         self.dtype = COMPUTE_DTYPE[plan.settings.precision]
@@ -70,13 +81,12 @@ class FrozenRun:
         independent = plan.recipe.method == "diffusion_blocks"
         resident = for_drawing and independent and self.objective.draws_with_all_blocks
         self.stream = open_stream(run, plan, self.model, state.files, resident)
-        self._bind(self.shared_layout, self.stream.load_shared())
 
     def __enter__(self) -> FrozenRun:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stream.close()
+        self._closing.close()
 
     def parts(self, model: type[ModelT], objective: type[ObjectiveT]) -> tuple[ModelT, ObjectiveT]:
         """The model and its objective, as the kinds that the caller knows them to be."""

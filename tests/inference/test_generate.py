@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import run_short
 
 from lowmem.errors import ConfigError, DataError
+from lowmem.inference.frozen_run import open_run
 from lowmem.inference.generate import TextSettings, sample_run
 from lowmem.job import train
 from lowmem.reporting.report import read_report
@@ -81,3 +84,24 @@ def test_a_prompt_with_an_unknown_character_is_refused(tmp_path: Path, book: lis
     folder = train("stdlib-causal", "cpu-4gib", tmp_path / "run", [*QUICK, *book])
     with pytest.raises(DataError):
         sample_run(folder, text=TextSettings(prompt="Ünknown"))
+
+
+def test_a_run_that_is_read_while_it_trains_on_loses_no_file(tmp_path: Path) -> None:
+    """Other commits come between opening the run and reading its blocks."""
+    read: list[Any] = []
+
+    def at_a_visit(record: dict[str, Any]) -> None:
+        if record["event"] == "visit" and record["visit"] == 3:
+            opened.append(open_run(tmp_path / "run"))
+            expected.update({p: p.read_bytes() for p in (tmp_path / "run").glob("*.safetensors")})
+        if record["event"] == "trained":
+            with opened[0] as frozen:
+                for block, layers in frozen.walk(frozen.blocks):
+                    read.append((block, [float(p.sum()) for layer in layers for p in layer.parameters()]))
+
+    opened: list[Any] = []
+    expected: dict[Path, bytes] = {}
+    run_short(tmp_path / "run", [at_a_visit], offload__tier="disk", offload__write_back="wait")
+    assert len(read) == 3 and all(figures for _, figures in read)
+    assert not any(path.exists() for path in expected), "every file was replaced since"
+    assert not opened[0].stream.block_store.run_dir._held, "nothing stays open"

@@ -39,10 +39,10 @@ from lowmem.models.vit import Vit
 from lowmem.noise import Interval, sample_sigma
 from lowmem.objectives.base import Batch
 from lowmem.planning.plan import Plan
+from lowmem.planning.settings import layouts_of
 from lowmem.recipe import Recipe
 from lowmem.reporting.report import digest
 from lowmem.schedule import learning_rate, mix_seed
-from lowmem.training import trainer as trainer_module
 from lowmem.training.open_run import layouts_by_key
 
 # ------------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def compared(folder: Path, state: RunState, plan: Plan, model: nn.Module) -> dic
     found, different = tensors_of(folder, state), {}
     assert plan.settings.tier == "disk"
     with torch.device("meta"):
-        layouts, shared = trainer_module.layouts_of(setting_model(plan), plan.settings)
+        layouts, shared = layouts_of(setting_model(plan), plan.settings)
     used = 0
     for key, layout in layouts_by_key(layouts, shared).items():
         for slot in layout.slots:
