@@ -1,17 +1,18 @@
 """How good and how varied generated text is: what an independent judge makes of it, and how much of it
 repeats.
 
-A low temperature makes any model's text likelier and duller, so one figure alone says little. The judge, an
-ordinary model trained end to end on the same tokens, gives nats per token; distinct-n gives the share of
-n-grams that are not repeats. Two models are compared where their text is equally varied. Distinct-n falls as
-a sample grows, so every row has as many tokens as the others.
+A low temperature makes any model's text likelier and duller, so one figure alone says little. The judge is an
+ordinary model, trained end to end on the same tokens; it gives nats per token. Distinct-n gives the share of
+n-grams that are not repeats. Two models are compared where their texts are equally varied. Distinct-n falls
+as a sample grows, so every row has as many tokens as the others.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks.run_dir import RunDir
+from lowmem.data.config import TextConfig
 from lowmem.data.datasets import load_data
 from lowmem.data.text import load_tokenizer
+from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import ConfigError, DataError
 from lowmem.inference.evaluation.common import headline
 from lowmem.inference.frozen_run import FrozenRun, open_run
@@ -109,44 +112,25 @@ def judge_runs(
     seed: int,
     matched_on: int,
 ) -> dict[str, Any]:
-    """Draws `num` sequences from each text run at each temperature and scores them, beside as many windows of
-    held-out text.
+    """Draws `num` sequences from each text run at each temperature and scores them, beside held-out text.
 
-    One model is in memory at a time. `matched_on`: the n of distinct-n at which each two runs are compared;
-    two that reach no diversity in common have `refused`, the reason. Raises ConfigError before anything is
-    drawn if the runs and the judge do not go together.
+    One model is in memory at a time. `matched_on` is the n of distinct-n at which each two runs are compared;
+    two runs that reach no diversity in common have `refused`, the reason. Raises ConfigError before anything
+    is drawn if the runs and the judge do not go together.
     """
     plans = {str(run): read_plan(RunDir(run)) for run in runs}
     judge_plan = read_plan(RunDir(judge))
     _check_together(plans, str(judge), judge_plan)
-    seq_len, tokenizer = int(judge_plan.recipe.train.seq_len or 0), load_tokenizer(judge_plan.recipe.data)  # type: ignore[arg-type]
-    real = _real_text(judge_plan, num)
-    drawn: dict[tuple[str, float], Tensor] = {}
-    for run in plans:
-        with open_run(run, for_drawing=True) as frozen, torch.no_grad():
-            start = torch.zeros(num, 0, dtype=torch.long, device=frozen.device)
-            for temperature in temperatures:
-                draw_tokens = kind_of(frozen).draw_tokens
-                assert draw_tokens is not None, "checked before"
-                drawn[run, temperature] = draw_tokens(
-                    frozen, start, seq_len, Draw(temperature, top_p, seed)
-                ).cpu()
-
+    seq_len, real = _seq_len(judge_plan), _real_text(judge_plan, num)
+    drawn = {
+        (run, temperature): tokens
+        for run in plans
+        for temperature, tokens in _drawn(run, num, seq_len, temperatures, top_p, seed)
+    }
     with open_run(judge) as opened:
-
-        def figures(tokens: Tensor) -> dict[str, Any]:
-            scores = headline(judge_nats(opened, tokens))
-            distinct = {f"distinct_{n}": distinct_n(tokens, n) for n in NGRAMS}
-            texts = [tokenizer.decode(row) for row in tokens[:NUM_TEXTS].tolist()]
-            return {
-                "nats": scores["value"],
-                "nats_std_error": scores["value_std_error"],
-                **distinct,
-                "texts": texts,
-            }
-
-        rows = {run: [{"temperature": t, **figures(drawn[run, t])} for t in temperatures] for run in plans}
-        reference = figures(real)
+        score = partial(_figures, opened, _tokenizer(judge_plan))
+        rows = {run: [{"temperature": t, **score(drawn[run, t])} for t in temperatures] for run in plans}
+        reference = score(real)
     curves = {run: [(row[f"distinct_{matched_on}"], row["nats"]) for row in rows[run]] for run in plans}
     return {
         "judge": str(judge),
@@ -162,6 +146,26 @@ def judge_runs(
         "matched_on": f"distinct_{matched_on}",
         "at_matched_diversity": [_compared(a, b, curves) for a, b in itertools.combinations(plans, 2)],
     }
+
+
+def _drawn(
+    run: RunPath, num: int, seq_len: int, temperatures: Sequence[float], top_p: float, seed: int
+) -> Iterator[tuple[float, Tensor]]:
+    """(temperature, tokens [num, seq_len] on the CPU), each."""
+    with open_run(run, for_drawing=True) as frozen, torch.no_grad():
+        draw_tokens = kind_of(frozen).draw_tokens
+        assert draw_tokens is not None, "_check_together has let text models pass alone"
+        start = torch.zeros(num, 0, dtype=torch.long, device=frozen.device)
+        for temperature in temperatures:
+            yield temperature, draw_tokens(frozen, start, seq_len, Draw(temperature, top_p, seed)).cpu()
+
+
+def _figures(judge: FrozenRun, tokenizer: Tokenizer, tokens: Tensor) -> dict[str, Any]:
+    """What the judge makes of tokens [N, L], how varied they are, and the first of them as text."""
+    scores = headline(judge_nats(judge, tokens))
+    distinct = {f"distinct_{n}": distinct_n(tokens, n) for n in NGRAMS}
+    texts = [tokenizer.decode(row) for row in tokens[:NUM_TEXTS].tolist()]
+    return {"nats": scores["value"], "nats_std_error": scores["value_std_error"], **distinct, "texts": texts}
 
 
 def _compared(a: str, b: str, curves: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
@@ -231,7 +235,17 @@ def _check_together(plans: dict[str, Plan], judge: str, judge_plan: Plan) -> Non
             )
 
 
+def _seq_len(plan: Plan) -> int:
+    assert plan.recipe.train.seq_len is not None, "a recipe of text has it"
+    return plan.recipe.train.seq_len
+
+
+def _tokenizer(plan: Plan) -> Tokenizer:
+    assert isinstance(plan.recipe.data, TextConfig), "_check_together has let text models pass alone"
+    return load_tokenizer(plan.recipe.data)
+
+
 def _vocabulary(plan: Plan) -> list[str]:
     """What each token stands for."""
-    tokenizer = load_tokenizer(plan.recipe.data)  # type: ignore[arg-type]
+    tokenizer = _tokenizer(plan)
     return [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
