@@ -333,11 +333,12 @@ def test_a_run_that_streams_is_read_with_the_figures_of_a_resident_one(tmp_path:
     eval_config = {"batch_size": 4}
     _, plan = trained(tmp_path, name, offload__tier="disk", train=short(2), eval=eval_config)
     figures = []
-    for resident in (False, True):
+    for tier in ("disk", "device"):
+        read_at = plan.model_copy(update={"settings": plan.settings.model_copy(update={"tier": tier})})
         with (
-            FrozenRun(RunDir(tmp_path), plan, lambda: setting_model(plan), resident) as frozen,
+            FrozenRun(RunDir(tmp_path), read_at, lambda: setting_model(plan)) as frozen,
             torch.no_grad(),
         ):
-            assert frozen.stream.resident == resident
+            assert frozen.stream.resident == (tier == "device")
             figures.append(read(name, frozen))
     assert figures[0] == figures[1]
