@@ -162,7 +162,9 @@ def test_what_does_not_go_together_is_refused_before_anything_is_drawn(runs: Pat
 def test_the_script_prints_a_table_and_writes_json(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "judge"))["main"]
+    scripts = Path(__file__).parents[2] / "scripts"
+    monkeypatch.syspath_prepend(str(scripts))  # as Python does for a script
+    main = runpy.run_path(str(scripts / "judge"))["main"]
 
     def called(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["judge", *arguments])
