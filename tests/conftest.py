@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+# The models here are tiny. A team of threads would wait longer than it computes, above all while
+# other work runs on the machine. Children of a test inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

@@ -405,9 +405,11 @@ def test_no_thread_of_a_stream_starts_a_team_of_compute_threads(tmp_path: Path) 
     """OpenMP gives every thread that computes a team of its own. Once the teams outnumber the cores, it lets
     them sleep between operations, and compute becomes slower.
     """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("OMP_NUM_THREADS", None)  # with one thread there are no teams
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("compute_teams_child.py"), tmp_path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
