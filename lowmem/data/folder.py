@@ -124,21 +124,30 @@ def in_test_part(name: str, test_fraction: float) -> bool:
 
 
 def _is_split(root: Path) -> bool:
-    """Whether DIR/train holds classes. If it holds pictures and no folder, it is a class called train."""
+    """Whether DIR/train is the training part.
+
+    It is a class called train if pictures lie right in it, and no folders, or no test part beside it.
+    """
     if not is_folder(root / "train", f"data.path: {named(root)}", GIVE):
         return False
     entries = _entries(root / "train")
-    return any(entry.is_dir() for entry in entries) or not any(_is_picture(entry) for entry in entries)
+    is_class = any(map(_is_picture, entries))
+    return not is_class or (any(entry.is_dir() for entry in entries) and bool(_test_folders(root)))
+
+
+def _test_folders(root: Path) -> list[Path]:
+    where = f"data.path: {named(root)}"
+    return [root / name for name in TEST_NAMES if is_folder(root / name, where, GIVE)]
 
 
 def _split_files(root: Path, classes: list[str], left_out: LeftOut) -> dict[str, Files]:
     """The files of root/train, and of root/test or root/val."""
-    where = f"data.path: {named(root)}"
-    beside = [root / name for name in TEST_NAMES if is_folder(root / name, where, GIVE)]
+    beside = _test_folders(root)
     if not beside:
         raise DataError(
-            f"{where}: found train with folders in it, and neither test nor val beside it; allowed: a split "
-            "in two, or pictures right in the folder of a class called train; add the one, or move the other"
+            f"data.path: {named(root)}: found train with folders in it, and neither test nor val beside it; "
+            "allowed: a split in two, or pictures right in the folder of a class called train; add the one, "
+            "or move the other"
         )
     test = beside[0]
     unknown = sorted(set(_classes(test)) - set(classes))
