@@ -73,6 +73,9 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
     as_json: JsonOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="go on although the data have changed, and record that")
+    ] = False,
     log_to: Annotated[
         list[str] | None,
         typer.Option("--log-to", help="also send telemetry to tensorboard, wandb or trackio"),
@@ -106,9 +109,8 @@ def train(
                 for name in log_to or []
             ),
         ]
-        job.train_plan(
-            plan, folder, listeners if quiet else [*listeners, opened.enter_context(live_view(folder))]
-        )
+        listeners.append(_say_warning if quiet else opened.enter_context(live_view(folder)))
+        job.train_plan(plan, folder, listeners, accept_data)
     report = read_report(folder)
     print(json.dumps(report.content, indent=1) if as_json else report.table())
 
@@ -350,6 +352,12 @@ def env(as_json: JsonOption = False) -> None:
         return
     for name, value in {**environment, **environment.pop("packages")}.items():
         print(f"{name:<16} {value}")
+
+
+def _say_warning(record: dict[str, Any]) -> None:
+    """A listener that says warnings where there is no live view."""
+    if record["event"] == "warning":
+        print(f"warning: {record['message']}", file=sys.stderr, flush=True)
 
 
 _interrupted = threading.Event()

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.blocks.run_dir import RunDir, RunState
-from lowmem.data.datasets import describe_data, load_data
+from lowmem.data.datasets import Dataset, describe_data, load_data
 from lowmem.errors import ConfigError
-from lowmem.inference.evaluate import evaluate_run
+from lowmem.inference.evaluate import evaluate_on
 from lowmem.machine.detect import detect_profile
 from lowmem.machine.monitor import Monitor
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.models import model_builder
 from lowmem.planning.plan import Plan, check_continues, make_plan, read_plan
+from lowmem.planning.run_data import keep_identity, spec_of, tokenizer_of, with_identity
 from lowmem.recipe import Recipe, TransformerModel, load_recipe, recipe_name
 from lowmem.reporting.telemetry import Listener
 from lowmem.training.trainer import Trainer
@@ -128,30 +129,42 @@ def train(
     run_dir: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     listeners: Sequence[Listener] = (),
+    accept_data: bool = False,
 ) -> Path:
     """Trains a recipe, goes on where a run folder stands, evaluates at the end. Returns the run folder.
 
-    Raises BudgetError before anything is written if the plan does not fit.
+    `accept_data`: goes on also if the data have changed, and records that. Raises BudgetError before anything
+    is written if the plan does not fit.
     """
     folder = default_run_dir(recipe) if run_dir is None else Path(run_dir)
-    train_plan(plan_run(recipe, profile, overrides, folder), folder, listeners)
+    train_plan(plan_run(recipe, profile, overrides, folder), folder, listeners, accept_data)
     return folder
 
 
-def train_plan(plan: Plan, folder: Path, listeners: Sequence[Listener] = ()) -> None:
-    """Trains by a plan of `plan_run`, and evaluates at the end."""
-    spec = describe_data(plan.recipe.data, plan.recipe.train.seq_len)
-    trainer = Trainer(model_builder(plan.recipe, spec), plan, folder, listeners)
-    data, train_config = load_data(plan.recipe.data, plan.recipe.train.seq_len), plan.recipe.train
+def train_plan(
+    plan: Plan, folder: Path, listeners: Sequence[Listener] = (), accept_data: bool = False
+) -> None:
+    """Trains by a plan of `plan_run`, and evaluates at the end.
+
+    Raises ResumeError if the data are not those that the run began with, unless `accept_data`.
+    """
+    plan.require_fit()
+    train_config = plan.recipe.train
+    plan, notices = with_identity(plan, folder, accept_data)
+    data = load_data(plan.recipe.data, train_config.seq_len, tokenizer_of(plan))
+    if notices and plan.data is not None:
+        keep_identity(folder, plan.data)
+    notices += [("warning", {"message": line}) for line in data.warnings]
+    trainer = Trainer(model_builder(plan.recipe, spec_of(plan)), plan, folder, listeners, notices)
     state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
     if state.metrics is None:
-        _evaluate(plan, folder)
+        _evaluate(plan, folder, data.unaugmented())
 
 
-def _evaluate(plan: Plan, folder: Path) -> RunState:
+def _evaluate(plan: Plan, folder: Path, data: Dataset) -> RunState:
     """Commits the finished run's metrics, under the lock: no other process may be writing to the folder."""
     with Monitor(plan.profile.unified) as monitor:
-        metrics = evaluate_run(folder)
+        metrics = evaluate_on(folder, data)
     run = RunDir(folder)
     run.acquire()
     try:

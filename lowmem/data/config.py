@@ -60,6 +60,9 @@ class CustomData(DataSection):
     def load(self, seq_len: int | None, tokenizer: Tokenizer | None, augmented: bool) -> NoReturn:
         self.describe(seq_len, tokenizer)
 
+    def identify(self, seq_len: int | None) -> NoReturn:
+        self.describe(seq_len, None)
+
 
 DataConfig = Annotated[
     DigitsData

@@ -7,14 +7,16 @@ that an unbroken run would have drawn.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
 from lowmem.data.augment import Augment
+from lowmem.data.identity import DataIdentity
 from lowmem.data.images import Array, Part
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.schema import Section
@@ -39,7 +41,7 @@ class Dataset:
 
     A training batch passes through `augment`, then `convert`; a test batch passes through `convert` alone.
     Training rows come from an endless sequence of epochs. Each epoch is a fresh permutation of all rows, and
-    step s takes the s-th `batch_size` rows of the sequence.
+    step s takes the s-th `batch_size` rows of the sequence. `warnings` say what lies there and is not used.
     """
 
     def __init__(
@@ -48,10 +50,18 @@ class Dataset:
         test: Part,
         convert: Callable[[ArrayBatch], ArrayBatch] = dict,
         augment: Augment | None = None,
+        warnings: Sequence[str] = (),
     ) -> None:
+        self.warnings = list(warnings)
         self._train, self._test, self._convert, self._augment = train, test, convert, augment
         self.num_train, self.num_test = (len(next(iter(part.values()))) for part in (train, test))
         self._permutation: tuple[tuple[int, int], Array] | None = None
+
+    def unaugmented(self) -> Dataset:
+        """The same rows, for an evaluation."""
+        plain = copy.copy(self)
+        plain._augment = None
+        return plain
 
     def batch(self, seed: int, step: int, batch_size: int) -> ArrayBatch:
         """The training batch of a step: arrays whose first dimension is `batch_size`."""
@@ -92,6 +102,20 @@ class DataSection(Section):
         """Whether samples are pictures. If not, only a decoder of the user's makes pictures of them."""
         return True
 
+    @property
+    def remote(self) -> bool:
+        """Whether reading the data can use the network."""
+        return False
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The classes' names by label, where the data have such. Raises DataError as `load_data`."""
+        return None
+
+    @abstractmethod
+    def identify(self, seq_len: int | None) -> DataIdentity:
+        """See `identify_data`."""
+
     @abstractmethod
     def describe(self, seq_len: int | None, tokenizer: Tokenizer | None) -> DataSpec:
         """See `describe_data`."""
@@ -128,3 +152,8 @@ def load_data(
     when the recipe does not say enough.
     """
     return data.load(seq_len, tokenizer, augmented)
+
+
+def identify_data(data: DataSection, seq_len: int | None = None) -> DataIdentity:
+    """What tells the data apart from all others, whatever path they lie at. Raises as `load_data`."""
+    return data.identify(seq_len)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lowmem.data.augment import Augment, AugmentConfig
 from lowmem.data.datasets import ArrayBatch
+from lowmem.data.identity import Fingerprint
 from lowmem.data.image_source import ImageSource
 from lowmem.data.images import ImageSet, Part
 from lowmem.errors import DataError
@@ -27,7 +28,7 @@ class DigitsData(ImageSource):
     augment: AugmentConfig = AugmentConfig()
 
     def _open(self) -> ImageSet:
-        return ImageSet((1, 8, 8), 10, _load, HELD_BYTES)
+        return ImageSet((1, 8, 8), 10, _load, _mark, HELD_BYTES)
 
     def augmentation(self) -> Augment | None:
         return self.augment.made()
@@ -36,6 +37,13 @@ class DigitsData(ImageSource):
         """Bytes 0 to 255 -> the data set's own 17 levels -> float32 from -1 to 1."""
         levels = np.rint(batch["image"] / LEVEL).astype(np.float32)
         return {**batch, "image": levels / np.float32(8) - np.float32(1)}
+
+
+def _mark(mark: Fingerprint) -> None:
+    for part, arrays in zip(("train", "test"), _load(), strict=True):
+        for name, rows in arrays.items():
+            mark.array(f"{part}_{name}", rows[:])
+        mark.num_items += len(arrays["label"])
 
 
 def _load() -> tuple[Part, Part]:

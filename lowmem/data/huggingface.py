@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lowmem.data.cache import cache_dir, cached, digest, file_facts
+from lowmem.data.identity import Fingerprint
 from lowmem.data.image_source import SquareImages
 from lowmem.data.images import Array, DecodedRows, ImageSet, Part, check_labels, pillow, square
 from lowmem.data.text import TokenisedText
@@ -30,6 +31,10 @@ class HuggingfaceSource(Section):
     revision: str | None = None  # a commit of the hub's repository; None = the newest
     train_split: str = "train"  # a share works too, as in train[:90%]
     test_split: str = "test"
+
+    @property
+    def remote(self) -> bool:
+        return True
 
     @property
     def splits(self) -> dict[str, str]:
@@ -94,7 +99,25 @@ class HuggingfaceImages(HuggingfaceSource, SquareImages):
 
             return {"image": DecodedRows(len(files[part]), read), "label": labels[part].astype(np.int64)}
 
-        return ImageSet((3, side, side), num_classes, lambda: (load("train"), load("test")))
+        def mark(fingerprint: Fingerprint) -> None:
+            for part, split in splits.items():
+                fingerprint.array(f"{part} labels", labels[part])
+                for number, file in enumerate(split.cache_files):
+                    fingerprint.file(f"{part} rows {number}", Path(file["filename"]))
+                fingerprint.num_items += counts[part]
+
+        return ImageSet(
+            (3, side, side),
+            num_classes,
+            lambda: (load("train"), load("test")),
+            mark,
+            class_names=self._names(splits["train"]),
+        )
+
+    def _names(self, split: Any) -> list[str] | None:
+        """The classes' names, where the library knows them."""
+        names = getattr(getattr(split, "features", {}).get(self.label_column), "names", None)
+        return None if names is None else list(names)
 
 
 class HuggingfaceText(HuggingfaceSource, TokenisedText):

@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from lowmem.data.augment import Augment, AugmentConfig
 from lowmem.data.datasets import ArrayBatch, DataSection, Dataset, DataSpec
+from lowmem.data.identity import DataIdentity, Fingerprint
 from lowmem.data.images import ImageSet, bytes_to_float, same_shape
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
@@ -45,8 +46,18 @@ class ImageSource(DataSection):
 
     def load(self, seq_len: int | None, tokenizer: Tokenizer | None, augmented: bool) -> Dataset:
         augment = self.augmentation() if augmented else None
-        train, test = self.open().load()
-        return Dataset(train, test, self.to_floats, augment)
+        images = self.open()
+        train, test = images.load()
+        return Dataset(train, test, self.to_floats, augment, images.warnings)
+
+    def identify(self, seq_len: int | None) -> DataIdentity:
+        images, mark = self.open(), Fingerprint()
+        images.mark(mark)
+        return mark.identity(
+            image_shape=list(images.image_shape),
+            num_classes=images.num_classes,
+            class_names=images.class_names,
+        )
 
 
 class DeclaredImages(ImageSource):

@@ -6,6 +6,7 @@ Pictures are decoded with Pillow when a batch asks for them. Pillow is imported 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lowmem.data.identity import Fingerprint
+from lowmem.data.opening import open_file
 from lowmem.errors import DataError
 
 Array = np.ndarray[Any, Any]
@@ -35,13 +38,16 @@ Part = Mapping[str, Rows]  # by name (`image`, `label`, `tokens`), all equally l
 class ImageSet:
     """Images that were found and checked as far as headers and labels tell.
 
-    `load` reads the training part and the test part.
+    `load` reads the training part and the test part. `mark` tells the images apart from all others.
     """
 
     image_shape: tuple[int, int, int]  # channels, height, width
     num_classes: int
     load: Callable[[], tuple[Part, Part]]
+    mark: Callable[[Fingerprint], None]
     host_bytes: int = 0  # held in memory once both parts are loaded
+    class_names: list[str] | None = None
+    warnings: tuple[str, ...] = ()  # what lies there and is not used, a line each
 
 
 class DecodedRows:
@@ -135,23 +141,40 @@ def pillow(what: str) -> ModuleType:
     return Image
 
 
-def open_image(source: Any, where: str) -> Any:
-    """Pillow's picture, decoded, from a path or from bytes.
+def open_image(source: Any, where: str, check: Callable[[Any], object] | None = None) -> Any:
+    """Pillow's picture from a path or from bytes, decoded and turned upright as its EXIF orientation says.
 
-    Raises DataError, beginning with `where`, when the source cannot be decoded.
+    `check` sees the header alone and may raise DataError before memory is taken for pixels. Of an animation
+    the first frame is taken. Raises DataError, beginning with `where`, when the source cannot be decoded, or
+    its header declares more pixels than Pillow's limit (89 million).
     """
     image_module = pillow(where)
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    from PIL import ImageOps
+
+    cure = f"allowed: {', '.join(FORMATS)}; restore it from a copy, or leave it out"
+    unreadable = f"{where}: not readable as an image"
+    if isinstance(source, str):
+        file: Any = open_file(source, unreadable, cure)
+    else:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with image_module.open(file, formats=FORMATS) as picture:
+        with warnings.catch_warnings():  # above its limit Pillow would print a warning and go on
+            warnings.simplefilter("error", image_module.DecompressionBombWarning)
+            picture = image_module.open(file, formats=FORMATS)
+        with picture:
+            if check is not None:
+                check(picture)
             picture.load()
+            ImageOps.exif_transpose(picture, in_place=True)
             return picture
+    except DataError:
+        raise
     except Exception as problem:  # Pillow's decoders raise errors of many kinds
         said = " ".join(str(problem).split())
-        raise DataError(
-            f"{where}: not readable as an image ({said}); "
-            f"allowed: {', '.join(FORMATS)}; restore it from a copy, or leave it out"
-        ) from None
+        raise DataError(f"{unreadable} ({said}); {cure}") from None
+    finally:
+        if isinstance(source, str):
+            file.close()
 
 
 def as_array(picture: Any) -> Array:
@@ -163,7 +186,8 @@ def as_array(picture: Any) -> Array:
 def square(source: Any, side: int, where: str) -> Array:
     """uint8 [3, side, side]: made RGB, cut to the largest square in the middle, resized (bicubic).
 
-    Raises DataError, beginning with `where`, when the source is no picture of 8 bits a channel.
+    What is transparent is laid on white, so that no hidden colour is seen. Raises DataError, beginning with
+    `where`, when the source is no picture of 8 bits a channel.
     """
     picture = open_image(source, where)
     if picture.mode[0] in "IF":  # Pillow would cut these values off at 255
@@ -172,4 +196,14 @@ def square(source: Any, side: int, where: str) -> Array:
     short = min(width, height)
     left, top = (width - short) // 2, (height - short) // 2
     box = (left, top, left + short, top + short)
-    return as_array(picture.convert("RGB").resize((side, side), pillow(where).Resampling.BICUBIC, box))
+    return as_array(_opaque(picture, where).resize((side, side), pillow(where).Resampling.BICUBIC, box))
+
+
+def _opaque(picture: Any, where: str) -> Any:
+    """The picture in RGB, on white where it is transparent."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    white = pillow(where).new("RGBA", layer.size, (255, 255, 255, 255))
+    white.alpha_composite(layer)
+    return white.convert("RGB")

@@ -15,8 +15,11 @@ import numpy as np
 from pydantic import Field
 
 from lowmem.data.datasets import ArrayBatch
+from lowmem.data.identity import Fingerprint
 from lowmem.data.image_source import DeclaredImages
 from lowmem.data.images import Array, ImageSet, check_labels, same_shape
+from lowmem.data.npy import MOST_LABELS, read_header
+from lowmem.data.opening import is_file, named, open_file
 from lowmem.errors import DataError
 
 PARTS = ("train", "test")
@@ -57,21 +60,33 @@ class LatentArraysData(DeclaredImages):
         same_shape(test_shape, train_shape, str(paths["test"]), cure)
         channels, height, width = train_shape
         train, test = ({"image": latents[part], "label": labels[part].astype(np.int64)} for part in PARTS)
-        return ImageSet((channels, height, width), num_classes, lambda: (train, test))
+
+        def mark(fingerprint: Fingerprint) -> None:
+            for part in PARTS:
+                fingerprint.file(f"{part} latents", paths[part])
+                fingerprint.file(f"{part} labels", where[part])
+            fingerprint.num_items = sum(counts.values())
+
+        return ImageSet((channels, height, width), num_classes, lambda: (train, test), mark)
 
 
 def _map(path: Path) -> Array:
+    give = "give the folder that holds all four .npy files"
+    if not is_file(path, f"data.path: {named(path.parent)}", give):
+        raise DataError(f"data.path: no file {path.name} in the folder '{named(path.parent)}'; {give}")
+    cure = "allowed: an array of numbers that is not empty; save it again"
     try:
-        # This is numpy.load without its way to a pickle, which could run code.
-        return np.asarray(np.lib.format.open_memmap(path, mode="r"))
-    except FileNotFoundError:
-        raise DataError(
-            f"data.path: no file {path.name} in the folder '{path.parent}'; "
-            "give the folder that holds all four .npy files"
-        ) from None
+        with open_file(path, f"{named(path)}: not readable as .npy", cure) as file:
+            header = read_header(file)
+            if header.dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            if len(header.shape) == 1 and header.shape[0] > MOST_LABELS:
+                raise ValueError(f"{header.shape[0]} labels; allowed: at most {MOST_LABELS}")
+            order: Literal["F", "C"] = "F" if header.fortran_order else "C"
+            # a mapping beyond the file's end would be granted, and its pages missing
+            if header.start + header.num_bytes > file.seek(0, 2):
+                raise ValueError("the file is shorter than its header says")
+            return np.asarray(np.memmap(file, header.dtype, "r", header.start, header.shape, order))
     except (OSError, ValueError, EOFError) as problem:  # a pickle and an empty array are among them
         said = " ".join(str(problem).split())
-        raise DataError(
-            f"{path}: not readable as .npy ({said}); "
-            "allowed: an array of numbers that is not empty; save it again"
-        ) from None
+        raise DataError(f"{named(path)}: not readable as .npy ({said}); {cure}") from None

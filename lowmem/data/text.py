@@ -8,9 +8,11 @@ path, size and time.
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import sysconfig
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,11 +23,15 @@ from pydantic import PositiveInt
 
 from lowmem.data.cache import cache_dir, cached, digest, file_facts
 from lowmem.data.datasets import ArrayBatch, DataSection, Dataset, DataSpec
+from lowmem.data.identity import DataIdentity, Fingerprint
 from lowmem.data.image_source import TestFraction
 from lowmem.data.images import Array
-from lowmem.data.tokenizer import BYTES, Tokenizer, make_tokenizer, pieces
+from lowmem.data.opening import named, open_file
+from lowmem.data.tokenizer import BYTES, Tokenizer, lost_characters, make_tokenizer, pieces
 from lowmem.errors import ConfigError, DataError
 
+MOST_LOST = 10_000  # kinds of characters whose loss is remembered
+SHOWN = 5  # of them in a message
 STDLIB_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -101,7 +107,19 @@ class TextConfig(DataSection):
                 "declare what the tokenizer has, or leave it out"
             )
         train, test = self.split([_tokens(path, tokenizer) for path in files])
-        return TextDataset(train, test, seq_len, tokenizer.vocab_size, self.source)
+        data = TextDataset(train, test, seq_len, tokenizer.vocab_size, self.source)
+        data.warnings += [line for path in files for line in _said_lost(path, tokenizer)]
+        return data
+
+    def identify(self, seq_len: int | None) -> DataIdentity:
+        files, mark = self.files(), Fingerprint()
+        for number, path in enumerate(files):
+            mark.file(f"text {number}", path)
+        mark.num_items = len(files)
+        tokenizer = make_tokenizer(self.tokenizer_name, files)
+        return mark.identity(
+            vocab_size=tokenizer.vocab_size, alphabet=tokenizer.alphabet, tokenizer=tokenizer.fingerprint
+        )
 
     def describe(self, seq_len: int | None, tokenizer: Tokenizer | None) -> DataSpec:
         length = _required(seq_len)
@@ -170,15 +188,11 @@ class TextData(TokenisedText):
         return self.path
 
     def files(self) -> list[Path]:
-        try:
-            with open(self.path, "rb") as file:
-                if file.read(1):
-                    return [Path(self.path)]
-        except OSError as problem:
-            raise DataError(
-                f"data.path: {self.path}: {problem.strerror}; give the path of a text file that can be read"
-            ) from None
-        raise DataError(f"data.path: {self.path} is empty; give a file with text in it")
+        where = f"data.path: {named(self.path)}"
+        with open_file(self.path, where, "give the path of a text file that can be read") as file:
+            if file.read(1):
+                return [Path(self.path)]
+        raise DataError(f"{where} is empty; give a file with text in it")
 
     def split(self, files: list[Array]) -> tuple[Array, Array]:
         (tokens,) = files
@@ -212,11 +226,36 @@ def _tokens(path: Path, tokenizer: Tokenizer) -> Array:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def encoded() -> Iterator[bytes]:
+        lost: Counter[str] = Counter()
         for piece in pieces(path):
             yield np.array(tokenizer.encode(piece), dtype).tobytes()
+            if tokenizer.alphabet is None:
+                lost += lost_characters(tokenizer, piece)
+        cached(lost_path, lambda: [json.dumps(lost.most_common(MOST_LOST)).encode()])
 
+    kept, lost_path = _cache_paths(path, tokenizer)
+    if not lost_path.exists() and tokenizer.alphabet is None:
+        kept.unlink(missing_ok=True)
+    return _map(cached(kept, encoded), dtype)
+
+
+def _cache_paths(path: Path, tokenizer: Tokenizer) -> tuple[Path, Path]:
+    """The text's tokens, and what they have lost of it."""
     name = digest(tokenizer.facts, file_facts([path]))
-    return _map(cached(cache_dir() / f"{name}.bin", encoded), dtype)
+    return cache_dir() / f"{name}.bin", cache_dir() / f"{name}.lost.json"
+
+
+def _said_lost(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
+    """One line about the characters that the tokens of a text have lost, if any."""
+    if tokenizer is BYTES or tokenizer.alphabet is not None:
+        return
+    lost: list[tuple[str, int]] = json.loads(_cache_paths(path, tokenizer)[1].read_bytes())
+    if lost:
+        shown = ", ".join(ascii(letter) for letter, _ in lost[:SHOWN])
+        yield (
+            f"{named(path)}: {sum(count for _, count in lost)} characters do not come back from the tokens "
+            f"({len(lost)} kinds, such as {shown}): data.tokenizer drops or changes them"
+        )
 
 
 def _map(path: Path, dtype: type[np.generic]) -> Array:

@@ -9,14 +9,19 @@ import codecs
 import importlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem.data.cache import cache_dir, cached, digest, file_facts
+from lowmem.data.identity import Fingerprint
+from lowmem.data.opening import is_file, is_folder, named
 from lowmem.errors import DataError
+from lowmem.units import MIB
 
+MOST_BYTES = 256 * MIB  # of a tokenizer's files
 PIECE_BYTES = 1 << 18  # bytes of the text that are read at a time
 ALLOWED = "bytes, characters, a `tokenizers` JSON file, or a folder with GPT-2's encoder.json and vocab.bpe"
 
@@ -32,6 +37,8 @@ class Tokenizer:
     facts: Any  # tells it apart from every other tokenizer, in the name of a cache's file
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]  # bytes that are not UTF-8 become U+FFFD
+    alphabet: list[str] | None = None  # by token, where tokens are characters
+    fingerprint: str | None = None  # of the files that it was read from
 
 
 BYTES = Tokenizer(
@@ -46,7 +53,7 @@ def make_tokenizer(name: str, texts: Sequence[Path]) -> Tokenizer:
     """
     if name == "bytes":
         return BYTES
-    return _characters(texts) if name == "characters" else _subwords(Path(name))
+    return characters(_alphabet(texts)) if name == "characters" else _subwords(Path(name))
 
 
 def pieces(path: Path) -> Iterator[str]:
@@ -78,7 +85,7 @@ def pieces(path: Path) -> Iterator[str]:
     yield rest
 
 
-def _characters(texts: Sequence[Path]) -> Tokenizer:
+def _alphabet(texts: Sequence[Path]) -> list[str]:
     """The distinct characters of the texts, in order of code point."""
 
     def found() -> list[bytes]:
@@ -86,30 +93,58 @@ def _characters(texts: Sequence[Path]) -> Tokenizer:
             json.dumps(sorted({c for path in texts for piece in pieces(path) for c in set(piece)})).encode()
         ]
 
-    facts = ["characters", file_facts(texts)]
-    characters: list[str] = json.loads(cached(cache_dir() / f"{digest(facts)}.json", found).read_bytes())
-    tokens_of = {character: token for token, character in enumerate(characters)}
+    name = digest("characters", file_facts(texts))
+    alphabet: list[str] = json.loads(cached(cache_dir() / f"{name}.json", found).read_bytes())
+    return alphabet
+
+
+def characters(alphabet: list[str]) -> Tokenizer:
+    """The tokenizer whose tokens are the characters of an alphabet."""
+    tokens_of = {character: token for token, character in enumerate(alphabet)}
 
     def encode(text: str) -> list[int]:
         try:
             return [tokens_of[character] for character in text]
         except KeyError as problem:
             raise DataError(
-                f"text: {problem.args[0]!r} is not among the {len(characters)} characters of {texts[0]}; "
-                "leave it out"
+                f"text: {problem.args[0]!r} is not among the {len(alphabet)} characters of the training "
+                "text; leave it out"
             ) from None
 
     return Tokenizer(
-        len(characters), facts, encode, lambda tokens: "".join(characters[token] for token in tokens)
+        len(alphabet),
+        ["characters", alphabet],
+        encode,
+        lambda tokens: "".join(alphabet[token] for token in tokens),
+        alphabet,
     )
+
+
+def lost_characters(tokenizer: Tokenizer, text: str) -> Counter[str]:
+    """Characters of a text that do not come back from its tokens.
+
+    Spaces are not counted, because many tokenizers keep them elsewhere.
+    """
+    lost = Counter(text)
+    lost.subtract(tokenizer.decode(tokenizer.encode(text)))
+    del lost[" "]
+    return +lost
 
 
 def _subwords(path: Path) -> Tokenizer:
     """A tokenizer of the package `tokenizers`, set to add no special tokens and neither cut nor pad."""
-    files = [path / "encoder.json", path / "vocab.bpe"] if path.is_dir() else [path]
+    where, mark = f"data.tokenizer: {named(path)}", Fingerprint()
+    folder = is_folder(path, where, f"allowed: {ALLOWED}")
+    files = [path / "encoder.json", path / "vocab.bpe"] if folder else [path]
     for file in files:
-        if not file.is_file():
-            raise DataError(f"data.tokenizer: no file '{file}'; allowed: {ALLOWED}")
+        if not is_file(file, where, f"allowed: {ALLOWED}"):
+            raise DataError(f"data.tokenizer: no file '{named(file)}'; allowed: {ALLOWED}")
+        mark.file(file.name if len(files) > 1 else "tokenizer", file)
+        if mark.num_bytes > MOST_BYTES:
+            raise DataError(
+                f"{where}: {mark.num_bytes} bytes; allowed: at most {MOST_BYTES}; "
+                "give a tokenizer's own files"
+            )
     try:
         package = importlib.import_module("tokenizers")
     except ImportError:
@@ -129,7 +164,8 @@ def _subwords(path: Path) -> Tokenizer:
     inner.no_padding()
     return Tokenizer(
         max(inner.get_vocab().values()) + 1,
-        ["subwords", file_facts(files)],
+        ["subwords", mark.hexdigest()],
         lambda text: list(inner.encode(text, add_special_tokens=False).ids),
         lambda tokens: str(inner.decode(tokens, skip_special_tokens=False)),
+        fingerprint=mark.hexdigest(),
     )

@@ -11,11 +11,13 @@ import torch
 
 from lowmem.data.config import TextConfig
 from lowmem.data.datasets import Dataset, DataSpec, describe_data, load_data
-from lowmem.data.text import load_tokenizer
+from lowmem.data.opening import named
 from lowmem.errors import ConfigError
 from lowmem.inference.frozen_run import open_run
 from lowmem.inference.kinds import kind_of
-from lowmem.recipe import Recipe, with_data
+from lowmem.planning.plan import Plan
+from lowmem.planning.run_data import own_data, spec_of, tokenizer_of
+from lowmem.recipe import with_data
 
 
 def evaluate_run(run_dir: str | os.PathLike[str], data: Sequence[str] | None = None) -> dict[str, Any]:
@@ -30,28 +32,42 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: Sequence[str] | None = N
     trained on.
     """
     with open_run(run_dir) as frozen, torch.no_grad():
-        recipe = frozen.plan.recipe
-        if data:
-            data_set = _other_data(recipe, data)
-        else:
-            data_set = load_data(recipe.data, recipe.train.seq_len, augmented=False)
+        data_set = _other_data(frozen.plan, data) if data else own_data(frozen.plan)
         return kind_of(frozen).evaluate(frozen, data_set)
 
 
-def _other_data(recipe: Recipe, overrides: Sequence[str]) -> Dataset:
+def evaluate_on(run_dir: str | os.PathLike[str], data: Dataset) -> dict[str, Any]:
+    """Metrics of a run's last commit on data that are open already."""
+    with open_run(run_dir) as frozen, torch.no_grad():
+        return kind_of(frozen).evaluate(frozen, data)
+
+
+def _other_data(plan: Plan, overrides: Sequence[str]) -> Dataset:
     """Data of the run's own kind. Raises ConfigError where their shape, classes or vocabulary differ."""
-    spec = describe_data(recipe.data, recipe.train.seq_len)
+    recipe, spec = plan.recipe, spec_of(plan)
     other = with_data(recipe, overrides)
+    if other.data.remote and not any(override.startswith("dataset=") for override in overrides):
+        raise ConfigError(
+            f"--data: found {', '.join(overrides)}; allowed with data.name: '{other.data.name}': also the "
+            "name of the data set, because the network may be used; add --data dataset=NAME"
+        )
     tokenizer = None
     if isinstance(recipe.data, TextConfig) and isinstance(other.data, TextConfig):
         if any(override.startswith("tokenizer=") for override in overrides):
             raise ConfigError("--data tokenizer: the run's own tokenizer reads any text here; leave it out")
-        tokenizer = load_tokenizer(recipe.data)
+        tokenizer = tokenizer_of(plan)
     found = describe_data(other.data, other.train.seq_len, tokenizer)
     if found != spec:
         raise ConfigError(
             f"--data: found {_words(found)}; allowed: {_words(spec)}, as the run was trained on; "
             "give data of that kind"
+        )
+    trained_names = None if plan.data is None else plan.data.class_names
+    names = None if trained_names is None else other.data.class_names
+    if names is not None and names != trained_names:
+        raise ConfigError(
+            f"--data: found classes {', '.join(map(named, names))}; allowed: "
+            f"{', '.join(map(named, trained_names or []))}, as the run was trained on; give such folders"
         )
     return load_data(other.data, other.train.seq_len, tokenizer, augmented=False)
 

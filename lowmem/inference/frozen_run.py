@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views, unbind
 from lowmem.blocks.run_dir import RunDir, RunState
-from lowmem.data.datasets import describe_data
 from lowmem.errors import ResumeError
 from lowmem.machine.detect import training_device
 from lowmem.models import model_builder
@@ -23,6 +22,7 @@ from lowmem.models.base import BlockModel, BuildModel
 from lowmem.noise import block_of, boundaries, sampler_grid
 from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.plan import Plan, read_plan
+from lowmem.planning.run_data import spec_of
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
 from lowmem.training.open_run import open_stream
 
@@ -33,7 +33,7 @@ ObjectiveT = TypeVar("ObjectiveT", bound=Objective[Any, Any])
 
 
 def open_run(run_dir: str | os.PathLike[str], for_drawing: bool = False) -> FrozenRun:
-    """A run's last commit, opened from its folder alone.
+    """A run's last commit, opened from its folder alone: neither its data nor the network are used.
 
     `for_drawing`: a causal model needs every block for every token, so blocks that were trained alone stay on
     the device. A model trained end to end that did not fit there streams for every token too. Raises
@@ -41,8 +41,7 @@ def open_run(run_dir: str | os.PathLike[str], for_drawing: bool = False) -> Froz
     """
     run = RunDir(run_dir)
     plan = read_plan(run)
-    spec = describe_data(plan.recipe.data, plan.recipe.train.seq_len)
-    return FrozenRun(run, plan, model_builder(plan.recipe, spec), for_drawing)
+    return FrozenRun(run, plan, model_builder(plan.recipe, spec_of(plan)), for_drawing)
 
 
 class FrozenRun:

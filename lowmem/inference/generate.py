@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from lowmem.data.config import LatentArraysData, TextConfig
-from lowmem.data.text import load_tokenizer
+from lowmem.data.config import LatentArraysData
 from lowmem.errors import ConfigError
 from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.inference.kinds import kind_of
 from lowmem.inference.sampling import Draw
+from lowmem.planning.run_data import tokenizer_of
 
 NUM_TEXTS = 4  # where the caller does not say
 
@@ -64,10 +64,8 @@ def sample_run(
 
 def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSettings) -> Path:
     recipe, draw_tokens = frozen.plan.recipe, kind_of(frozen).draw_tokens
-    assert (
-        isinstance(recipe.data, TextConfig) and recipe.train.seq_len is not None and draw_tokens is not None
-    )
-    tokenizer = load_tokenizer(recipe.data)
+    tokenizer = tokenizer_of(frozen.plan)
+    assert tokenizer is not None and recipe.train.seq_len is not None and draw_tokens is not None
     rows = [tokenizer.encode(settings.prompt)] * num
     prompt = torch.tensor(rows, dtype=torch.long, device=frozen.device).view(num, -1)
     draw = Draw(settings.temperature, settings.top_p, seed)

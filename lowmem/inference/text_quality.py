@@ -21,9 +21,6 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks.run_dir import RunDir
-from lowmem.data.config import TextConfig
-from lowmem.data.datasets import load_data
-from lowmem.data.text import load_tokenizer
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import ConfigError, DataError
 from lowmem.inference.evaluation.common import headline
@@ -31,6 +28,7 @@ from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.inference.kinds import kind_of
 from lowmem.inference.sampling import Draw
 from lowmem.planning.plan import Plan, read_plan
+from lowmem.planning.run_data import own_data, tokenizer_of
 
 NGRAMS = (1, 2, 3, 4)
 NUM_TEXTS = 3  # samples of each row that are shown as text
@@ -178,7 +176,7 @@ def _compared(a: str, b: str, curves: dict[str, list[tuple[float, float]]]) -> d
 
 def _real_text(plan: Plan, num: int) -> Tensor:
     """[num, L]: windows of the judge's test part, evenly spaced."""
-    data = load_data(plan.recipe.data, plan.recipe.train.seq_len)
+    data = own_data(plan)
     if data.num_test < num:
         raise DataError(
             f"held-out text: found {data.num_test} windows of train.seq_len tokens; allowed: at least the "
@@ -241,8 +239,9 @@ def _seq_len(plan: Plan) -> int:
 
 
 def _tokenizer(plan: Plan) -> Tokenizer:
-    assert isinstance(plan.recipe.data, TextConfig), "_check_together has let text models pass alone"
-    return load_tokenizer(plan.recipe.data)
+    tokenizer = tokenizer_of(plan)
+    assert tokenizer is not None, "_check_together has let text models pass alone"
+    return tokenizer
 
 
 def _vocabulary(plan: Plan) -> list[str]:

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.run_dir import RunDir
+from lowmem.data.identity import DataIdentity
 from lowmem.errors import BudgetError, ResumeError, StoreError
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BuildModel, check_model
@@ -48,6 +49,7 @@ class Plan(Section):
     predicted: Predicted
     num_parameters: int
     choices: list[str]  # what was `auto`, what it became, and why
+    data: DataIdentity | None = None  # known once the run begins; None: batches that Python gives
 
     @property
     def fits(self) -> bool:

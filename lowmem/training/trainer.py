@@ -19,7 +19,7 @@ from lowmem.blocks.arena import unbind
 from lowmem.blocks.optim import whole_factor
 from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import RunDir, RunState
-from lowmem.errors import TrainingError
+from lowmem.errors import DataError, TrainingError
 from lowmem.machine.detect import training_device
 from lowmem.models.base import BuildModel, check_model
 from lowmem.objectives.base import Batch
@@ -40,6 +40,7 @@ class Trainer:
     """Trains `build_model()` by `plan` in `run_dir`. Raises BudgetError at once if the plan does not fit.
 
     `listeners` are called with each telemetry record (a dict) as it is written: the live view is one.
+    `notices` are records (event, fields) that training begins with.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class Trainer:
         plan: Plan,
         run_dir: str | os.PathLike[str],
         listeners: Sequence[Listener] = (),
+        notices: Sequence[tuple[str, dict[str, Any]]] = (),
     ) -> None:
         plan.require_fit()
         self.plan, self.recipe, self.run, self.listeners = plan, plan.recipe, RunDir(run_dir), list(listeners)
+        self.notices = list(notices)
         self.queue, self.device = plan.queue(), training_device(plan.profile)
         if self.recipe.train.deterministic and self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -87,6 +90,9 @@ class Trainer:
     def _train(self, attempt: Attempt, batches: Batches) -> RunState:
         if attempt.finished:
             return attempt.state
+        while self.notices:  # once, also where memory makes a second attempt
+            event, fields = self.notices.pop(0)
+            attempt.recorder.write(event, **fields)
         streamed = None if attempt.borders is None else StreamedStep(attempt, self.objective, attempt.borders)
         for visit, upcoming in self.queue.pending(attempt.state.visits_done):
             attempt.visit = visit
@@ -220,10 +226,24 @@ class Trainer:
         """The step's micro-batches on the device, each with the seed of its draws."""
         size = plan.settings.micro_batch_size
         batch = {name: torch.as_tensor(value) for name, value in arrays.items()}
+        check_rows(batch, self.recipe.train.batch_size, step)
         for part in range(self.recipe.train.batch_size // size):
             rows = slice(part * size, (part + 1) * size)
             seed = mix_seed(self.recipe.train.seed, "step", visit.blocks[0], step, part)
             yield (
                 seed,
                 {name: value[rows].to(self.device, non_blocking=True) for name, value in batch.items()},
+            )
+
+
+def check_rows(batch: Mapping[str, Tensor], num_rows: int, step: int) -> None:
+    """Raises DataError unless every tensor of a step's batch has as many rows as the recipe says."""
+    if not batch:
+        raise DataError(f"batch of step {step}: found no arrays; allowed: arrays by name; give some")
+    for name, rows in batch.items():
+        found = rows.shape[0] if rows.ndim else "no"
+        if found != num_rows:
+            raise DataError(
+                f"batch of step {step}: '{name}' has {found} rows; allowed: {num_rows} = train.batch_size; "
+                "give as many, or change train.batch_size in another --run-dir"
             )

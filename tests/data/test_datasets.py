@@ -65,7 +65,7 @@ def test_a_kind_of_images_needs_only_its_own_section_and_reader() -> None:
         def _open(self) -> ImageSet:
             labels = np.arange(self.count) % 2
             part = {"image": np.full((self.count, 1, 2, 2), 255, np.uint8), "label": labels}
-            return ImageSet((1, 2, 2), 2, lambda: (part, part))
+            return ImageSet((1, 2, 2), 2, lambda: (part, part), lambda mark: mark.fact(self.count))
 
     ramp = Ramp(name="ramp", count=6)
     assert describe_data(ramp) == DataSpec(image_shape=(1, 2, 2), num_classes=2)

@@ -5,18 +5,24 @@ A bad folder is named in one line.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import batches_digest, data_refusal, recipe_with
+from conftest import as_overrides, batches_digest, data_refusal, recipe_with
 from PIL import EpsImagePlugin, Image
+from PIL.PngImagePlugin import PngImageFile
 
+from lowmem import cli
 from lowmem.data.datasets import DataSpec, describe_data, load_data
 from lowmem.data.folder import in_test_part
+from lowmem.data.images import square
 from lowmem.errors import ConfigError, DataError
 from lowmem.recipe import Recipe
+from lowmem.reporting.telemetry import read_records
 
 SIDE = 8
 
@@ -170,3 +176,132 @@ def test_a_bad_folder_is_refused(split: Path, tmp_path_factory: pytest.TempPathF
             path.unlink()
         (split / part).rmdir()
     assert "found no folder in it" in data_refusal(folder_recipe(split))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what lies there and is used, or is said not to be
+
+
+def test_linked_folders_and_pictures_of_unusual_names_are_used(tmp_path: Path) -> None:
+    for label, name in enumerate(["a", "b"]):
+        for n in range(20):
+            picture(tmp_path / "images" / name / f"{n}.png", 100 * label + n)
+    folder = tmp_path / "images" / "a"
+    Image.new("RGB", (8, 8), (20,) * 3).save(folder / "20.jfif", "JPEG", quality=100)
+    for n, form in enumerate(["PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP"], 21):
+        Image.new("RGB", (8, 8), (n,) * 3).save(folder / f"{n}", form)
+    picture(tmp_path / "store" / "deep" / "30.png", 30)
+    (tmp_path / "store" / "round").symlink_to(
+        tmp_path / "store"
+    )  # without an end, if each link were followed
+    (folder / "more").symlink_to(tmp_path / "store")
+    data = load_data(folder_recipe(tmp_path / "images").data)
+    assert data.num_train + data.num_test == 49 and not data.warnings
+    found = values(data.batch(0, 0, data.num_train)) + values(next(data.test_batches(49)))
+    assert sorted(found)[:20] == list(range(20)) and 30 in found and len(found) == 49
+
+
+def test_what_is_left_out_is_counted_and_said_in_one_line(split: Path) -> None:
+    (split / "train" / "cat" / "notes.txt").write_text("no image")
+    (split / "train" / "cat" / "README").write_text("P5? no image either")
+    (split / "test" / "cat" / "._1.png").write_text("what some systems leave behind")
+    picture(split / "train" / "loose.png", 1)
+    (split / "val").mkdir()
+    (line,) = load_data(folder_recipe(split).data).warnings
+    assert "\n" not in line and line.startswith(str(split))
+    for words in (
+        "2 not pictures (train/cat/README)",
+        "1 hidden (test/cat/._1.png)",
+        "1 in no class's folder (train/loose.png)",
+        "1 beside train and test (val)",
+    ):
+        assert words in line
+
+
+def test_what_is_left_out_is_said_when_training_begins(
+    split: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (split / "train" / "cat" / "notes.txt").write_text("no image")
+    run = tmp_path_factory.mktemp("runs") / "run"
+    data = {"name": "image_folder", "path": str(split), "image_size": SIDE}
+    quick = as_overrides(train__num_steps=2, train__batch_size=4, train__warmup_steps=0, model__dim=16)
+    command = ["lowmem", "train", "digits-vit", "--profile", "cpu-4gib", "--quiet", "--run-dir", str(run)]
+    command += [part for value in (*quick, "model.num_heads=2", f"data={data}") for part in ("--set", value)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "1 not pictures (train/cat/notes.txt)" in said
+    (record,) = [found for found in read_records(run / "telemetry.jsonl") if found["event"] == "warning"]
+    assert record["message"] in said
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    for label, name in enumerate(["bus", "train"]):
+        for n in range(30):
+            picture(tmp_path / name / f"{n}.png", 100 * label + n)
+    data = folder_recipe(tmp_path).data
+    assert data.class_names == ["bus", "train"] and describe_data(data).num_classes == 2
+    picture(tmp_path / "train" / "more" / "30.png", 130)
+    loaded = load_data(data)
+    assert loaded.num_train + loaded.num_test == 61
+
+
+def test_a_split_without_a_test_part_is_named_as_such(tmp_path: Path) -> None:
+    picture(tmp_path / "train" / "cat" / "1.png", 1)
+    picture(tmp_path / "bus" / "1.png", 1)
+    assert "found train with folders in it, and neither test nor val beside it" in data_refusal(
+        folder_recipe(tmp_path)
+    )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_upright_as_its_exif_says(split: Path, orientation: int) -> None:
+    exact = np.zeros((SIDE, SIDE, 3), np.uint8)
+    exact[:4, :2] = [255, 0, 0]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = split / "test" / "bird" / "0.png"
+    Image.fromarray(exact).save(path, exif=exif)
+    upright = {  # as the standard defines them
+        1: exact,
+        2: exact[:, ::-1],
+        3: exact[::-1, ::-1],
+        4: exact[::-1],
+        5: exact.transpose(1, 0, 2),
+        6: exact[::-1].transpose(1, 0, 2),
+        7: exact[::-1, ::-1].transpose(1, 0, 2),
+        8: exact.transpose(1, 0, 2)[::-1],
+    }
+    assert (square(str(path), SIDE, "here") == upright[orientation].transpose(2, 0, 1)).all()
+
+
+def test_what_is_transparent_is_white_and_no_hidden_colour_is_trained_on(tmp_path: Path) -> None:
+    hidden = np.zeros((SIDE, SIDE, 4), np.uint8)
+    hidden[..., 0] = 200
+    hidden[0, 0] = [10, 20, 30, 255]
+    Image.fromarray(hidden).save(tmp_path / "rgba.png")
+    grey = np.zeros((SIDE, SIDE, 2), np.uint8)
+    grey[0, 0] = [20, 255]
+    Image.fromarray(grey, "LA").save(tmp_path / "la.png")
+    palette = Image.fromarray(np.eye(SIDE, dtype=np.uint8), "P")
+    palette.putpalette([200, 0, 0, 9, 9, 9])
+    palette.save(tmp_path / "p.png", transparency=0)
+    Image.new("RGB", (SIDE, SIDE), (200, 0, 0)).save(tmp_path / "rgb.png", transparency=(200, 0, 0))
+    for name in ("rgba", "la", "p", "rgb"):
+        assert (square(str(tmp_path / f"{name}.png"), SIDE, "here")[:, 3, 4] == 255).all(), name
+    assert square(str(tmp_path / "rgba.png"), SIDE, "here")[:, 0, 0].tolist() == [10, 20, 30]
+    opaque = Image.new("RGBA", (SIDE, SIDE), (200, 1, 2, 255))
+    opaque.save(tmp_path / "opaque.png")
+    assert (square(str(tmp_path / "opaque.png"), SIDE, "here")[:, 3, 4] == [200, 1, 2]).all()
+
+
+def test_a_decompression_bomb_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    Image.new("1", (30_000, 3_100)).save(tmp_path / "bomb.png")  # 93 million pixels in a few KiB
+    tracked = []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(PngImageFile, "load", lambda self: tracked.append(self))
+        with pytest.raises(DataError, match="bomb.png: not readable as an image .*pixels.* exceeds limit"):
+            square(str(tmp_path / "bomb.png"), SIDE, str(tmp_path / "bomb.png"))
+    assert not tracked and (tmp_path / "bomb.png").stat().st_size < 100_000

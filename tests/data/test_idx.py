@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from conftest import batches_digest, data_refusal, recipe_with
 
 from lowmem.data.datasets import DataSpec, describe_data, load_data
 from lowmem.recipe import Recipe
+from lowmem.units import MIB
 
 
 def idx_recipe(folder: Path, **keys: Any) -> Recipe:
@@ -117,3 +120,60 @@ def test_a_bad_idx_file_is_refused(idx_folder: Path, name: str, content: bytes |
         (idx_folder / name).write_bytes(content)
     text = data_refusal(idx_recipe(idx_folder))
     assert words in text and str(idx_folder) in text
+
+
+@pytest.mark.parametrize("test_name", ["t10k", "test"])
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_the_usual_other_names_are_found_too(idx_folder: Path, test_name: str, ending: str) -> None:
+    for path in list(idx_folder.iterdir()):
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        name = path.name.removesuffix(".gz").replace("-idx", ".idx").replace("t10k", test_name)
+        (idx_folder / f"{name}{ending}").write_bytes(gzip.compress(content) if ending else content)
+        path.unlink()
+    data = load_data(idx_recipe(idx_folder).data)
+    assert (data.num_train, data.num_test) == (50, 20)
+
+
+def test_a_refusal_lists_what_lies_there(idx_folder: Path) -> None:
+    (idx_folder / "t10k-images-idx3-ubyte").rename(idx_folder / "images.bin")
+    assert "found: images.bin, t10k-labels-idx1-ubyte, train-images-idx3-ubyte.gz" in data_refusal(
+        idx_recipe(idx_folder)
+    )
+
+
+def bomb(header: bytes, num_bytes: int) -> bytes:
+    """A gzip file of a header and of far more zeros than it says."""
+    file = io.BytesIO()
+    with gzip.GzipFile(fileobj=file, mode="wb") as packed:
+        packed.write(header)
+        for _ in range(num_bytes // MIB):
+            packed.write(bytes(MIB))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "words"),
+    [
+        ("t10k-labels-idx1-ubyte", struct.pack(">2I", 0x801, 20), "more than 20 bytes after the header"),
+        ("t10k-labels-idx1-ubyte", struct.pack(">2I", 0x801, 64 * MIB), "67108864 labels for 20 images"),
+        (
+            "t10k-images-idx3-ubyte",
+            struct.pack(">4I", 0x803, 20, 4, 6),
+            "more than 480 bytes after the header",
+        ),
+        ("t10k-images-idx3-ubyte", struct.pack(">4I", 0x803, 2**31, 2**31, 9), "cannot hold 2147483648 x"),
+    ],
+)
+def test_no_more_is_unpacked_than_a_header_declares(
+    idx_folder: Path, name: str, header: bytes, words: str
+) -> None:
+    (idx_folder / name).unlink()
+    (idx_folder / f"{name}.gz").write_bytes(bomb(header, 64 * MIB))
+    load_data(recipe_with().data)  # modules are loaded
+    tracemalloc.start()
+    try:
+        assert words in data_refusal(idx_recipe(idx_folder))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * MIB

@@ -159,3 +159,17 @@ def test_a_generator_of_latents_is_planned_without_them_trained_evaluated_and_gi
     made = np.load(sample_run(folder, num=10), allow_pickle=False)
     assert made.shape == (10, 4, 4, 4) and made.dtype == np.float32
     assert np.abs(made * 0.18215).max() > 1, "latents have no range to keep to"
+
+
+def test_a_header_that_declares_too_much_takes_no_memory(tmp_path: Path) -> None:
+    path = save(tmp_path) / "train_latents.npy"
+    path.write_bytes(b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little"))
+    with open(path, "r+b") as file:
+        file.truncate(2**32)
+    assert "a header of 2147483648 bytes" in data_refusal(latent_recipe(tmp_path))
+    save(tmp_path)
+    labels = np.lib.format.open_memmap(
+        tmp_path / "train_labels.npy", mode="w+", dtype=np.uint8, shape=(2**28,)
+    )
+    del labels
+    assert "268435456 labels; allowed: at most" in data_refusal(latent_recipe(tmp_path))

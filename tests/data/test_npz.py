@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import batches_digest, data_refusal, recipe_with
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from lowmem.data.datasets import DataSpec, describe_data, load_data
 from lowmem.errors import DataError
@@ -327,3 +328,78 @@ def test_a_missing_pillow_is_named_with_its_extra(path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "PIL", None)
     assert "pip install 'lowmem[data]'" in data_refusal(npz_recipe(save(path, **with_files())))
     assert load_data(npz_recipe(save(path, **PIXELS)).data).num_train == TRAIN
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what would unpack to far more than it is
+
+
+def member(path: Path, name: str, content: bytes, kind: int = zipfile.ZIP_DEFLATED) -> Path:
+    """The archive of PIXELS with one member replaced."""
+    whole = save(path, **PIXELS).read_bytes()
+    with zipfile.ZipFile(path, "w") as archive, zipfile.ZipFile(io.BytesIO(whole)) as source:
+        for known in source.namelist():
+            if known != f"{name}.npy":
+                archive.writestr(known, source.read(known))
+        archive.writestr(f"{name}.npy", content, kind)
+    return path
+
+
+def npy(array: np.ndarray[Any, Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+BOMBS = {
+    "labels that are no row": (npy(np.zeros((64, MIB), np.uint8)), "labels are uint8 [64, 1048576]"),
+    "labels that are no integers": (npy(np.zeros(8 * MIB)), "labels are float64 [8388608]"),
+    "a header of 64 MiB": (
+        b"\x93NUMPY\x02\x00" + (64 * MIB).to_bytes(4, "little") + bytes(64 * MIB),
+        "a header of 67108864 bytes; allowed: at most 65536",
+    ),
+    "a deeply nested header": (
+        b"\x93NUMPY\x01\x00" + (9000).to_bytes(2, "little") + b"-" * 9000,
+        "not readable as .npz",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_is_too_large_is_refused_before_it_is_unpacked(path: Path, name: str) -> None:
+    content, words = BOMBS[name]
+    member(path, "train_labels", content)
+    tracemalloc.start()
+    try:
+        assert words in data_refusal(npz_recipe(path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * MIB
+
+
+def test_members_of_an_unbounded_packing_are_refused(path: Path) -> None:
+    member(path, "train_labels", npy(LABELS["train_labels"]), zipfile.ZIP_BZIP2)
+    assert "allowed: plain or DEFLATE" in data_refusal(npz_recipe(path))
+
+
+def test_a_picture_of_another_size_is_refused_before_it_is_decoded(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    big = encode(np.zeros((4000, 4000), np.uint8))
+    files = [big if i == 7 else file for i, file in enumerate(FILES["train"])]
+    save(path, **encoded("train", files), **encoded("test", FILES["test"]))
+    data = load_data(npz_recipe(path).data)
+    tracked: list[tuple[int, int]] = []
+    load = PngImageFile.load
+    monkeypatch.setattr(PngImageFile, "load", lambda self: (tracked.append(self.size), load(self))[1])
+    with pytest.raises(DataError, match="train image 7: found 1 x 4000 x 4000"):
+        data.batch(0, 0, TRAIN)
+    assert (4000, 4000) not in tracked
+
+
+def test_a_transparent_colour_is_refused(path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 5)).save(file, "PNG", transparency=(0, 0, 0))
+    save(path, **encoded("train", [file.getvalue()] * TRAIN), **encoded("test", FILES["test"]))
+    assert "train image 0: a transparent colour" in data_refusal(npz_recipe(path))

@@ -257,3 +257,38 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(
         assert "pip install 'lowmem[text]'" in data_refusal(text_recipe(text_path, str(broken)))
     pytest.importorskip("tokenizers")
     assert "tokenizer.json: not readable" in data_refusal(text_recipe(text_path, str(broken)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# what a tokenizer drops
+
+
+def words_tokenizer(folder: Path) -> str:
+    """Knows two words. It drops all others, and line ends."""
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"known": 0, "words": 1, "?": 2}, unk_token="?"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.save(str(folder / "words.json"))
+    return str(folder / "words.json")
+
+
+def test_characters_that_a_tokenizer_drops_are_counted_and_said_each_time(
+    tmp_path: Path, cache: Path
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("known words \u00df\u00df\n" * 400)
+    for _ in range(2):  # the second time the tokens come from the cache
+        (line,) = text_data(path, words_tokenizer(tmp_path)).warnings
+        assert "1200 characters do not come back from the tokens (2 kinds, such as" in line
+        assert r"'\xdf', '\n'" in line and "\n" not in line and line.startswith(str(path))
+    for kept in cache.glob("*.lost.json"):
+        kept.unlink()
+    assert text_data(path, words_tokenizer(tmp_path)).warnings == [line]
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters", "json"])
+def test_nothing_is_said_of_a_tokenizer_that_drops_nothing(
+    text_path: Path, tmp_path: Path, tokenizer: str
+) -> None:
+    made = subwords(tmp_path, "json") if tokenizer == "json" else tokenizer
+    assert text_data(text_path, made).warnings == []
