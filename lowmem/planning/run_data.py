@@ -43,9 +43,9 @@ def tokenizer_of(plan: Plan) -> Tokenizer | None:
     section, identity = plan.recipe.data, plan.data
     if not isinstance(section, TextConfig):
         return None
-    if identity is not None and identity.alphabet is not None:
-        return characters(identity.alphabet)
     if section.tokenizer_name == "characters":
+        if identity is not None and identity.alphabet is not None:
+            return characters(identity.alphabet)
         _refuse_remote(section)
     tokenizer = load_tokenizer(section)
     if identity is not None and identity.tokenizer != tokenizer.fingerprint:
