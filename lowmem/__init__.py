@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lowmem.blocks.run_dir import RunState as RunState
+    from lowmem.blocks.verify import recover_run as recover_run
+    from lowmem.blocks.verify import verify_run as verify_run
     from lowmem.errors import BudgetError as BudgetError
     from lowmem.errors import ConfigError as ConfigError
     from lowmem.errors import DataError as DataError
@@ -86,8 +88,10 @@ _HOME = {
     "read_report": "lowmem.reporting.report",
     "read_status": "lowmem.reporting.report",
     "recipe_from_dict": "lowmem.recipe",
+    "recover_run": "lowmem.blocks.verify",
     "sample_run": "lowmem.inference.generate",
     "train": "lowmem.job",
+    "verify_run": "lowmem.blocks.verify",
     "write_page": "lowmem.reporting.page",
 }
 __all__ = sorted(_HOME)

@@ -342,6 +342,34 @@ def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a new fol
 
 
 @app.command()
+def verify(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Read everything in a run folder and say what is whole, damaged or missing. Changes nothing.
+
+    Exits with 1 unless all is whole.
+    """
+    from lowmem.blocks.verify import verify_run
+
+    found = verify_run(run)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(f"{run}: {'whole' if found['whole'] else 'NOT WHOLE'}")
+        for row in found["files"]:
+            print(f"  {row['state']:<9} {row['part']:<10} {row['file']}  {row['found']}".rstrip())
+    if not found["whole"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def recover(run: RunArgument) -> None:
+    """Go back one commit, and say what is lost. The same train command then goes on from there."""
+    from lowmem.blocks.verify import recover_run
+
+    found = recover_run(run)
+    print(f"{run}: back at the commit after {found['visits_done']} visits; lost: {found['lost']}")
+
+
+@app.command()
 def env(as_json: JsonOption = False) -> None:
     """Versions and hardware of this machine."""
     from lowmem.machine.environment import read_environment

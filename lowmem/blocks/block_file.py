@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowmem.blocks import staging
 from lowmem.errors import StoreError
+from lowmem.files import open_regular
 
 # A file system without O_DIRECT says so at open, or only at the first request.
 REFUSED_DIRECT = (errno.EINVAL, errno.ENOTSUP)
@@ -95,10 +96,10 @@ def whole_digest(chunk_digests: list[bytes]) -> str:
 
 
 def open_file(path: Path, flags: int) -> io.FileIO:
-    """An unbuffered file, opened with these flags of `os.open`."""
+    """An unbuffered regular file, opened with these flags of `os.open`. Links are not followed."""
 
     def opener(name: str, _: int) -> int:
-        return os.open(name, flags | getattr(os, "O_BINARY", 0), 0o644)
+        return open_regular(name, flags)
 
     return io.FileIO(str(path), "wb" if flags & os.O_WRONLY else "rb", opener=opener)
 
@@ -109,16 +110,6 @@ def removed_if_it_fails(path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before says more
+            path.unlink(missing_ok=True)
         raise
-
-
-@contextlib.contextmanager
-def refusals_of(path: Path) -> Iterator[None]:
-    """Turns the system's error about a file into a StoreError of one line."""
-    try:
-        yield
-    except OSError as problem:
-        raise StoreError(
-            f"{path}: {problem.strerror}; the last commit is kept: mend this, then run the same command again"
-        ) from None

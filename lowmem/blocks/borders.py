@@ -11,7 +11,9 @@ is still at hand. What moves is a function of that order alone: the plan counts 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -24,11 +26,12 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks.arena import PAGE, aligned_buffer
-from lowmem.blocks.block_file import refusals_of
+from lowmem.blocks.block_file import REFUSED_DIRECT
 from lowmem.blocks.order import Place, border_calls
 from lowmem.blocks.staging import IN, OUT
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
+from lowmem.files import open_regular, refusals_of
 from lowmem.recipe import Tier
 from lowmem.units import round_up
 
@@ -195,7 +198,7 @@ class AwayBorders(Borders):
         self._thread = ThreadPoolExecutor(1, "lowmem-borders")
         on_cuda = device.type == "cuda"
         self._streams = [torch.cuda.Stream(device) for _ in (IN, OUT)] if on_cuda else []  # type: ignore[no-untyped-call]
-        self._path = None if folder is None else folder / "borders.tmp"
+        self._path = None if folder is None else folder / f".borders-{secrets.token_hex(8)}.tmp"
         self._file = None if self._path is None else _open_unnamed(self._path)
         self._away: _Slots | None = None  # made at the first put, which tells the tensors' size
         self._window = Window(iter(()))
@@ -276,14 +279,14 @@ class AwayBorders(Borders):
         slot = away.slot(index)
         self._copy(slot[: len(flat)], flat, ready, OUT)
         if self._file is not None and self._path is not None:
-            with refusals_of(self._path):
+            with refusals_of(self._path, StoreError):
                 self._check(os.pwrite(self._file, slot.numpy().data, index * away.slot_bytes), away)
 
     def _in(self, away: _Slots, place: Place, target: Tensor, ready: torch.cuda.Event | None) -> Tensor:
         index, flat = self._index(place), target.flatten().view(torch.uint8)
         slot = away.slot(index)
         if self._file is not None and self._path is not None:
-            with refusals_of(self._path):
+            with refusals_of(self._path, StoreError):
                 self._check(os.preadv(self._file, [slot.numpy().data], index * away.slot_bytes), away)
         self._copy(flat, slot[: len(flat)], ready, IN)
         return target
@@ -333,11 +336,19 @@ def _open_unnamed(path: Path) -> int:
 
     Raises StoreError.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    with refusals_of(path):
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    with refusals_of(path, StoreError):
         try:
-            file = os.open(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
-        except OSError:  # the file system knows no O_DIRECT
-            file = os.open(path, flags, 0o600)
-        path.unlink()
+            file = open_regular(path, flags | getattr(os, "O_DIRECT", 0), 0o600)
+        except OSError as problem:
+            if problem.errno not in REFUSED_DIRECT:
+                raise
+            with contextlib.suppress(FileNotFoundError):  # a refusal may leave the file that it made
+                path.unlink()
+            file = open_regular(path, flags, 0o600)
+        try:
+            path.unlink()
+        except OSError:
+            os.close(file)
+            raise
     return file

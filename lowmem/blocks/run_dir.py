@@ -1,42 +1,68 @@
 """Reads and writes the run folder, which is the checkpoint; `state.json` is its only commit point.
 
-    plan.json        recipe, profile and plan, frozen when the run began
+    plan.json        recipe, profile and plan, frozen when the run began, and the run's identity
     state.json       what is committed: block files with size and digest, the queue's cursor, figures so far
-    block-0003.000012.safetensors, shared.000012.safetensors
-                     one file per block, named by the number of visits done
+    state.previous.json  the commit before, which `lowmem recover` goes back to
+    block-0003.000012.1f3a….safetensors, shared.000012.1f3a….safetensors
+                     one file per block, named by the number of visits done and the run's identity
     telemetry.jsonl  a line a step, plus events; never needed to resume
     lock             held by the process that trains
 
 A visit ends in this order: its new files are written under new names and each is synced to the disk, then the
-folder is synced, then `state.json` is replaced in one move. A kill or a power cut at any point leaves the old
-state with all of its files, or the new one. Files that the state does not name are leftovers of a kill; they
-are removed when the run goes on.
+folder is synced, then the old state becomes `state.previous.json` and `state.json` is replaced, each in one
+move. A kill or a power cut at any point leaves the old state with all of its files, or the new one. The files
+of both states are kept. Files of this run that neither names are leftovers; they are removed when the run
+goes on. A file that does not carry the run's identity in its name is not this run's, and is never touched.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
 from pydantic import Field
 
+from lowmem.blocks.lock import FolderLock
+from lowmem.blocks.seal import BACK, SCHEMA, check_schema, plan_digest, sealed, unsealed
 from lowmem.blocks.traffic import Traffic, TransferTimes
 from lowmem.errors import ResumeError, StoreError
+from lowmem.files import (
+    HELD,
+    MOST_BYTES,
+    RESTORE,
+    check_path,
+    finite,
+    fsync_dir,
+    is_temporary,
+    json_object,
+    make_folder,
+    open_regular,
+    printable,
+    read_bytes,
+    refusals_of,
+    write_whole,
+)
 from lowmem.schema import Section, parse
 
-LOCK_WAIT_S = 0.5  # `lowmem status` holds the lock for an instant when it looks at it
 HOLD_TRIES = 5  # between two reads of the state a run may commit
+ANOTHER_DIR = "give a new or an empty folder with --run-dir"
+BLOCK_FILE = re.compile(r"(block-\d{4,}|shared)\.\d{6,}\.([0-9a-f]{16})\.safetensors")
 
 
 class FileRecord(Section):
-    """A file: its name in the run folder, its size, and its data's digest (`block_file.whole_digest`)."""
+    """A file: its name in the run folder, its size, its header's sha256, and its data's digest
+    (`block_file.whole_digest`).
+    """
 
     name: str = Field(pattern=r"^[a-z0-9.-]+\.safetensors$")
     num_bytes: int
+    header: str = Field(pattern=r"^[0-9a-f]{64}$")
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -53,8 +79,8 @@ class BlockRecord(Section):
 class RunState(Section):
     """Everything that is committed. Replaced as a whole, never edited."""
 
-    schema_version: Literal[1] = Field(default=1, alias="schema")
-    visits_done: int = 0
+    schema_version: Literal[2] = Field(default=2, alias="schema")
+    visits_done: int = Field(default=0, ge=0)
     files: dict[str, FileRecord] = {}  # "block-0" ..., "shared"
     blocks: list[BlockRecord] = []
     time: dict[str, float] = {}  # total_s, compute_s, exposed_transfer_s, commit_s
@@ -69,72 +95,240 @@ class RunDir:
     """A run folder: its paths, its lock, and what is committed in it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises ResumeError for what no path can be."""
         self.path = Path(path)
+        with refusals_of(self.path, ResumeError, "give another --run-dir"):
+            check_path(self.path)
         self.plan_path = self.path / "plan.json"
         self.state_path = self.path / "state.json"
+        self.previous_path = self.path / "state.previous.json"
         self.telemetry_path = self.path / "telemetry.jsonl"
-        self._lock = FileLock(self.path / "lock")
+        self.identity = ""  # known once the plan is read or written; without one no file is removed
+        self._lock = FolderLock(self.path / "lock")
         self._held: dict[str, int] = {}  # name of a file -> its open handle
 
     def exists(self) -> bool:
-        return self.plan_path.is_file()
+        """Whether a plan lies in the folder. Raises ResumeError where the system does not let us look."""
+        return self._lies_there(self.plan_path)
+
+    def _lies_there(self, path: Path) -> bool:
+        with refusals_of(self.path, ResumeError, "give another --run-dir"):
+            try:
+                path.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
 
     def acquire(self) -> None:
         """Makes the folder and locks it for this process. The system frees the lock when the process ends,
         however it ends.
 
-        Raises ResumeError if another process holds it, or the folder cannot be made.
+        Raises ResumeError if another process holds it, the folder cannot be made or written, or holds other
+        files than a run's; nothing is then written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
+        self._require_ours()
+        self.lock()
+
+    def lock(self) -> None:
+        """`acquire` without a look at what lies in the folder. Raises ResumeError."""
+        cure = (
+            "give a folder that can be written with --run-dir; "
+            "`lowmem status`, `report`, `eval` and `sample --out` only read"
+        )
+        with refusals_of(self.path, ResumeError, cure):
+            make_folder(self.path)
+        with refusals_of(self._lock.path, ResumeError, cure):
+            held = self._lock.acquire()
+        if not held:
             raise ResumeError(
-                f"run folder {self.path}: {problem.strerror}; give a folder that can be made with --run-dir"
-            ) from None
-        try:
-            self._lock.acquire(timeout=LOCK_WAIT_S, poll_interval=0.02)
-        except Timeout:
-            raise ResumeError(
-                f"run folder {self.path}: another process is training in it; "
+                f"run folder {printable(self.path)}: another process is training in it; "
                 "wait for it, or choose another --run-dir"
-            ) from None
+            )
+
+    def _require_ours(self) -> None:
+        """Raises ResumeError unless the folder is a run's, empty, or not there."""
+        if self.exists():
+            self.read_state()
+            return
+        for name in self.names():
+            empty_lock = name == "lock" and self._num_bytes(self.path / name) == 0
+            if not empty_lock and not is_temporary(name, "plan.json"):  # left by a kill before the plan
+                raise ResumeError(
+                    f"run folder {printable(self.path)}: found {printable(name)} and no plan.json, so it is "
+                    f"no run's folder; {ANOTHER_DIR}; nothing was written"
+                )
+
+    def names(self) -> list[str]:
+        """Names of all that lies in the folder."""
+        with refusals_of(self.path, ResumeError, ANOTHER_DIR):
+            try:
+                return sorted(os.listdir(self.path))
+            except FileNotFoundError:
+                return []
 
     def release(self) -> None:
         self._lock.release()
 
     def is_locked(self) -> bool:
-        """Tells whether a process is training in the folder now."""
-        if not (self.path / "lock").exists():
-            return False
-        try:
-            with FileLock(self.path / "lock", timeout=0):
-                return False
-        except Timeout:
-            return True
+        """Tells whether a process is training in the folder now. It writes nothing."""
+        return self._lock.is_held()
 
     # --------------------------------------------------------------------------------------------------------
     # plan.json and state.json
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
-        write_json(self.plan_path, plan)
+        """Freezes the plan of a new run, with an identity of its own. Raises StoreError."""
+        self.identity = secrets.token_hex(8)
+        write_whole(self.plan_path, self._plan_bytes(plan), StoreError, self.identity)
+
+    def replace_plan(self, plan: Mapping[str, Any]) -> None:
+        """Freezes another plan for the same run, under its lock. Raises StoreError.
+
+        The seal allows both while the file is replaced, so that a kill in between leaves a whole run.
+        """
+        old, new = self._plan_content(), self._plan_bytes(plan)
+        states = {path: self._read_sealed(path, old) for path in (self.state_path, self.previous_path)}
+        for digests in ([plan_digest(old), plan_digest(new)], [plan_digest(new)]):
+            for path, state in states.items():
+                if state is not None:
+                    write_whole(path, self._state_bytes(state, digests), StoreError, self.identity)
+            write_whole(self.plan_path, new, StoreError, self.identity)
+
+    def _plan_bytes(self, plan: Mapping[str, Any]) -> bytes:
+        run = {"schema": SCHEMA, "identity": self.identity}
+        return json.dumps({**finite(dict(plan)), "run": run}, indent=1).encode()
 
     def read_plan(self) -> dict[str, Any]:
-        """Raises ResumeError if there is no plan, StoreError if it is not JSON."""
+        """The frozen plan, without the run's identity. Raises ResumeError if there is no plan, or one of
+        another schema, and StoreError if it or the state is not what was written.
+        """
+        content = self.identify()
+        plan = json_object(content, self.plan_path, StoreError)
+        self._read_sealed(self.state_path, content)
+        return {key: value for key, value in plan.items() if key != "run"}
+
+    def identify(self) -> bytes:
+        """Takes the run's identity from plan.json, and returns its bytes. Raises as `read_plan`, but leaves
+        state.json alone.
+        """
         if not self.exists():
             raise ResumeError(
-                f"run folder {self.path}: no plan.json in it, so it is not a run; "
+                f"run folder {printable(self.path)}: no plan.json in it, so it is not a run; "
                 "give the folder that `lowmem train` wrote"
             )
-        return read_json(self.plan_path)
+        return self._plan_content()
 
     def read_state(self) -> RunState | None:
         """Returns the committed state, None before the first commit.
 
-        Raises StoreError if the file is not what lowmem writes.
+        Raises StoreError if the state, or the plan beside it, is not what was written.
         """
-        if not self.state_path.exists():
+        state = self._read_sealed(self.state_path, self._plan_content())
+        return state if state is not None and state.files else None
+
+    def read_previous(self) -> RunState | None:
+        """Returns the commit before the last, None if there is none. Raises as `read_state`."""
+        return self._read_sealed(self.previous_path, self._plan_content())
+
+    def _plan_content(self) -> bytes:
+        """The bytes of plan.json, none if there is no such file; takes the identity from it."""
+        content = read_bytes(self.plan_path, MOST_BYTES, StoreError, missing_ok=True)
+        if content:
+            run = json_object(content, self.plan_path, StoreError).get("run")
+            run = run if isinstance(run, dict) else {"schema": 1}
+            check_schema(run.get("schema"), self.plan_path)
+            identity = run.get("identity")
+            if not isinstance(identity, str) or not re.fullmatch(r"[0-9a-f]{16}", identity):
+                raise StoreError(f"{printable(self.plan_path)}: the run's identity is damaged; {RESTORE}")
+            self.identity = identity
+        return content
+
+    def _read_sealed(self, path: Path, plan: bytes) -> RunState | None:
+        content = read_bytes(path, MOST_BYTES, StoreError, BACK, missing_ok=True)
+        if not content and not self._lies_there(path):
             return None
-        return parse(RunState, read_json(self.state_path), str(self.state_path), StoreError)
+        raw = unsealed(content, path, self.identity, plan)
+        return parse(RunState, raw, printable(path), StoreError)
+
+    def _state_bytes(self, state: RunState, plan_digests: list[str]) -> bytes:
+        return sealed(state.model_dump(mode="json", by_alias=True), self.identity, plan_digests)
+
+    # --------------------------------------------------------------------------------------------------------
+    # A commit
+
+    def begin(self) -> None:
+        """Commits that nothing is committed yet, before the first block file is written.
+
+        So block files without a state are never taken for leftovers. Raises StoreError where there are some.
+        """
+        if not self._lies_there(self.state_path):
+            found = sorted(name for name in self.names() if self.is_ours(name))
+            if found or self._lies_there(self.previous_path):
+                raise StoreError(
+                    f"{printable(self.state_path)}: missing, beside {len(found)} block files of this run; "
+                    f"{BACK}"
+                )
+            self._replace_state(RunState())
+        self.remove_leftovers(None)
+
+    def commit(self, state: RunState) -> None:
+        """Replaces the committed state, keeps the one before, and removes what neither of them names.
+
+        Its files must be on the disk already. Raises StoreError; the old state then still counts.
+        """
+        with refusals_of(self.path, StoreError):
+            fsync_dir(self.path)  # the new files' names must be on the disk before a state names them
+        self.check_files(state)
+        old = self.read_state()
+        # A commit without new files (metrics, a smaller micro-batch) leaves the commit before as it is.
+        if old is not None and old.files != state.files:
+            content = read_bytes(self.state_path, MOST_BYTES, StoreError)
+            write_whole(self.previous_path, content, StoreError, self.identity, sync_folder=False)
+        self._replace_state(state)
+        self.remove_leftovers(state)
+
+    def _replace_state(self, state: RunState) -> None:
+        content = self._state_bytes(state, [plan_digest(self._plan_content())])
+        # its folder is synced too, or a power cut could bring the old name back after its files are removed
+        write_whole(self.state_path, content, StoreError, self.identity)
+        if read_bytes(self.state_path, MOST_BYTES, StoreError) != content:
+            raise StoreError(f"{printable(self.state_path)}: not what was just written; the disk is failing")
+
+    def go_back(self, previous: RunState) -> None:
+        """Makes the commit before the last the committed one. Its files must have been checked."""
+        self._replace_state(previous)
+        with refusals_of(self.previous_path, StoreError):
+            self.previous_path.unlink(missing_ok=True)
+            fsync_dir(self.path)
+        self.remove_leftovers(previous)
+
+    def kept_names(self, state: RunState | None) -> set[str]:
+        """Names of the block files of a state and of the commit before it."""
+        try:
+            previous = self.read_previous()
+        except (StoreError, ResumeError):  # it is damaged; what it named can no longer be told
+            previous = None
+        return {record.name for each in (state, previous) if each for record in each.files.values()}
+
+    def remove_leftovers(self, state: RunState | None) -> None:
+        """Removes the files of this run that neither `state` (None: nothing) nor the commit before names."""
+        kept = self.kept_names(state)
+        for name in self.names():
+            if self.is_ours(name) and name not in kept:
+                with refusals_of(self.path / name, StoreError):
+                    if stat.S_ISREG((self.path / name).lstat().st_mode):
+                        (self.path / name).unlink()
+
+    def is_ours(self, name: str) -> bool:
+        """Whether this run wrote a file of this name: a block file, or a state on its way."""
+        match = BLOCK_FILE.fullmatch(name)
+        if match is not None:
+            return self.identity != "" and match[2] == self.identity
+        states = (self.state_path.name, self.previous_path.name)
+        return self.identity != "" and any(is_temporary(name, state, self.identity) for state in states)
+
+    # --------------------------------------------------------------------------------------------------------
+    # Block files
 
     def hold_committed(self) -> RunState | None:
         """Returns the committed state and holds its files open until `let_go`, None before the first commit.
@@ -148,9 +342,13 @@ class RunDir:
                 return None
             try:
                 for record in state.files.values():
-                    self._held[record.name] = os.open(self.path / record.name, os.O_RDONLY)
+                    with refusals_of(self.path / record.name, StoreError, RESTORE):
+                        try:
+                            self._held[record.name] = open_regular(self.path / record.name)
+                        except FileNotFoundError:
+                            raise _Gone from None
                 return state
-            except FileNotFoundError:  # a commit came between, or the file is lost: then the next try tells
+            except _Gone:  # a commit came between, or the file is lost: then the next try tells
                 self.let_go()
                 state = self.read_state()
         if state is not None:
@@ -164,84 +362,38 @@ class RunDir:
 
     def file_path(self, name: str) -> Path:
         """Where to open a block's file: through the handle held on it, where the system allows that."""
-        held = Path(f"/proc/self/fd/{self._held[name]}") if name in self._held else None
+        held = Path(f"{HELD}{self._held[name]}") if name in self._held else None
         return held if held is not None and held.exists() else self.path / name
-
-    def commit(self, state: RunState) -> None:
-        """Replaces the committed state, then removes the files that it no longer names.
-
-        Its files must be on the disk already. Raises StoreError; the old state then still counts.
-        """
-        fsync_dir(self.path)  # the new files' names must be on the disk before a state names them
-        write_json(self.state_path, state.model_dump(mode="json", by_alias=True))
-        self.remove_leftovers(state)
-
-    def remove_leftovers(self, state: RunState | None) -> None:
-        """Removes the block files that `state` does not name (None: all of them)."""
-        named = {record.name for record in state.files.values()} if state else set()
-        for path in self.path.glob("*.safetensors"):
-            if path.name not in named:
-                path.unlink()
 
     def check_files(self, state: RunState) -> None:
         """Raises StoreError if a committed file is missing or has another size. It reads no data."""
         for record in state.files.values():
-            path = self.file_path(record.name)
-            found = path.stat().st_size if path.is_file() else None
+            if record.name in self._held:
+                found: int | None = os.fstat(self._held[record.name]).st_size
+            else:
+                found = self._num_bytes(self.path / record.name)
             if found != record.num_bytes:
                 what = "no file" if found is None else f"{found} bytes"
                 raise StoreError(
-                    f"{self.path / record.name}: expected {record.num_bytes} bytes, found {what}; "
-                    "restore it from a copy, or begin again in another --run-dir; nothing was overwritten"
+                    f"{printable(self.path / record.name)}: expected {record.num_bytes} bytes, found {what}; "
+                    f"{BACK}"
                 )
 
+    def _num_bytes(self, path: Path) -> int | None:
+        """The size of a regular file, None if there is none."""
+        with refusals_of(path, StoreError, RESTORE):
+            try:
+                found = path.lstat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
     def file_name(self, key: str, visits_done: int) -> str:
-        """Names a new file: `block-3` after 12 visits is `block-0003.000012.safetensors`."""
+        """Names a new file: `block-3` after 12 visits is `block-0003.000012.IDENTITY.safetensors`."""
         stem, _, number = key.partition("-")
-        return f"{stem}{f'-{int(number):04d}' if number else ''}.{visits_done:06d}.safetensors"
+        mark = f".{self.identity}" if self.identity else ""
+        return f"{stem}{f'-{int(number):04d}' if number else ''}.{visits_done:06d}{mark}.safetensors"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replaces a JSON file in one move: a reader, or whoever comes after a kill, sees the old one or the new.
-
-    Raises StoreError.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the new name with none of its bytes
-        os.replace(temporary, path)
-        fsync_dir(path.parent)  # or it could bring the old name back after we have removed its files
-    except OSError as problem:
-        raise StoreError(
-            f"{path}: {problem.strerror}; the last commit is kept: mend this, then run the same command again"
-        ) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises StoreError if the file is not one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
-        raise StoreError(
-            f"{path}: not readable as JSON ({problem}); "
-            "restore it from a copy, or begin again in another --run-dir"
-        ) from None
-    if not isinstance(content, dict):
-        raise StoreError(
-            f"{path}: found {type(content).__name__}; expected an object; restore it from a copy"
-        )
-    return content
-
-
-def fsync_dir(path: Path) -> None:
-    """Waits until the folder's names are on the disk."""
-    if os.name == "nt":  # Windows has no handle for a folder; its file system journals the names
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class _Gone(Exception):
+    pass

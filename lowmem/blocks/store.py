@@ -8,6 +8,7 @@ and one more copy of every block in RAM.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from abc import ABC, abstractmethod
@@ -25,17 +26,17 @@ from lowmem.blocks.block_file import (
     chunk_digest,
     in_chunks,
     open_file,
-    refusals_of,
     removed_if_it_fails,
     whole_digest,
 )
 from lowmem.blocks.run_dir import FileRecord, RunDir
+from lowmem.blocks.seal import BACK
 from lowmem.blocks.staging import THREADS, Pace, Ring
 from lowmem.blocks.traffic import Traffic, TransferTimes
 from lowmem.errors import StoreError
+from lowmem.files import refusals_of
 
 NO_DIGEST = "0" * 64  # of a working copy: equal to no digest, so that the next durable write makes a file
-CURE = "restore it from a copy; nothing was overwritten"
 
 
 class Store(ABC):
@@ -125,19 +126,19 @@ class DiskStore(Store):
         verify = whole and record.name not in self._verified
         head = aligned_buffer(len(header))
         began = time.perf_counter()
-        with refusals_of(path):
+        with refusals_of(path, StoreError):
             found = _size_of(source)
             if found != record.num_bytes:
-                raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {CURE}")
+                raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {BACK}")
             self._requests.read(source, 0, head)
             digests = self._read_data(source, len(header), buffer, verify)
         self._read_s += time.perf_counter() - began
         self._read_bytes += len(header) + buffer.numel()
         if bytes(head.numpy()) != header:
-            raise StoreError(f"{path}: its header is not that of this run's block; {CURE}")
+            raise StoreError(f"{path}: its header is not that of this run's block; {BACK}")
         if verify:
             if whole_digest(digests) != record.digest:
-                raise StoreError(f"{path}: its data differ from what was committed; {CURE}")
+                raise StoreError(f"{path}: its data differ from what was committed; {BACK}")
             self._verified.add(record.name)
 
     def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
@@ -146,8 +147,11 @@ class DiskStore(Store):
         name, header = self.run_dir.file_name(key, visits_done), self.layouts[key].header()
         path = self.run_dir.path / name
         began = time.perf_counter()
-        with refusals_of(path), removed_if_it_fails(path):
-            open_file(path, os.O_WRONLY | os.O_CREAT).close()  # each request then opens a handle of its own
+        # Nobody else's file is overwritten; a working copy of this store's own may be.
+        new = 0 if name in self._verified else os.O_EXCL
+        with refusals_of(path, StoreError):
+            open_file(path, os.O_WRONLY | os.O_CREAT | new).close()  # each request opens a handle of its own
+        with refusals_of(path, StoreError), removed_if_it_fails(path):
             head = aligned_buffer(len(header))
             head.numpy()[:] = memoryview(header)
             self._requests.write(path, 0, head)
@@ -162,7 +166,8 @@ class DiskStore(Store):
         digest = NO_DIGEST
         if durable:
             self._first_digest[key], digest = digests[0], whole_digest(digests)
-        self.files[key] = FileRecord(name=name, num_bytes=num_bytes, digest=digest)
+        header_digest = hashlib.sha256(header).hexdigest()
+        self.files[key] = FileRecord(name=name, num_bytes=num_bytes, header=header_digest, digest=digest)
         return self.files[key]
 
     def take_over(self, key: str, buffer: Tensor) -> Tensor:

@@ -211,7 +211,9 @@ def _host_categories(setup: Setup, borders: BorderBytes, data_bytes: int) -> dic
 
 
 def _disk_bytes(setup: Setup, borders: BorderBytes) -> int:
-    """The most that the run folder takes: the committed files, and beside them the next commit's."""
+    """The most that the run folder takes: the committed files, what the commit before had instead of some of
+    them, and the next commit's.
+    """
     committed = file_bytes([*setup.layouts, setup.shared])
     new = file_bytes([*(setup.layouts if setup.end_to_end else setup.visited), setup.shared])
-    return committed + new + borders.disk
+    return committed + 2 * new + borders.disk

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lowmem.errors import StoreError
+from lowmem.files import finite, json_lines, open_append
+
 Listener = Callable[[dict[str, Any]], None]  # called with every record as it is written
 
 
@@ -26,16 +29,17 @@ class Recorder:
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises StoreError where something else than a file that can be written lies there."""
+        self._file = open_append(path, StoreError)
         # a killed process may have left half a line: the first record then starts on a line of its own
-        self._torn = _last_byte(path) not in (b"", b"\n")
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        self._torn = _last_byte(self._file.fileno()) not in (b"", b"\n")
         self._lock = threading.Lock()  # the trainer and the thread that writes blocks both record
         self.listeners: list[Listener] = []
 
     def write(self, event: str, **fields: Any) -> None:
         """Appends one record, and tells the listeners."""
         record = {"event": event, "time": round(time.time(), 4), **fields}
-        line = (json.dumps(record) + "\n").encode()
+        line = (json.dumps(finite(record)) + "\n").encode()
         with self._lock:
             whole = b"\n" + line if self._torn else line
             with contextlib.suppress(OSError):
@@ -47,23 +51,15 @@ class Recorder:
         self._file.close()
 
 
-def _last_byte(path: Path) -> bytes:
-    if not path.exists() or path.stat().st_size == 0:
-        return b""
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1)
+def _last_byte(file: int) -> bytes:
+    size = os.fstat(file).st_size
+    return os.pread(file, 1, size - 1) if size else b""
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run, oldest first. Skips lines that a kill has torn; no file means no records."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                yield record
+    """The records of a run, oldest first. No file means no records.
+
+    Skips lines that are no records: a kill has torn them, or they are longer than a record ever is. Raises
+    StoreError where something else than a file that can be read lies there.
+    """
+    return (record for record in json_lines(path, StoreError) if record is not None)

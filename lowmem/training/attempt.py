@@ -19,7 +19,9 @@ from lowmem.blocks.arena import unbind
 from lowmem.blocks.borders import Borders
 from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import BlockRecord, FileRecord, RunDir, RunState
+from lowmem.blocks.seal import BACK
 from lowmem.blocks.stream import BlockStream
+from lowmem.blocks.verify import check_contents
 from lowmem.errors import StoreError
 from lowmem.machine.detect import training_device
 from lowmem.machine.environment import read_environment
@@ -31,9 +33,11 @@ from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
 from lowmem.reporting.telemetry import Listener, Recorder
 from lowmem.training.first_weights import create_weights
 from lowmem.training.memory_guard import check_available, require_available, smaller
-from lowmem.training.open_run import open_borders, open_stream
+from lowmem.training.open_run import layouts_by_key, open_borders, open_stream
 from lowmem.training.trainable import SHARED, Scratch, Trainable
 
+# GiB per second of a disk whose files are read whole before the first visit: four seconds per GiB
+SLOWEST_CHECKED = 0.25
 # mean pairwise cosine of the target table above which targets no longer tell classes apart
 COLLAPSE_COSINE = 0.5
 
@@ -115,7 +119,7 @@ class Attempt:
 
     def _open_state(self) -> RunState:
         """The committed state; of a new run, after its first weights are written."""
-        run, keys = self.run, ("schema", "recipe", "profile", "settings")
+        run, keys = self.run, ("schema", "recipe", "profile", "noise", "settings")
         given = {key: value for key, value in self.frozen.to_dict().items() if key in keys}
         if run.exists():
             check_continues(run.path, {key: read_plan(run).to_dict().get(key) for key in given}, given)
@@ -125,19 +129,31 @@ class Attempt:
         if not run.exists():
             run.write_plan(self.frozen.to_dict())
         if state is None:
-            run.remove_leftovers(None)
+            run.begin()
             files = create_weights(run, self.plan, self.model)
             blocks = [BlockRecord(block=block) for block in range(len(self.layouts))]
             state = RunState(files=files, blocks=blocks)
             run.commit(state)
-        run.check_files(state)
+            return state
+        self._check(state)
+        run.remove_leftovers(state)
+        return state
+
+    def _check(self, state: RunState) -> None:
+        """Looks at everything that the run goes on from, before the first visit. Raises StoreError."""
+        run, keys = self.run, set(layouts_by_key(self.layouts, self.shared_layout))
+        if set(state.files) != keys:
+            odd = min(set(state.files) ^ keys)
+            raise StoreError(f"{run.state_path}: files: found {odd!r} missing or too much; {BACK}")
         if state.visits_done > self.queue.num_visits:
             raise StoreError(
                 f"{run.state_path}: {state.visits_done} visits done of {self.queue.num_visits}; "
                 "restore it from a copy"
             )
-        run.remove_leftovers(state)
-        return state
+        run.check_files(state)
+        rate = self.frozen.profile.disk.read_gib_per_s
+        if state.visits_done < self.queue.num_visits and (rate is None or rate >= SLOWEST_CHECKED):
+            check_contents(run, state)
 
     def _open_stream(self, opened: contextlib.ExitStack) -> None:
         """The shared part stays on the device. Blocks come and go, unless they all fit."""
@@ -171,6 +187,8 @@ class Attempt:
             self.borders = open_borders(plan, self.device, self.run.path)
             opened.callback(self.borders.close)
         self._files = dict(state.files)
+        before = self.run.read_previous()
+        self._files_before = {} if before is None else before.files
         self._earlier = state.traffic, state.transfer_s  # what earlier processes moved
 
     def _let_go(self) -> None:
@@ -236,8 +254,10 @@ class Attempt:
         earlier_traffic, earlier_times = self._earlier
 
         def commit(files: dict[str, FileRecord]) -> None:
-            self._files.update(files)
-            disk_bytes = sum(record.num_bytes for record in (*self._files.values(), *files.values()))
+            before, self._files = self._files, {**self._files, **files}
+            kept = (*self._files_before.values(), *before.values(), *self._files.values())
+            disk_bytes = sum({record.name: record.num_bytes for record in kept}.values())
+            self._files_before = before
             traffic, times = earlier_traffic + self.stream.traffic(), earlier_times + self.stream.transfer_s()
             if self.borders is not None:
                 traffic = traffic + self.borders.traffic()

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowmem.blocks import staging
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import RunDir
 from lowmem.blocks.staging import Pace, Ring
 from lowmem.blocks.store import NO_DIGEST, DiskStore, HostStore, Store
@@ -378,16 +379,48 @@ def largest_file(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link"])
+def test_nothing_that_lies_where_a_new_file_belongs_is_overwritten(
+    opens: Opens, tmp_path: Path, kind: str
+) -> None:
+    store, _ = written(opens, tmp_path)
+    theirs, place = tmp_path / "theirs", tmp_path / "block-0000.000008.safetensors"
+    theirs.write_bytes(b"theirs")
+    if kind == "a link":
+        place.symlink_to(theirs)
+    else:
+        theirs.rename(place)
+    with pytest.raises(StoreError, match="File exists"):
+        store.write("block-0", random_buffer("block-0", seed=5), 8)
+    assert place.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("kind", ["a link", "a pipe", "a device"])
+def test_a_block_that_is_no_file_is_refused_at_once(opens: Opens, tmp_path: Path, kind: str) -> None:
+    store, path = written(opens, tmp_path)
+    path.rename(tmp_path / "elsewhere")
+    if kind == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("elsewhere" if kind == "a link" else "/dev/zero")
+    with pytest.raises(StoreError, match="allowed: a regular file"):
+        store.read("block-0", aligned_buffer(CHUNK + REST))
+
+
 @pytest.mark.parametrize(
     "cause", ["no space", "too large at once", "too large between chunks", "too large in the last chunk"]
 )
 def test_a_write_that_does_not_fit_is_one_line_and_the_old_file_still_counts(
-    opens: Opens, tmp_path: Path, cause: str
+    opens: Opens, tmp_path: Path, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, path = written(opens, tmp_path)
     record = store.files["block-0"]
     if cause == "no space":
-        (tmp_path / "block-0000.000008.safetensors").symlink_to("/dev/full")
+        monkeypatch.setattr(ChunkRequests, "write", no_space)
     limit = {
         "no space": resource.RLIM_INFINITY,
         "too large at once": 4096,

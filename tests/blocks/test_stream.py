@@ -6,6 +6,7 @@ too.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import subprocess
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from lowmem.blocks import staging
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import RING_CHUNKS, Ring
 from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
 from lowmem.errors import StoreError
+from lowmem.files import is_temporary
 
 NUM_BLOCKS = 4
 BLOCKS = [ArenaLayout([("weight", (64, 64 + 8 * b)), ("bias", (9,))], "adamw8bit") for b in range(NUM_BLOCKS)]
@@ -271,14 +274,26 @@ def test_an_error_of_the_reader_reaches_load_and_costs_no_slot(
         assert holds(stream.load(0), 0)
 
 
+def fails_to_write(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The disk is full when this file is written."""
+    real = ChunkRequests.write
+
+    def write(self: ChunkRequests, path: Path, position: int, chunk: torch.Tensor) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, path, position, chunk)
+
+    monkeypatch.setattr(ChunkRequests, "write", write)
+
+
 @every_store
 @pytest.mark.parametrize("reached_by", ["store", "finish", "load of the same block", "store with wait"])
 def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(
-    tmp_path: Path, reached_by: str, in_ram: bool, copied: bool
+    tmp_path: Path, reached_by: str, in_ram: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commits: list[object] = []
     with open_stream(tmp_path, False, True, in_ram, copied) as stream:
-        (tmp_path / "block-0002.000001.safetensors").symlink_to("/dev/full")
+        fails_to_write(monkeypatch, "block-0002.000001.safetensors")
         buffers = {2: stream.load(2)}
         stream.prefetch(0)
         if reached_by == "store with wait":
@@ -336,13 +351,16 @@ def test_a_commit_is_on_the_disk_in_order_files_folder_state_move_folder(
     run, events = RunDir(tmp_path), list[str]()
     real_fsync, real_replace = os.fsync, os.replace
 
+    def known(name: str) -> str:
+        return "the new state" if is_temporary(name, "state.json") else name
+
     def fsync(handle: int) -> None:
         there = {path.stat().st_ino: path.name for path in [tmp_path, *tmp_path.iterdir()]}
-        events.append(f"sync {there[os.fstat(handle).st_ino]}")
+        events.append(f"sync {known(there[os.fstat(handle).st_ino])}")
         real_fsync(handle)
 
     def replace(source: Path, target: Path) -> None:
-        events.append(f"move {source.name} to {target.name}")
+        events.append(f"move {known(source.name)} to {target.name}")
         real_replace(source, target)
 
     with open_stream(tmp_path) as stream:
@@ -360,8 +378,8 @@ def test_a_commit_is_on_the_disk_in_order_files_folder_state_move_folder(
         "sync block-0002.000001.safetensors",
         "sync shared.000001.safetensors",
         f"sync {folder}",
-        "sync state.json.tmp",
-        "move state.json.tmp to state.json",
+        "sync the new state",
+        "move the new state to state.json",
         f"sync {folder}",
     ]
 

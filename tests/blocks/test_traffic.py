@@ -21,5 +21,5 @@ def test_traffic_and_times_add_up_way_by_way() -> None:
 def test_a_state_keeps_traffic_and_reads_one_from_before_anything_moved() -> None:
     state = RunState(traffic=STEP)
     assert parse(RunState, state.model_dump(mode="json", by_alias=True), "state", StoreError) == state
-    empty = parse(RunState, {"schema": 1, "traffic": {}, "transfer_s": {}}, "state", StoreError)
+    empty = parse(RunState, {"schema": 2, "traffic": {}, "transfer_s": {}}, "state", StoreError)
     assert (empty.traffic, empty.transfer_s) == (Traffic(), TransferTimes())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.blocks.run_dir import RunDir, write_json
+from lowmem.blocks.run_dir import RunDir
 from lowmem.reporting.dashboard import status_lines
 
 
@@ -33,12 +33,7 @@ def test_a_run_that_died_is_shown_as_stopped_with_what_it_had_committed(
     died = RunDir(run).read_state()
     assert died is not None
     blocks = [block.model_copy(update={"steps": 25, "visits": 1}) for block in died.blocks]
-    write_json(
-        RunDir(run).state_path,
-        died.model_copy(update={"visits_done": 3, "blocks": blocks, "metrics": None}).model_dump(
-            mode="json", by_alias=True
-        ),
-    )
+    RunDir(run).commit(died.model_copy(update={"visits_done": 3, "blocks": blocks, "metrics": None}))
     state, lines = status_lines(run, 80)
     assert state == "stopped"
     assert "visit 3/18" in lines[1] and "25/150" in lines[2]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.blocks.run_dir import RunDir, read_json, write_json
+from lowmem.blocks.run_dir import RunDir
 from lowmem.machine.profile import load_profile
 from lowmem.reporting import page
 from lowmem.reporting.dashboard import RunView, status_lines
@@ -38,8 +38,11 @@ def run_on(machine: str, trained: Path, folder: Path) -> Path:
         "device_bytes": profile.device_budget_bytes,
         "host_bytes": profile.host_budget_bytes,
     }
-    write_json(run.plan_path, plan)
-    write_json(run.state_path, read_json(source.state_path))
+    run.write_plan(plan)
+    run.begin()
+    state = source.read_state()
+    assert state is not None
+    run.commit(state.model_copy(update={"files": {}}))
     records: list[dict[str, Any]] = [
         {"event": "open", "visits_done": 0},
         {"event": "visit", "visit": 0, "blocks": [0], "first_step": 0, "num_steps": 2},

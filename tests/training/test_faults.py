@@ -109,9 +109,8 @@ def stopped_once_full(folder: Path, become_full: Any) -> int:
     state = RunDir(folder).read_state()
     assert state is not None
     RunDir(folder).check_files(state)
-    assert {path.name for path in folder.glob("*.safetensors")} == {
-        record.name for record in state.files.values()
-    }, "no part of a file is left"
+    kept = RunDir(folder).kept_names(state)
+    assert {path.name for path in folder.glob("*.safetensors")} == kept, "no part of a file is left"
     return state.visits_done
 
 
