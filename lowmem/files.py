@@ -256,7 +256,7 @@ def open_append(path: Path, error: type[LowmemError]) -> io.FileIO:
     """An unbuffered file whose writes go to its end. Raises `error`."""
     with refusals_of(path, error):
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        return io.FileIO(open_regular(path, flags), "ab")
+        return os.fdopen(open_regular(path, flags), "ab", buffering=0)
 
 
 def make_folder(path: Path) -> None:
