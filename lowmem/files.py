@@ -117,14 +117,14 @@ def read_json(path: Path, error: type[LowmemError], most_bytes: int = MOST_BYTES
     return json_object(read_bytes(path, most_bytes, error), path, error)
 
 
-def json_object(content: bytes, path: Path, error: type[LowmemError]) -> dict[str, Any]:
+def json_object(content: bytes, path: Path, error: type[LowmemError], cure: str = RESTORE) -> dict[str, Any]:
     """The JSON object that the bytes of `path` are. Raises `error`."""
     try:
         found = json_value(content)
     except ValueError as problem:
-        raise error(f"{printable(path)}: not readable as JSON ({problem}); {RESTORE}") from None
+        raise error(f"{printable(path)}: not readable as JSON ({problem}); {cure}") from None
     if not isinstance(found, dict):
-        raise error(f"{printable(path)}: found {type(found).__name__}; expected an object; {RESTORE}")
+        raise error(f"{printable(path)}: found {type(found).__name__}; expected an object; {cure}")
     return found
 
 
@@ -256,7 +256,7 @@ def open_append(path: Path, error: type[LowmemError]) -> io.FileIO:
     """An unbuffered file whose writes go to its end. Raises `error`."""
     with refusals_of(path, error):
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
-        return io.FileIO(open_regular(path, flags), "ab")
+        return os.fdopen(open_regular(path, flags), "ab", buffering=0)
 
 
 def make_folder(path: Path) -> None:

@@ -335,3 +335,10 @@ def test_the_handlers_of_signals_are_put_back_when_a_command_ends(run: Any) -> N
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_verify_and_recover_say_what_they_found_and_exit_as_documented(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    for verb in ("verify", "recover"):
+        code, _, err = run(verb, str(tmp_path))
+        assert code == 2 and "this version reads schema 2" in err

@@ -262,7 +262,7 @@ class RunDir:
         So block files without a state are never taken for leftovers. Raises StoreError where there are some.
         """
         if not self._lies_there(self.state_path):
-            found = sorted(name for name in self.names() if self.is_ours(name))
+            found = [name for name in self.names() if self.is_ours(name) and BLOCK_FILE.fullmatch(name)]
             if found or self._lies_there(self.previous_path):
                 raise StoreError(
                     f"{printable(self.state_path)}: missing, beside {len(found)} block files of this run; "

@@ -40,7 +40,7 @@ def unsealed(content: bytes, path: Path, identity: str, plan: bytes) -> dict[str
 
     Raises StoreError where the seal does not fit, ResumeError for a folder of another schema.
     """
-    raw = json_object(content, path, StoreError)
+    raw = json_object(content, path, StoreError, BACK)
     check_schema(raw.get("schema"), path)
     checksum = raw.pop("checksum", None)
     if checksum != _checksum(raw):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowmem.blocks.run_dir import RunDir
 from lowmem.errors import ConfigError, DataError
 from lowmem.inference.evaluate import evaluate_run
 from lowmem.inference.generate import open_run
@@ -58,10 +59,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def altered(runs: Path, folder: Path, change: Any) -> Path:
     """A run folder with nothing but the causal run's plan, changed by `change(recipe)`."""
-    plan = json.loads((runs / "causal" / "plan.json").read_text())
+    plan = RunDir(runs / "causal").read_plan()
     change(plan["recipe"])
     folder.mkdir()
-    (folder / "plan.json").write_text(json.dumps(plan))
+    RunDir(folder).write_plan(plan)
     return folder
 
 

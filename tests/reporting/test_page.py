@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from lowmem.blocks.run_dir import RunDir
 from lowmem.errors import ConfigError
 from lowmem.reporting.page import write_page
 from lowmem.reporting.plots import MAX_POINTS
@@ -70,10 +71,10 @@ def test_nothing_in_a_run_folder_becomes_markup_or_a_formula(trained: Path, tmp_
     hostile: Any = "<script>alert(1)</script>$\\frac"
     folder = tmp_path / "x$y_$<b>"
     shutil.copytree(trained, folder)
-    plan = json.loads((folder / "plan.json").read_text())
+    plan = RunDir(folder).read_plan()
     plan["profile"]["name"] = hostile
     plan["settings"]["tier"] = hostile
-    (folder / "plan.json").write_text(json.dumps(plan))
+    RunDir(folder).replace_plan(plan)
     with open(folder / "telemetry.jsonl", "a", encoding="utf-8") as file:
         for record in (
             {"event": "step", "time": hostile},

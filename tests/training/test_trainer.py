@@ -216,10 +216,10 @@ def test_another_recipe_in_the_same_folder_is_refused_by_its_first_differing_key
 
 def test_a_run_made_before_a_key_existed_goes_on_with_that_keys_default(tmp_path: Path) -> None:
     unbroken = run_short(tmp_path / "run")
-    path = tmp_path / "run" / "plan.json"
-    old = json.loads(path.read_text())
+    run = RunDir(tmp_path / "run")
+    old = run.read_plan()
     del old["recipe"]["eval"]["prediction"], old["recipe"]["noise"]["sigma_max_share"]
-    path.write_text(json.dumps(old))
+    run.replace_plan(old)
     assert run_short(tmp_path / "run").files == unbroken.files
     with pytest.raises(ResumeError, match=r"noise\.sigma_max_share = 0\.0, now 0\.5"):
         run_short(tmp_path / "run", noise__sigma_max_share=0.5)
