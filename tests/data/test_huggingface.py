@@ -13,7 +13,7 @@ import pytest
 from conftest import data_refusal, recipe_with, text_of
 from PIL import Image
 
-from lowmem.data.datasets import DataSpec, describe_data, load_data
+from lowmem.data.datasets import DataSpec, describe_data, identify_data, load_data
 from lowmem.data.text import load_tokenizer
 from lowmem.errors import ConfigError, DataError
 from lowmem.recipe import Recipe
@@ -265,3 +265,19 @@ def test_the_two_kinds_have_keys_of_their_own() -> None:
         recipe_with(data={"name": "huggingface", "dataset": "known"})
     with pytest.raises(ConfigError, match="unknown key 'data.trust_remote_code'"):
         text_recipe(trust_remote_code=True)
+
+
+@pytest.mark.parametrize("make", [image_recipe, text_recipe])
+def test_the_rows_are_the_identity_of_a_data_set(make: Any, images: Library, texts: Library) -> None:
+    for part in ("train", "test"):  # one library with both kinds of columns
+        images.splits[part] |= {
+            "image": [{"bytes": png(n)} for n in range(20)],
+            "label": [n % 2 for n in range(20)],
+        }
+        images.splits[part]["text"] = DOCUMENTS[part][:20]
+    recipe = make()
+    before = identify_data(*text_of(recipe))
+    assert identify_data(*text_of(recipe)) == before
+    images.arrow.write_bytes(b"other rows")
+    images.splits["train"]["text"][0] = "something else"
+    assert identify_data(*text_of(recipe)).fingerprint != before.fingerprint and recipe.data.remote

@@ -132,3 +132,14 @@ def test_a_picture_that_is_gone_or_a_pipe_is_named_at_the_start(tmp_path: Path) 
     os.mkfifo(tmp_path / "train" / "cat" / "2.png")
     with pytest.raises(DataError, match="cat/2.png: a pipe or a device"):
         of(data)
+
+
+def test_bytes_that_moved_from_one_file_to_the_next_are_other_data(tmp_path: Path) -> None:
+    def whole(first: bytes, second: bytes) -> str:
+        mark = Fingerprint()
+        for name, content in {"first": first, "second": second}.items():
+            (tmp_path / name).write_bytes(content)
+            mark.file("", tmp_path / name)
+        return mark.hexdigest()
+
+    assert whole(b"ab", b"c") == whole(b"ab", b"c") != whole(b"a", b"bc")
