@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lowmem.machine.monitor import Monitor
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.models import model_builder
 from lowmem.planning.plan import Plan, check_continues, make_plan, read_plan
-from lowmem.recipe import Recipe, TransformerModel, load_recipe, recipe_name
+from lowmem.recipe import MOST_DIM, Recipe, TransformerModel, load_recipe, recipe_name
 from lowmem.reporting.telemetry import Listener
 from lowmem.training.trainer import Trainer
 
@@ -75,7 +74,7 @@ def largest_models(
         return planned(f"model.dim={size * head}", f"model.num_heads={size}")
 
     least = max(model.least_layers, 1 if blocks == "auto" else blocks)
-    return {"deepest": _largest(deep, least, MOST_LAYERS), "widest": _largest(wide, 1, sys.maxsize)}
+    return {"deepest": _largest(deep, least, MOST_LAYERS), "widest": _largest(wide, 1, MOST_DIM // head)}
 
 
 def _largest(planned: Callable[[int], Plan], smallest: int, most: int) -> Plan:

@@ -31,6 +31,7 @@ FLOORS = [
 ]
 # The order within a floor, where one package imports from another there.
 BESIDE = {("models", "objectives"), ("noise", "recipe"), ("schedule", "recipe"), ("schema", "errors")}
+BESIDE |= {("errors", "units"), ("schema", "units")}
 LIGHT = [
     "lowmem",
     "lowmem.cli",

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from lowmem.data.datasets import DataSpec
@@ -17,12 +16,12 @@ from lowmem.models.base import BlockModel, BuildModel, images_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify
 from lowmem.objectives.base import Batch
 from lowmem.objectives.labels import LabelDenoising
-from lowmem.recipe import Fraction, NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel
+from lowmem.recipe import Fraction, NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel, Width
 
 
 class VitModel(TransformerModel):
     name: Literal["vit"]
-    patch_size: PositiveInt  # pixels
+    patch_size: Width  # pixels
     image_drop: Fraction = 0.0  # share of samples trained on a blank image, for guidance
     noisy_input: NoisyInput = "scaled"
     readout: Readout = "plain"
