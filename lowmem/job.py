@@ -16,11 +16,10 @@ from lowmem.machine.monitor import Monitor
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.models import model_builder
 from lowmem.planning.plan import Plan, check_continues, make_plan, read_plan
-from lowmem.recipe import MOST_DIM, Recipe, TransformerModel, load_recipe, recipe_name
+from lowmem.recipe import MOST_DIM, MOST_LAYERS, Recipe, TransformerModel, load_recipe, recipe_name
 from lowmem.reporting.telemetry import Listener
 from lowmem.training.trainer import Trainer
 
-MOST_LAYERS = 256  # that `largest_models` looks at: a pass of each has to be counted
 MAX_MODEL_PARTS = 32  # the largest model is found to within this part of its size
 
 

@@ -55,9 +55,10 @@ NoiseSchedule = Literal["lognormal", "centred", "balanced"]
 P_MEAN, P_STD = -1.2, 1.2  # paper, App. C
 # Bounds: far beyond what trains, and near enough that arithmetic on the numbers stays exact. A typing
 # error in a size is then refused before a model of that size is built.
-MOST_LAYERS, MOST_DIM = 1024, 2**16
+MOST_LAYERS, MOST_DIM = 256, 2**16  # a plan counts a pass of each layer
 MOST_SAMPLES, MOST_TOKENS = 2**16, 2**20  # of a batch; of a sequence
 MOST_STEP_TOKENS = 2**24  # of a whole step: the largest published runs take a quarter of that
+MOST_CHUNKS = 512  # of a step's tokens, for their logits: a plan counts a pass of each
 MOST_SEED = 2**63 - 1  # what every reader of JSON and every generator of random numbers takes
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -365,6 +366,19 @@ def _step_of_too_many_tokens(recipe: Recipe) -> str | None:
     )
 
 
+def _step_of_too_many_chunks(recipe: Recipe) -> str | None:
+    train, chunk = recipe.train, getattr(recipe.model, "head_chunk", None)
+    if train.seq_len is None or chunk is None:
+        return None
+    least = -(-train.batch_size * train.seq_len // MOST_CHUNKS)
+    if chunk >= least:
+        return None
+    return (
+        f"model.head_chunk: found {chunk}; allowed for {train.batch_size} times {train.seq_len} tokens, "
+        f"whose logits come in at most {MOST_CHUNKS} chunks: {least} or more; raise it"
+    )
+
+
 def _decay_of_whole_weights(recipe: Recipe) -> str | None:
     share = recipe.train.lr * recipe.optimizer.weight_decay
     if share <= 1:
@@ -377,6 +391,7 @@ def _decay_of_whole_weights(recipe: Recipe) -> str | None:
 
 CONTRADICTIONS = (
     _step_of_too_many_tokens,
+    _step_of_too_many_chunks,
     _decay_of_whole_weights,
     _clip_without_all_gradients,
     _more_blocks_than_layers,

@@ -56,7 +56,7 @@ class _PlainLoader(yaml.SafeLoader):
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event = self.peek_event()
+        event = self.peek_event()  # type: ignore[no-untyped-call]
         line = event.start_mark.line + 1
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(f"line {line}: found the alias '*{event.anchor}'; write the value out")

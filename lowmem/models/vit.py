@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.data.datasets import DataSpec
+from lowmem.errors import ConfigError
 from lowmem.models.base import BlockModel, BuildModel, images_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify
 from lowmem.objectives.base import Batch
@@ -28,6 +29,10 @@ class VitModel(TransformerModel):
 
     def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
         image_shape, num_classes = images_of(recipe, spec, self.patch_size)
+        if num_classes < 2:
+            raise ConfigError(
+                f"data: found {num_classes} class; allowed for a classifier: 2 or more; give more classes"
+            )
         return lambda: Vit(self, image_shape, num_classes)
 
     def contradiction(self, recipe: Recipe) -> str | None:

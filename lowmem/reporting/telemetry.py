@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lowmem.errors import StoreError
+from lowmem.reporting.records import is_record
+
+MOST_LINE_BYTES = 1024 * 1024  # of a record; the longest, with the environment, has some 2 KiB
 Listener = Callable[[dict[str, Any]], None]  # called with every record as it is written
 
 
@@ -55,15 +59,47 @@ def _last_byte(path: Path) -> bytes:
         return file.read(1)
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run, oldest first. Skips lines that a kill has torn; no file means no records."""
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                yield record
+class Records:
+    """The records of a run, oldest first; no file means no records.
+
+    A line that a kill has torn, or that is no record of ours, is passed over and counted in `skipped`. A run
+    folder may come from elsewhere: a line is read up to MOST_LINE_BYTES.
+    """
+
+    def __init__(self, path: Path, num_blocks: int | None = None) -> None:
+        """`num_blocks`: of the run, where it is known: a record of other blocks is none of the run's."""
+        self.path, self.num_blocks, self.skipped = path, num_blocks, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.skipped = 0
+        if not self.path.is_file():
+            return
+        try:
+            with open(self.path, "rb") as file:
+                for line in iter(lambda: file.readline(MOST_LINE_BYTES), b""):
+                    record = _record(line)
+                    if record is not None and is_record(record, self.num_blocks):
+                        yield record
+                    else:
+                        self.skipped += bool(line.strip())
+        except OSError as problem:
+            raise StoreError(f"{self.path}: {problem.strerror}; make it readable, or remove it") from None
+
+    @property
+    def note(self) -> str:
+        """One line about what was skipped in the last reading; empty where nothing was."""
+        if not self.skipped:
+            return ""
+        return f"{self.skipped} lines of {self.path.name} are torn or no records of this run: left out"
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def read_records(path: Path, num_blocks: int | None = None) -> Records:
+    return Records(path, num_blocks)
