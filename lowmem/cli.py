@@ -20,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -68,9 +68,9 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _say(text: str) -> None:
-    """Prints lines to stdout, with everything in them escaped that a terminal would obey."""
-    print("\n".join(shown(line, max(len(line), 1)) for line in text.split("\n")))
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Prints lines (`file` None: to stdout), with everything in them escaped that a terminal would obey."""
+    print("\n".join(shown(line, sys.maxsize) for line in text.split("\n")), file=file)
 
 
 def _say_json(content: Any) -> None:
@@ -119,10 +119,10 @@ def train(
     training_device(plan.profile)
 
     if not quiet:
-        print(plan.table(), file=sys.stderr)
+        _say(plan.table(), sys.stderr)
     status = read_report(folder).content["progress"] if (folder / "plan.json").exists() else None
     if status and status["visits_done"] == status["visits_total"]:
-        print(f"{folder}: this run is finished; choose another --run-dir to train again", file=sys.stderr)
+        _say(f"{folder}: this run is finished; choose another --run-dir to train again", sys.stderr)
     with contextlib.ExitStack() as opened:
         listeners = [
             _stop_if_interrupted,
@@ -211,7 +211,7 @@ def profiles(name: Annotated[str | None, typer.Argument(help="print this profile
         )
         for p in loaded
     ]
-    print(text_table("machine profiles", ("name", "device", "device GiB", "host GiB", "computes in"), rows))
+    _say(text_table("machine profiles", ("name", "device", "device GiB", "host GiB", "computes in"), rows))
 
 
 @app.command()
@@ -376,7 +376,7 @@ def env(as_json: JsonOption = False) -> None:
         _say_json(environment)
         return
     for name, value in {**environment, **environment.pop("packages")}.items():
-        print(f"{name:<16} {value}")
+        _say(f"{name:<16} {value}")
 
 
 _interrupted = threading.Event()
@@ -429,13 +429,15 @@ def _open_streams() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
-            with contextlib.suppress(OSError):
-                os.fstat(number)
-                continue  # it is open; Python just has no stream for it, as without a console
-            handle = os.open(os.devnull, os.O_RDWR)  # the lowest free number, so this one
+            handle = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             setattr(sys, name, open(handle, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
         elif number and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    try:
+        os.write(2, b"")
+    except OSError:  # it is open, for reading alone: progress that cannot be shown must not end a run
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
 
 
 def _flushed(code: int) -> int:
