@@ -1,4 +1,4 @@
-"""What a person or a program meets at lowmem's border: terminals, pipes, odd names, odd files, odd numbers."""
+"""What a person or a program meets at the border: terminals, pipes, odd names, odd files, odd numbers."""
 
 from __future__ import annotations
 
