@@ -2,7 +2,8 @@
 needed.
 
 Exit codes: 0 done, 1 run failed, 2 bad input, 3 plan does not fit, 130 interrupted. Progress goes to stderr,
-results to stdout.
+results to stdout. What is printed may come from a file of anyone: control characters are escaped, and what a
+terminal or a pipe cannot encode is replaced. `--json` prints one JSON object, whatever becomes of stderr.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ import atexit
 import contextlib
 import gc
 import json
+import os
 import signal
 import sys
+import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
 from lowmem.errors import BudgetError, ConfigError, LowmemError
+from lowmem.units import finite, shown
 
 INTERRUPTED = 130
+MOST_SEED = 2**63 - 1  # as of a recipe
+MOST_SAMPLES, MOST_TOKENS = 100_000, 1_000_000  # of one file; each sample is in memory until it is written
 
 app = typer.Typer(
     help="Train models that do not fit: one block at a time, with a memory budget you can check.",
@@ -61,6 +68,24 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Prints lines (`file` None: to stdout), with everything in them escaped that a terminal would obey."""
+    print("\n".join(shown(line, sys.maxsize) for line in text.split("\n")), file=file)
+
+
+def _say_json(content: Any) -> None:
+    print(json.dumps(finite(content), indent=1, allow_nan=False))
+
+
+@contextlib.contextmanager
+def _only_json(as_json: bool) -> Iterator[None]:
+    """A plan that does not fit comes with its table, except where stdout holds one JSON object."""
+    try:
+        yield
+    except BudgetError as error:
+        raise BudgetError(str(error), "" if as_json else error.table) from None
+
+
 @app.command()
 def train(
     recipe: RecipeArgument,
@@ -97,10 +122,10 @@ def train(
     training_device(plan.profile)
 
     if not quiet:
-        print(plan.table(), file=sys.stderr)
+        _say(plan.table(), sys.stderr)
     status = read_report(folder).content["progress"] if (folder / "plan.json").exists() else None
     if status and status["visits_done"] == status["visits_total"]:
-        print(f"{folder}: this run is finished; choose another --run-dir to train again", file=sys.stderr)
+        _say(f"{folder}: this run is finished; choose another --run-dir to train again", sys.stderr)
     with contextlib.ExitStack() as opened:
         listeners = [
             _stop_if_interrupted,
@@ -109,10 +134,11 @@ def train(
                 for name in log_to or []
             ),
         ]
+        opened.enter_context(_only_json(as_json))
         listeners.append(_say_warning if quiet else opened.enter_context(live_view(folder)))
         job.train_plan(plan, folder, listeners, accept_data)
     report = read_report(folder)
-    print(json.dumps(report.content, indent=1) if as_json else report.table())
+    _say_json(report.content) if as_json else _say(report.table())
 
 
 @app.command()
@@ -138,12 +164,13 @@ def plan(
             raise ConfigError(
                 f"--max-model: found {len(profile)} profiles; allowed: one; give them one after the other"
             )
-        found = largest_models(recipe, profile[0] if profile else None, set_ or [], folder)
+        with _only_json(as_json):
+            found = largest_models(recipe, profile[0] if profile else None, set_ or [], folder)
         if as_json:
-            print(json.dumps({name: plan.to_dict() for name, plan in found.items()}, indent=1))
+            _say_json({name: plan.to_dict() for name, plan in found.items()})
         for name, plan in found.items() if not as_json else ():
             model: Any = plan.recipe.model
-            print(
+            _say(
                 f"{name}: {model.num_layers} layers, dim {model.dim}, {model.num_heads} "
                 f"heads\n{plan.table()}\n"
             )
@@ -153,23 +180,17 @@ def plan(
     if len(plans) == 1:
         _print_plan(plans[0], as_json)
     else:
-        print(
-            json.dumps({"plans": [plan.to_dict() for plan in plans]}, indent=1)
-            if as_json
-            else plans_table(plans)
-        )
+        _say_json({"plans": [plan.to_dict() for plan in plans]}) if as_json else _say(plans_table(plans))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
     """Prints a plan; raises BudgetError when it does not fit."""
     if as_json:
-        print(json.dumps(plan.to_dict(), indent=1))
+        _say_json(plan.to_dict())
     elif plan.fits:
-        print(plan.table())
-    try:
+        _say(plan.table())
+    with _only_json(as_json):
         plan.require_fit()
-    except BudgetError as error:
-        raise BudgetError(str(error), "" if as_json else error.table) from None
 
 
 @app.command()
@@ -179,7 +200,7 @@ def profiles(name: Annotated[str | None, typer.Argument(help="print this profile
     from lowmem.reporting.tables import text_table
 
     if name is not None:
-        print(profile_to_yaml(load_profile(name)), end="")
+        _say(profile_to_yaml(load_profile(name)).rstrip("\n"))
         return
     loaded = [load_profile(known) for known in list_profiles()]
     rows = [
@@ -192,23 +213,24 @@ def profiles(name: Annotated[str | None, typer.Argument(help="print this profile
         )
         for p in loaded
     ]
-    print(text_table("machine profiles", ("name", "device", "device GiB", "host GiB", "computes in"), rows))
+    _say(text_table("machine profiles", ("name", "device", "device GiB", "host GiB", "computes in"), rows))
 
 
 @app.command()
 def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe's YAML")] = None) -> None:
     """List recipes, or print one."""
     from lowmem.recipe import list_recipes
-    from lowmem.schema import find_file
+    from lowmem.schema import find_file, read_text
+
+    def text(known: str) -> str:
+        return read_text(find_file(known, "recipes", "recipe", ConfigError), ConfigError)
 
     if name is not None:
-        print(find_file(name, "recipes", "recipe", ConfigError).read_text(encoding="utf-8"), end="")
+        _say(text(name).rstrip("\n"))
         return
     width = max(map(len, list_recipes())) + 2
     for known in list_recipes():
-        comment = (
-            find_file(known, "recipes", "recipe", ConfigError).read_text(encoding="utf-8").splitlines()[0]
-        )
+        comment = text(known).splitlines()[0]
         print(f"{known:<{width}}{comment.lstrip('# ')}")
 
 
@@ -222,15 +244,12 @@ def detect(
     """Describe this machine as a profile."""
     from lowmem.machine.detect import detect_profile
     from lowmem.machine.profile import profile_to_yaml
+    from lowmem.reporting.output import check_output, write_output
 
-    text = profile_to_yaml(detect_profile(measure))
-    if out is None:
-        print(text, end="")
-        return
-    if out.exists():
+    if out is not None and check_output(out, "--out").exists():
         raise ConfigError(f"--out: {out} exists; it is left as it is; give another name")
-    out.write_text(text, encoding="utf-8")
-    print(f"wrote {out}")
+    text = profile_to_yaml(detect_profile(measure))
+    _say(text.rstrip("\n") if out is None else f"wrote {write_output(out, text.encode(), '--out')}")
 
 
 @app.command()
@@ -246,11 +265,11 @@ def status(
     from lowmem.reporting.report import read_status
 
     if as_json:
-        print(json.dumps(read_status(run), indent=1))
+        _say_json(read_status(run))
     elif watch:
         dashboard.watch(run)
     else:
-        print("\n".join(dashboard.status_lines(run, shutil.get_terminal_size().columns)[1]))
+        _say("\n".join(dashboard.status_lines(run, shutil.get_terminal_size().columns)[1]))
 
 
 @app.command()
@@ -270,14 +289,14 @@ def report(
     if html is not None:
         from lowmem.reporting.page import write_page
 
-        print(f"wrote {write_page(runs, html)}")
+        _say(f"wrote {write_page(runs, html)}")
         return
     reports = [read_report(run) for run in runs]
     contents = [result.content for result in reports]
     if as_json:
-        print(json.dumps(contents[0] if len(runs) == 1 else {"runs": contents}, indent=1))
+        _say_json(contents[0] if len(runs) == 1 else {"runs": contents})
     else:
-        print(reports[0].table() if len(runs) == 1 else comparison_table([str(run) for run in runs], reports))
+        _say(reports[0].table() if len(runs) == 1 else comparison_table([str(run) for run in runs], reports))
 
 
 @app.command("eval")
@@ -294,12 +313,12 @@ def eval_(
 
     metrics = evaluate_run(run, data)
     if as_json:
-        print(json.dumps(metrics, indent=1))
+        _say_json(metrics)
         return
     for name, value in metrics.items():
         if isinstance(value, list):
             for row in value:
-                print(
+                _say(
                     "  "
                     + ", ".join(
                         f"{key} {item:.4g}" if isinstance(item, float) else f"{key} {item}"
@@ -307,7 +326,7 @@ def eval_(
                     )
                 )
         else:
-            print(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
+            _say(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
 
 
 @app.command()
@@ -315,22 +334,30 @@ def sample(
     run: RunArgument,
     out: Annotated[Path | None, typer.Option("--out", help="default: a file in the run folder")] = None,
     num: Annotated[
-        int | None, typer.Option("--num", min=1, help="how many; default: eight of each class, or four texts")
+        int | None,
+        typer.Option(
+            "--num", min=1, max=MOST_SAMPLES, help="how many; default: eight of each class, or four texts"
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="another seed, other samples")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=MOST_SEED, help="another seed, other samples")
+    ] = 0,
     prompt: Annotated[
         str, typer.Option("--prompt", help="causal and recurrent text models: what to continue")
     ] = "",
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=1, help="causal and recurrent text models: how many to add")
+        int | None,
+        typer.Option(
+            "--tokens", min=1, max=MOST_TOKENS, help="causal and recurrent text models: how many to add"
+        ),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", min=0)] = 1.0,
+    temperature: Annotated[float, typer.Option("--temperature", min=0, max=1000)] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1)] = 0.95,
 ) -> None:
     """Write samples of a run's last commit to a file: images, or text."""
     from lowmem.inference.generate import TextSettings, sample_run
 
-    print(f"wrote {sample_run(run, out, num, seed, TextSettings(prompt, tokens, temperature, top_p))}")
+    _say(f"wrote {sample_run(run, out, num, seed, TextSettings(prompt, tokens, temperature, top_p))}")
 
 
 @app.command()
@@ -338,7 +365,7 @@ def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a new fol
     """Write a run's weights as ordinary safetensors files."""
     from lowmem.inference.export import export_run
 
-    print(f"wrote {export_run(run, out)}")
+    _say(f"wrote {export_run(run, out)}")
 
 
 @app.command()
@@ -351,11 +378,11 @@ def verify(run: RunArgument, as_json: JsonOption = False) -> None:
 
     found = verify_run(run)
     if as_json:
-        print(json.dumps(found, indent=1))
+        _say_json(found)
     else:
-        print(f"{run}: {'whole' if found['whole'] else 'NOT WHOLE'}")
+        _say(f"{run}: {'whole' if found['whole'] else 'NOT WHOLE'}")
         for row in found["files"]:
-            print(f"  {row['state']:<9} {row['part']:<10} {row['file']}  {row['found']}".rstrip())
+            _say(f"  {row['state']:<9} {row['part']:<10} {row['file']}  {row['found']}".rstrip())
     if not found["whole"]:
         raise typer.Exit(1)
 
@@ -366,7 +393,7 @@ def recover(run: RunArgument) -> None:
     from lowmem.blocks.verify import recover_run
 
     found = recover_run(run)
-    print(f"{run}: back at the commit after {found['visits_done']} visits; lost: {found['lost']}")
+    _say(f"{run}: back at the commit after {found['visits_done']} visits; lost: {found['lost']}")
 
 
 @app.command()
@@ -376,10 +403,10 @@ def env(as_json: JsonOption = False) -> None:
 
     environment = read_environment()
     if as_json:
-        print(json.dumps(environment, indent=1))
+        _say_json(environment)
         return
     for name, value in {**environment, **environment.pop("packages")}.items():
-        print(f"{name:<16} {value}")
+        _say(f"{name:<16} {value}")
 
 
 def _say_warning(record: dict[str, Any]) -> None:
@@ -423,8 +450,64 @@ def _interruptible() -> Iterator[None]:
 def main() -> NoReturn:
     """Runs the command line and exits with the code of its outcome."""
     atexit.register(gc.freeze)  # nor does the interpreter's end look for garbage among what was imported
+    _open_streams()
     with _interruptible():
-        sys.exit(_outcome())
+        code = _outcome()
+    sys.exit(_flushed(code))
+
+
+def _open_streams() -> None:
+    """Makes stdout and stderr streams that any text can be written to.
+
+    One that was closed becomes the null device: else the next file that is opened takes its number, and what
+    libraries print would land in it, and Python prints to stdout what is meant for a stderr that is None.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            setattr(sys, name, open(handle, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+        elif number and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        os.write(2, b"")
+    except OSError:  # it is open, for reading alone: progress that cannot be shown must not end a run
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
+
+
+def _flushed(code: int) -> int:
+    """`code`, or 1 where what was printed cannot be delivered: a full disk, or a reader that is gone."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError) as problem:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would try again
+        if not isinstance(problem, BrokenPipeError):
+            _complain(f"standard output: {problem}; what was to be printed is lost")
+            return code or 1
+    return code
+
+
+def _complain(message: str) -> None:
+    """Prints one line to stderr. There is nowhere to say that it cannot be written."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def _unforeseen(error: Exception) -> str:
+    """One line about a fault of lowmem itself, whose traceback is kept in a file of its own.
+
+    The file is no part of a run folder: that may be somebody's who only lets it be read.
+    """
+    what = f"lowmem met what it does not foresee, {type(error).__name__}: {shown(error, 200)}"
+    try:
+        handle, path = tempfile.mkstemp(prefix="lowmem-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError as problem:
+        return f"{what}; its traceback cannot be kept ({problem.strerror})"
+    return f"{what}; commits are kept; the traceback is in {path}: please report it with this command"
 
 
 def _outcome() -> int:
@@ -435,15 +518,20 @@ def _outcome() -> int:
         return code if isinstance(code, int) else 0
     except LowmemError as error:
         if isinstance(error, BudgetError) and error.table:
-            print(error.table)
-        print(f"error: {error}", file=sys.stderr)
+            _say(error.table)
+        _complain(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: what is committed is kept; run the same command again to go on", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            words = "interrupted: what is committed is kept; run the same command again to go on"
+            print(words, file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        return 1
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the command line itself
         if show is None:
-            raise
+            _complain(_unforeseen(error))
+            return 1
         show()
         return 2

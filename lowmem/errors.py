@@ -18,11 +18,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from lowmem.units import shown
+
+MOST_CHARACTERS = 600  # of a message; what it says fits, and what it quotes from a file may not
+
 
 class LowmemError(Exception):
-    """The root of the tree. The command line exits with `exit_code`."""
+    """The root of the tree. The command line exits with `exit_code`.
+
+    Whatever a message quotes, it stays one line that is safe to print.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shown(message, MOST_CHARACTERS))
 
 
 class TrainingError(LowmemError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,10 @@ from lowmem.machine.profile import Profile, load_profile
 from lowmem.models import model_builder
 from lowmem.planning.plan import Plan, check_continues, make_plan, read_plan
 from lowmem.planning.run_data import keep_identity, spec_of, tokenizer_of, with_identity
-from lowmem.recipe import Recipe, TransformerModel, load_recipe, recipe_name
+from lowmem.recipe import MOST_DIM, MOST_LAYERS, Recipe, TransformerModel, load_recipe, recipe_name
 from lowmem.reporting.telemetry import Listener
 from lowmem.training.trainer import Trainer
 
-MOST_LAYERS = 256  # that `largest_models` looks at: a pass of each has to be counted
 MAX_MODEL_PARTS = 32  # the largest model is found to within this part of its size
 
 
@@ -76,7 +74,7 @@ def largest_models(
         return planned(f"model.dim={size * head}", f"model.num_heads={size}")
 
     least = max(model.least_layers, 1 if blocks == "auto" else blocks)
-    return {"deepest": _largest(deep, least, MOST_LAYERS), "widest": _largest(wide, 1, sys.maxsize)}
+    return {"deepest": _largest(deep, least, MOST_LAYERS), "widest": _largest(wide, 1, MOST_DIM // head)}
 
 
 def _largest(planned: Callable[[int], Plan], smallest: int, most: int) -> Plan:

@@ -17,7 +17,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, PositiveInt, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticKnownError
 
 from lowmem.data.config import DECLARED, DataConfig
@@ -53,8 +53,22 @@ Readout = Literal["plain", "bayes"]
 # target; or around that level with the spread that fits it too.
 NoiseSchedule = Literal["lognormal", "centred", "balanced"]
 P_MEAN, P_STD = -1.2, 1.2  # paper, App. C
+# Bounds: far beyond what trains, and near enough that arithmetic on the numbers stays exact. A typing
+# error in a size is then refused before a model of that size is built.
+MOST_LAYERS, MOST_DIM = 256, 2**16  # a plan counts a pass of each layer
+MOST_SAMPLES, MOST_TOKENS = 2**16, 2**20  # of a batch; of a sequence
+MOST_STEP_TOKENS = 2**24  # of a whole step: the largest published runs take a quarter of that
+MOST_CHUNKS = 512  # of a step's tokens, for their logits: a plan counts a pass of each
+MOST_SEED = 2**63 - 1  # what every reader of JSON and every generator of random numbers takes
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+# Of moments and averages: float32 no longer tells anything closer to 1 from 1.
+Decay = Annotated[float, Field(ge=0, le=0.999999)]
+Level = Annotated[float, Field(ge=1e-6, le=1e6)]  # sigma; its square is exact enough in float32
+Count = Annotated[int, Field(gt=0, le=10**9)]  # of steps: at a millisecond each, 12 days for each block
+Layers = Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+Width = Annotated[int, Field(gt=0, le=MOST_DIM)]
+Samples = Annotated[int, Field(gt=0, le=MOST_SAMPLES)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -87,10 +101,10 @@ class ModelConfig(Section):
 class TransformerModel(ModelConfig):
     """The keys that all packaged models have in common."""
 
-    num_layers: PositiveInt
-    dim: PositiveInt  # width of the residual stream
-    num_heads: PositiveInt
-    mlp_ratio: PositiveInt = 4
+    num_layers: Layers
+    dim: Width  # of the residual stream
+    num_heads: Width
+    mlp_ratio: Annotated[int, Field(gt=0, le=64)] = 4
     dropout: Fraction = 0.0
 
     @property
@@ -147,19 +161,23 @@ def _model_section(raw: Any) -> ModelConfig:
 
 
 class BlocksConfig(Section):
-    num_blocks: Auto | PositiveInt = "auto"
-    visit_steps: PositiveInt = 50  # steps that a block stays on the device
+    num_blocks: Auto | Layers = "auto"
+    visit_steps: Count = 50  # steps that a block stays on the device
     order: Literal["round_robin", "random"] = "round_robin"  # random: a fresh order for each round
     overlap_gamma: Fraction = 0.05  # paper, section 3.3
 
 
 class NoiseConfig(Section):
     schedule: NoiseSchedule = "lognormal"
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    sigma_data: Positive = 0.5
-    p_mean: float = P_MEAN  # mean of ln sigma; schedules centred and balanced measure it
-    p_std: Positive = P_STD  # deviation of ln sigma; schedule balanced measures it
+    sigma_min: Level = 0.002
+    sigma_max: Level = 80.0
+    sigma_data: Level = 0.5
+    p_mean: Annotated[float, Field(ge=-50, le=50)] = (
+        P_MEAN  # mean of ln sigma; schedules centred and balanced measure it
+    )
+    p_std: Annotated[float, Field(ge=1e-3, le=50)] = (
+        P_STD  # deviation of ln sigma; schedule balanced measures it
+    )
     # The share of discrete targets' draws that are made at sigma_max in every block. They train the joint
     # prediction.
     sigma_max_share: Share = 0.0
@@ -188,14 +206,15 @@ class NoiseConfig(Section):
 
 
 class TrainConfig(Section):
-    num_steps: PositiveInt  # per block
-    batch_size: PositiveInt
-    micro_batch_size: Auto | PositiveInt = "auto"  # samples in one forward and backward pass
-    seq_len: PositiveInt | None = None  # tokens; None where the data fix it
-    lr: Positive
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    num_steps: Count  # per block
+    batch_size: Samples
+    micro_batch_size: Auto | Samples = "auto"  # samples in one forward and backward pass
+    # tokens; None where the data fix it
+    seq_len: Annotated[int, Field(gt=0, le=MOST_TOKENS)] | None = None
+    lr: Annotated[float, Field(gt=0, le=1e3)]  # about what Adam adds to each weight in a step
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
     precision: Auto | Precision = "auto"  # bfloat16: compute and gradients in bf16
     # How weights are kept. auto: float32. bfloat16: rounded stochastically, with no fp32 copy anywhere.
     weights: Auto | Precision = "auto"
@@ -208,10 +227,11 @@ class TrainConfig(Section):
 
 class OptimizerConfig(Section):
     name: Auto | OptimizerName = "auto"
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    grad_clip: Positive | None = 1.0  # L2 norm of the gradient; None = off
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = [0.9, 0.95]
+    # float32 holds it, and a step is still nearly lr
+    eps: Annotated[float, Field(ge=1e-30, le=1.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)] = 0.05
+    grad_clip: Annotated[float, Field(ge=1e-12, le=1e12)] | None = 1.0  # L2 norm of the gradient; None = off
     # Which norm is clipped: that of each block and of the shared part, or that of the whole model
     # (end_to_end).
     clip: Literal["block", "global"] = "block"
@@ -220,7 +240,7 @@ class OptimizerConfig(Section):
     during_backward: Auto | bool = "auto"
     # Decay per step of an average of the weights, kept in fp32 and used to evaluate and sample. None = none
     # is kept.
-    ema: Fraction | None = None
+    ema: Decay | None = None
 
     @property
     def clips_whole(self) -> bool:
@@ -239,16 +259,15 @@ class OffloadConfig(Section):
 
 
 class EvalConfig(Section):
-    num_steps: Auto | PositiveInt = (
-        "auto"  # denoising steps of the chain; auto: one for each block, 18 for images
-    )
+    # denoising steps of the chain; auto: one for each block, 18 for images
+    num_steps: Auto | Annotated[int, Field(gt=0, le=10**5)] = "auto"
     # Whose accuracy is a classifier's headline. The report has both.
     prediction: Literal["chain", "joint"] = "chain"
-    batch_size: PositiveInt = 256
-    num_batches: PositiveInt | None = None  # of the test part; None = all of it
-    num_samples: PositiveInt = 1000  # images generated
+    batch_size: Samples = 256
+    num_batches: Count | None = None  # of the test part; None = all of it
+    num_samples: Annotated[int, Field(gt=0, le=10**7)] = 1000  # images generated
     # without class (or image) + guidance (with - without); 1 = none; auto: 2 for images, 1 for labels
-    guidance: Auto | Positive = "auto"
+    guidance: Auto | Annotated[float, Field(gt=0, le=1e3)] = "auto"
 
 
 class Recipe(Section):
@@ -337,7 +356,43 @@ def _warmup_longer_than_the_run(recipe: Recipe) -> str | None:
     return f"train.warmup_steps: found {found}; allowed: at most train.num_steps = {most}"
 
 
+def _step_of_too_many_tokens(recipe: Recipe) -> str | None:
+    train = recipe.train
+    if train.seq_len is None or train.batch_size * train.seq_len <= MOST_STEP_TOKENS:
+        return None
+    return (
+        f"train.batch_size: found {train.batch_size} sequences of train.seq_len {train.seq_len} tokens; "
+        f"allowed: {MOST_STEP_TOKENS} tokens in a step; lower one of them"
+    )
+
+
+def _step_of_too_many_chunks(recipe: Recipe) -> str | None:
+    train, chunk = recipe.train, getattr(recipe.model, "head_chunk", None)
+    if train.seq_len is None or chunk is None:
+        return None
+    least = -(-train.batch_size * train.seq_len // MOST_CHUNKS)
+    if chunk >= least:
+        return None
+    return (
+        f"model.head_chunk: found {chunk}; allowed for {train.batch_size} times {train.seq_len} tokens, "
+        f"whose logits come in at most {MOST_CHUNKS} chunks: {least} or more; raise it"
+    )
+
+
+def _decay_of_whole_weights(recipe: Recipe) -> str | None:
+    share = recipe.train.lr * recipe.optimizer.weight_decay
+    if share <= 1:
+        return None
+    return (
+        f"optimizer.weight_decay: found {recipe.optimizer.weight_decay:g} with train.lr {recipe.train.lr:g}; "
+        f"allowed: a product of at most 1, the share that a step takes off every weight; lower one of them"
+    )
+
+
 CONTRADICTIONS = (
+    _step_of_too_many_tokens,
+    _step_of_too_many_chunks,
+    _decay_of_whole_weights,
     _clip_without_all_gradients,
     _more_blocks_than_layers,
     _batch_not_divided,

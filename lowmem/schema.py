@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from lowmem.errors import LowmemError, nearest
+from lowmem.units import shown
 
+MOST_BYTES = 64 * 1024  # of a file of YAML: a recipe has 1 KiB, and PyYAML reads some 100 KiB a second
+MOST_DEPTH = 16  # of sections in one another: a recipe has 3
+MOST_FOUND = 80  # characters of a value in a message
+OCTAL = re.compile(r"[-+]?0[0-7_]+")
 TAGS = ("name", "kind")  # keys that choose one section of several
 QUOTE = "'"
 
@@ -42,18 +48,73 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; this one refuses."""
+class _PlainLoader(yaml.SafeLoader):
+    """Reads what people mean, and refuses what YAML 1.1 takes for something else.
+
+    PyYAML keeps the last of two equal keys and says nothing. It follows aliases and merge keys, a few of
+    which make a small file a huge one. It takes `010` for 8 and `1:30` for 90.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {line}: found the alias '*{event.anchor}'; write the value out")
+        self._depth = getattr(self, "_depth", 0) + 1
+        if self._depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"line {line}: found more than {MOST_DEPTH} levels in one another")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                line = node.value[position][0].start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: key '{key}' stands twice; keep one")
+        known = set()
+        for key_node, _ in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(f"line {line}: found the merge key '<<'; write its keys out")
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str) or not key.isprintable():
-                raise yaml.YAMLError(f"a key must be a plain word, found {key!r}")
+                raise yaml.YAMLError(f"line {line}: a key must be a plain word, found {key!r}")
+            if key in known:
+                raise yaml.YAMLError(f"line {line}: key '{key}' stands twice; keep one")
+            known.add(key)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = node.value
+        if OCTAL.fullmatch(text):
+            value = self._number(node, super().construct_yaml_int)
+            decimal = text.replace("_", "").lstrip("-+0") or "0"
+            raise yaml.YAMLError(
+                f"line {node.start_mark.line + 1}: found {text}, which YAML 1.1 reads as the octal number "
+                f"{value}; write {decimal} or {value}, or '{text}' in quotes for a text"
+            )
+        return int(self._number(node, super().construct_yaml_int))
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        return float(self._number(node, super().construct_yaml_float))
+
+    def _number(self, node: yaml.ScalarNode, read: Callable[[yaml.ScalarNode], Any]) -> Any:
+        line, text = node.start_mark.line + 1, node.value
+        try:
+            value = read(node)
+        except (ValueError, OverflowError):
+            raise yaml.YAMLError(
+                f"line {line}: found {text}; it is no number, or one of too many digits"
+            ) from None
+        if ":" in text:
+            raise yaml.YAMLError(
+                f"line {line}: found {text}, which YAML 1.1 reads as {value} (base 60); write {value}, or "
+                f"'{text}' in quotes for a text"
+            )
+        return value
+
+
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(
+        f"tag:yaml.org,2002:{_kind}", getattr(_PlainLoader, f"construct_yaml_{_kind}")
+    )
 
 
 def profiles_dir(kind: str) -> Path:
@@ -71,27 +132,46 @@ def find_file(name: str | os.PathLike[str], kind: str, what: str, error: type[Lo
     """The file of a name among the package's profiles, or of a path. Raises `error` when there is none."""
     path = Path(name)
     if path.suffix in (".yaml", ".yml") or os.sep in str(name):
-        if path.is_file():
-            return path
+        try:
+            if path.is_file():
+                return path
+            why = "no file"
+        except (OSError, ValueError) as problem:
+            why = f"{getattr(problem, 'strerror', problem)}:"
         raise error(
-            f"{what}: no file '{name}'; "
+            f"{what}: {why} '{shown(name, MOST_FOUND)}'; "
             f"give the path of a YAML file, or one of the names: {', '.join(names_in(kind))}"
         )
     if str(name) in names_in(kind):
         return profiles_dir(kind) / f"{name}.yaml"
-    raise error(f"{what}: unknown name '{name}'; {nearest(name, names_in(kind))}")
+    raise error(f"{what}: unknown name '{shown(name, MOST_FOUND)}'; {nearest(name, names_in(kind))}")
 
 
 def yaml_value(text: str) -> Any:
     """The value that a text of YAML holds. Raises yaml.YAMLError or ValueError."""
-    return yaml.load(text, Loader=_UniqueKeyLoader)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"found more than {MOST_BYTES} characters; a recipe or a profile has some 1000")
+    return yaml.load(text, Loader=_PlainLoader)
+
+
+def read_text(path: Path, error: type[LowmemError]) -> str:
+    """The text of a file of YAML. Raises `error` when it cannot be read, or is far too long for one."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"found more than {MOST_BYTES} bytes; a recipe or a profile has some 1000")
+        return data.decode("utf-8")
+    except (OSError, ValueError) as problem:
+        raise error(f"{path.name}: not readable as YAML: {problem}") from None
 
 
 def read_yaml(path: Path, error: type[LowmemError]) -> dict[str, Any]:
     """The mapping that a file of YAML holds. Raises `error` when it holds none."""
+    text = read_text(path, error)
     try:
-        raw = yaml_value(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as problem:
+        raw = yaml_value(text)
+    except (ValueError, yaml.YAMLError) as problem:
         raise error(f"{path.name}: not readable as YAML: {' '.join(str(problem).split())}") from None
     if not isinstance(raw, dict):
         raise error(
@@ -117,7 +197,8 @@ def _one_line(cls: type[Section], raw: dict[str, Any], problem: ValidationError)
         return f"key '{_dotted([*path, first['loc'][-1]])}' is missing; add it"
     key = _dotted(path)
     if kind == "extra_forbidden":
-        return f"unknown key '{key}'; {nearest(path[-1], _known_keys(cls, raw, path[:-1]))}"
+        known = nearest(path[-1], _known_keys(cls, raw, path[:-1]))
+        return f"unknown key '{shown(key, MOST_FOUND)}'; {known}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _about_tag(key, first)
     if kind == "value_error":
@@ -133,7 +214,8 @@ def _about_tag(key: str, problem: ErrorDetails) -> str:
     if problem["type"] == "union_tag_not_found":
         return f"key '{tag_key}' is missing; add it"
     expected = [tag.strip(" " + QUOTE) for tag in context["expected_tags"].split(",")]
-    return f"{tag_key}: unknown name '{context['tag']}'; {nearest(context['tag'], expected)}"
+    tag = shown(context["tag"], MOST_FOUND)
+    return f"{tag_key}: unknown name '{tag}'; {nearest(context['tag'], expected)}"
 
 
 def _about_value(found: Any, problems: list[ErrorDetails]) -> str:
@@ -145,14 +227,15 @@ def _about_value(found: Any, problems: list[ErrorDetails]) -> str:
         else:
             other.append(problem["msg"].removeprefix("Input should be ").removeprefix("Value error, "))
     if literals and not other and isinstance(found, str):
-        return f"unknown name '{found}'; {nearest(found, [word.strip(QUOTE) for word in literals])}"
+        known = nearest(found, [word.strip(QUOTE) for word in literals])
+        return f"unknown name '{shown(found, MOST_FOUND)}'; {known}"
     if isinstance(found, str) and _is_number(found) and other:
         number = _as_yaml_number(found, any("integer" in allowed for allowed in other))
         return (
             f"found the text '{found}' (YAML 1.1 reads a number only with a dot and a signed exponent); "
             f"write {number}"
         )
-    return f"found {found!r}; allowed: {' or '.join(literals + other)}"
+    return f"found {shown(repr(found), MOST_FOUND)}; allowed: {' or '.join(dict.fromkeys(literals + other))}"
 
 
 def _dotted(path: list[Any]) -> str:

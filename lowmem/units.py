@@ -1,6 +1,12 @@
-"""Units: the code counts integer bytes, people read GiB (1024^3 bytes). Seconds are floats everywhere."""
+"""Units: the code counts integer bytes, people read GiB (1024^3 bytes). Seconds are floats everywhere.
+
+Also what a text and a number of unknown origin look like where people or programs read them.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 GIB = 1024**3
 MIB = 1024**2
@@ -34,3 +40,28 @@ def format_seconds(seconds: float) -> str:
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def shown(text: object, most: int = 500) -> str:
+    """`text` as one line of at most `most` characters that a terminal prints and does not obey.
+
+    Control characters, line ends, marks that turn the direction of text, and bytes that are no UTF-8 are
+    escaped. The middle of a longer text is left out: a message begins with where and ends with what to do.
+    """
+    text = str(text)
+    if len(text) > most:
+        head = max(2 * most // 3 - 3, 0)
+        text = f"{text[:head]} ... {text[len(text) - max(most - head - 5, 0) :]}"
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return shown("".join(escaped), most)
+
+
+def finite(value: Any) -> Any:
+    """`value`, of dictionaries, lists and plain values, with None for every number that JSON cannot write."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -30,14 +30,8 @@ FLOORS = [
     {"__main__"},
 ]
 # The order within a floor, where one package imports from another there.
-BESIDE = {
-    ("models", "objectives"),
-    ("noise", "recipe"),
-    ("schedule", "recipe"),
-    ("schema", "errors"),
-    ("files", "errors"),
-    ("files", "units"),
-}
+BESIDE = {("models", "objectives"), ("noise", "recipe"), ("schedule", "recipe"), ("schema", "errors")}
+BESIDE |= {("errors", "units"), ("schema", "units"), ("files", "errors"), ("files", "units")}
 LIGHT = [
     "lowmem",
     "lowmem.cli",

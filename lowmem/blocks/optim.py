@@ -100,9 +100,11 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     return torch.as_tensor((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
-def clip_gradients(grads: Tensor, max_norm: float) -> None:
-    """Scales `grads` to an L2 norm of at most `max_norm`."""
-    grads.mul_(clip_factor(gradient_norm(grads), max_norm).to(grads.dtype))
+def clip_gradients(grads: Tensor, max_norm: float) -> Tensor:
+    """Scales `grads` to an L2 norm of at most `max_norm`. Returns their norm before."""
+    norm = gradient_norm(grads)
+    grads.mul_(clip_factor(norm, max_norm).to(grads.dtype))
+    return norm
 
 
 def whole_factor(norms: Sequence[Tensor], config: OptimizerConfig) -> Tensor:
@@ -120,18 +122,24 @@ class Step(NamedTuple):
     rounding: Rounding | None = None  # for bf16 weights
 
 
-def update(arena: Arena, grads: Tensor, step: Step, factor: Tensor | None = None) -> None:
+def update(arena: Arena, grads: Tensor, step: Step, factor: Tensor | None = None) -> Tensor:
     """Makes one optimizer step in place. `grads` [numel], in the compute dtype; clipping changes them.
+
+    Returns a scalar on the device that is finite where all gradients are: their norm, or with `factor` that.
 
     `factor` scales the gradients where the whole model's norm decides (`optimizer.clip: global`); with None
     their own norm decides.
     """
     if factor is not None:
         grads.mul_(factor.to(grads.dtype))
+        norm = factor
     elif step.config.grad_clip is not None:
-        clip_gradients(grads, step.config.grad_clip)
+        norm = clip_gradients(grads, step.config.grad_clip)
+    else:
+        norm = gradient_norm(grads)
     for group in arena.layout.groups:
         update_rows(arena, group, group.start, grads[group.start : group.stop], step)
+    return norm
 
 
 def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Step) -> None:

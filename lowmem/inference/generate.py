@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from lowmem.data.config import LatentArraysData
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, DataError
 from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.inference.kinds import kind_of
 from lowmem.inference.sampling import Draw
 from lowmem.planning.run_data import tokenizer_of
+from lowmem.reporting.output import check_output, write_output
+from lowmem.units import shown
 
 NUM_TEXTS = 4  # where the caller does not say
 
@@ -50,6 +52,7 @@ def sample_run(
         if kind.write_images is not None:
             latents = isinstance(frozen.plan.recipe.data, LatentArraysData)
             path = Path(out or folder / ("samples.npy" if latents else "samples.png"))
+            check_output(path, "--out")
             kind.write_images(frozen, path, num, seed)
             return path
         if kind.draw_tokens is not None:
@@ -64,6 +67,11 @@ def sample_run(
 
 def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSettings) -> Path:
     recipe, draw_tokens = frozen.plan.recipe, kind_of(frozen).draw_tokens
+    check_output(path, "--out")
+    if settings.prompt != settings.prompt.encode("utf-8", "replace").decode():
+        raise DataError(
+            f"--prompt: found '{shown(settings.prompt, 100)}', which is no UTF-8; give text in UTF-8"
+        )
     tokenizer = tokenizer_of(frozen.plan)
     assert tokenizer is not None and recipe.train.seq_len is not None and draw_tokens is not None
     rows = [tokenizer.encode(settings.prompt)] * num
@@ -74,5 +82,4 @@ def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSett
         f"--- sample {index}, seed {seed}\n{tokenizer.decode(row)}\n"
         for index, row in enumerate(drawn.tolist())
     ]
-    path.write_text("".join(texts), encoding="utf-8")
-    return path
+    return write_output(path, "".join(texts).encode("utf-8", "replace"), "--out")

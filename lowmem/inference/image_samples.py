@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from lowmem.models.base import BlockModel
 from lowmem.noise import euler_step
 from lowmem.objectives.images import ImageDenoising
 from lowmem.recipe import EvalConfig
+from lowmem.reporting.output import write_output
 
 # Where the recipe says auto: EDM's number of steps for small images, and the paper's guidance.
 NUM_STEPS, GUIDANCE = 18, 2.0
@@ -67,8 +69,9 @@ def write_samples(frozen: FrozenRun, path: Path, num: int | None, seed: int) -> 
     labels = torch.arange(num or 8 * num_classes) % num_classes
     made = sample(frozen, labels, *sampling_settings(recipe.eval), seed)
     if isinstance(recipe.data, LatentArraysData):
-        with open(path, "wb") as file:
-            np.save(file, made.numpy() / np.float32(recipe.data.scale))
+        buffer = io.BytesIO()
+        np.save(buffer, made.numpy() / np.float32(recipe.data.scale))
+        write_output(path, buffer.getvalue(), "--out")
     else:
         write_grid(made, path, num_classes)
 
@@ -88,4 +91,6 @@ def write_grid(images: Tensor, path: Path, columns: int) -> None:
     for i, image in enumerate(pixels):
         top, left = i // columns * step_y, i % columns * step_x
         canvas[top : top + zoom * height, left : left + zoom * width] = image
-    image_module.fromarray(canvas[..., 0] if channels == 1 else canvas).save(path, format="PNG")
+    buffer = io.BytesIO()
+    image_module.fromarray(canvas[..., 0] if channels == 1 else canvas).save(buffer, format="PNG")
+    write_output(path, buffer.getvalue(), "--out")

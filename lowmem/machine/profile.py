@@ -7,49 +7,53 @@ package, from a user's file, or from `detect`. This module loads without torch, 
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
 from lowmem.errors import ProfileError
 from lowmem.schema import Section, find_file, names_in, parse, read_yaml
 from lowmem.units import GIB, from_gib
 
+# Bounds that no machine reaches, so that a typing error is refused and arithmetic on bytes stays exact.
+Gib = Annotated[float, Field(ge=0, le=2**20)]  # up to 1 PiB
+Memory = Annotated[float, Field(ge=2**-10, le=2**20)]  # from 1 MiB on
+Rate = Annotated[float, Field(ge=1e-6, le=1e6)]  # from 1 KiB/s to 1 PiB/s; 10^12 to 10^18 operations/s
 # What process and driver take before the first tensor.
 RUNTIME_FLOOR_GIB = {"cpu": 0.241, "mps": 0.241, "cuda": 0.45}
 
 
 class DeviceSpec(Section):
     type: Literal["cuda", "cpu", "mps"]
-    memory_gib: PositiveFloat
-    reserve_gib: NonNegativeFloat = 0.0  # for the desktop, the system and other processes
+    memory_gib: Memory
+    reserve_gib: Gib = 0.0  # for the desktop, the system and other processes
     compute_dtype: Literal["float32", "bfloat16", "float16"]
     # 10^12 dense floating-point operations per second in compute_dtype
-    peak_tflops: PositiveFloat | None = None
-    memory_gib_per_s: PositiveFloat | None = None  # of the device's memory, read and written
+    peak_tflops: Rate | None = None
+    memory_gib_per_s: Rate | None = None  # of the device's memory, read and written
     # taken before the first tensor; None: RUNTIME_FLOOR_GIB of the type
-    runtime_gib: NonNegativeFloat | None = None
+    runtime_gib: Gib | None = None
     unified: bool | None = None  # one memory for device and host; None: by type (all but cuda)
 
 
 class HostSpec(Section):
-    memory_gib: PositiveFloat
-    reserve_gib: NonNegativeFloat
-    pinned_max_gib: NonNegativeFloat = 0.5
+    memory_gib: Memory
+    reserve_gib: Gib
+    pinned_max_gib: Gib = 0.5
     # with less left on the machine a run stops at its next commit; None: see `Profile.min_available_bytes`
-    min_available_gib: NonNegativeFloat | None = None
+    min_available_gib: Gib | None = None
 
 
 class DiskSpec(Section):
-    reserve_gib: NonNegativeFloat  # kept free
-    read_gib_per_s: PositiveFloat | None = None
-    write_gib_per_s: PositiveFloat | None = None
+    reserve_gib: Gib  # kept free
+    read_gib_per_s: Rate | None = None
+    write_gib_per_s: Rate | None = None
 
 
 class LinkSpec(Section):
-    host_to_device_gib_per_s: PositiveFloat
-    device_to_host_gib_per_s: PositiveFloat
+    host_to_device_gib_per_s: Rate
+    device_to_host_gib_per_s: Rate
 
 
 class Profile(Section):

@@ -118,4 +118,9 @@ def text_of(recipe: Recipe, spec: DataSpec) -> tuple[int, int]:
         raise ConfigError(
             f"model.name: '{recipe.model.name}' needs text; data.name '{recipe.data.name}' has none"
         )
+    if spec.vocab_size < 2:
+        raise ConfigError(
+            f"data: found a vocabulary of {spec.vocab_size}, which leaves nothing to predict; "
+            "allowed: 2 or more; give text with other characters, or tokenizer: bytes"
+        )
     return spec.vocab_size, spec.seq_len

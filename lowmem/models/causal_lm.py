@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor
 
 from lowmem.data.datasets import DataSpec
@@ -19,14 +18,14 @@ from lowmem.models.base import BuildModel, text_of
 from lowmem.models.text import TextModel
 from lowmem.objectives.base import Batch
 from lowmem.objectives.tokens import TokenDenoising
-from lowmem.recipe import NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel
+from lowmem.recipe import Count, NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel
 
 
 class CausalLmModel(TransformerModel):
     name: Literal["causal_lm"]
     noisy_input: NoisyInput = "posterior"
     readout: Readout = "bayes"
-    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
+    head_chunk: Count = 4096  # tokens whose logits are in memory at once
 
     def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
         vocab_size, seq_len = text_of(recipe, spec)

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from lowmem.data.datasets import DataSpec
@@ -18,12 +17,12 @@ from lowmem.models.base import BlockModel, BuildModel, images_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify, unpatchify
 from lowmem.objectives.base import Batch
 from lowmem.objectives.images import ImageDenoising
-from lowmem.recipe import Fraction, NoiseConfig, Recipe, TransformerModel
+from lowmem.recipe import Fraction, NoiseConfig, Recipe, TransformerModel, Width
 
 
 class DitModel(TransformerModel):
     name: Literal["dit"]
-    patch_size: PositiveInt  # pixels
+    patch_size: Width  # pixels
     label_drop: Fraction = 0.1  # share of samples trained without their class, for guidance
 
     def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:

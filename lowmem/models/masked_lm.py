@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from lowmem.data.datasets import DataSpec
@@ -17,7 +16,7 @@ from lowmem.models.base import BlockModel, BuildModel, text_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate
 from lowmem.objectives.base import Batch
 from lowmem.objectives.masked import MaskedDenoising
-from lowmem.recipe import NoiseConfig, Recipe, TransformerModel
+from lowmem.recipe import Count, NoiseConfig, Recipe, TransformerModel
 
 
 class MaskedLmModel(TransformerModel):
@@ -25,7 +24,7 @@ class MaskedLmModel(TransformerModel):
     mask_schedule: Literal["linear", "cosine"] = (
         "linear"  # alpha(t), the share of tokens not masked at time t
     )
-    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
+    head_chunk: Count = 4096  # tokens whose logits are in memory at once
 
     def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
         vocab_size, seq_len = text_of(recipe, spec)

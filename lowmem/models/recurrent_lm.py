@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from lowmem.data.datasets import DataSpec
@@ -22,20 +22,20 @@ from lowmem.models.base import BuildModel, text_of
 from lowmem.models.layers import Linear
 from lowmem.models.text import TextModel
 from lowmem.objectives.recurrent import RecurrentDenoising
-from lowmem.recipe import NoiseConfig, Readout, Recipe, TransformerModel
+from lowmem.recipe import Count, Layers, NoiseConfig, Readout, Recipe, TransformerModel
 
 
 class RecurrentLmModel(TransformerModel):
     name: Literal["recurrent_lm"]
-    prelude_layers: PositiveInt = 2
-    coda_layers: PositiveInt = 2  # the core has what is left of num_layers
-    iterations: PositiveInt = 32  # mean number, when trained end to end
-    backprop_iterations: PositiveInt = 8  # how many of them gradients flow through
+    prelude_layers: Layers = 2
+    coda_layers: Layers = 2  # the core has what is left of num_layers
+    iterations: Layers = 32  # mean number, when trained end to end
+    backprop_iterations: Layers = 8  # how many of them gradients flow through
     noisy_input: Literal["scaled", "posterior"] = (
         "posterior"  # its state is the noisy target: it must be seen
     )
     readout: Readout = "bayes"
-    head_chunk: PositiveInt = 4096  # tokens whose logits are in memory at once
+    head_chunk: Count = 4096  # tokens whose logits are in memory at once
 
     @property
     def least_layers(self) -> int:

@@ -9,26 +9,30 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from lowmem.data.datasets import DataSpec
+from lowmem.errors import ConfigError
 from lowmem.models.base import BlockModel, BuildModel, images_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify
 from lowmem.objectives.base import Batch
 from lowmem.objectives.labels import LabelDenoising
-from lowmem.recipe import Fraction, NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel
+from lowmem.recipe import Fraction, NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel, Width
 
 
 class VitModel(TransformerModel):
     name: Literal["vit"]
-    patch_size: PositiveInt  # pixels
+    patch_size: Width  # pixels
     image_drop: Fraction = 0.0  # share of samples trained on a blank image, for guidance
     noisy_input: NoisyInput = "scaled"
     readout: Readout = "plain"
 
     def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
         image_shape, num_classes = images_of(recipe, spec, self.patch_size)
+        if num_classes < 2:
+            raise ConfigError(
+                f"data: found {num_classes} class; allowed for a classifier: 2 or more; give more classes"
+            )
         return lambda: Vit(self, image_shape, num_classes)
 
     def contradiction(self, recipe: Recipe) -> str | None:

@@ -7,6 +7,7 @@ run during backward, and whether a block is written beside the next step.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -130,7 +131,8 @@ def _micro_batch_sizes(recipe: Recipe) -> list[int]:
         return [train.micro_batch_size]
     if recipe.optimizer.during_backward is True:
         return [train.batch_size]
-    return [train.batch_size // n for n in range(1, train.batch_size + 1) if train.batch_size % n == 0]
+    small = [n for n in range(1, math.isqrt(train.batch_size) + 1) if train.batch_size % n == 0]
+    return sorted({*small, *(train.batch_size // n for n in small)}, reverse=True)
 
 
 def _precision(recipe: Recipe, profile: Profile) -> Precision:

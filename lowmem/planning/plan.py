@@ -82,7 +82,9 @@ class Plan(Section):
             (name.replace("_", " "), format_bytes(num_bytes), f"{num_bytes / peak:.0%}")
             for name, num_bytes in predicted.by_category.items()
         ]
-        rows.append(("device peak", format_bytes(peak), f"{peak / budget.device_bytes:.0%} of budget"))
+        rows.append(
+            ("device peak", format_bytes(peak), f"{peak / max(budget.device_bytes, 1):.0%} of budget")
+        )
         return text_table(self.title, ("device memory", "predicted", "share"), rows, self._notes())
 
     def _notes(self) -> list[str]:

@@ -22,11 +22,13 @@ from rich.text import Text
 
 from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.run_dir import RunDir
+from lowmem.errors import MOST_CHARACTERS
 from lowmem.machine.monitor import device_bytes
 from lowmem.machine.profile import profile_from_dict
+from lowmem.reporting.records import read_run
 from lowmem.reporting.report import read_report, read_status
 from lowmem.reporting.telemetry import Listener, read_records
-from lowmem.units import format_bytes, format_seconds
+from lowmem.units import format_bytes, format_seconds, shown
 
 HEARTBEAT_S = 10.0  # longest silence of the plain view
 REFRESH_PER_S = 4
@@ -36,13 +38,11 @@ SAYING = {
     "finished": "finished",
     "stopped": "stopped: run the same train command again to go on",
 }
+FAILED = "stopped by an error that the same command would meet again:"
 
 
 class RunView:
-    """The state of a run, as far as it was fed with records. `plan`: plan.json as a dict.
-
-    Raises ProfileError if the plan's profile is not one.
-    """
+    """The state of a run, as far as it was fed with records. `plan`: plan.json as a dict, of `read_run`."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.budget = plan["budget"]
@@ -59,7 +59,7 @@ class RunView:
         self.peak_bytes = 0  # on the device, at the end of a step
         self.disk_bytes = 0
         self.waited_s, self.computed_s = 0.0, 0.0
-        self.warning, self.advice = "", ""
+        self.warning, self.advice, self.note = "", "", ""
         self._moments: deque[float] = deque(maxlen=RATE_STEPS)  # when the latest steps ended
 
     def feed(self, record: dict[str, Any]) -> None:
@@ -113,7 +113,9 @@ class RunView:
             )
         if self.warning:
             lines.append(f"  warning: {self.warning}")
-        return [line[:width] for line in lines]
+        if self.note:
+            lines.append(f"  note: {self.note}")
+        return [shown(line)[:width] for line in lines]
 
     def _block_lines(self, bar_width: int) -> Iterator[str]:
         per_block = self.steps_total if self.whole else self.steps_total // self.num_blocks
@@ -188,7 +190,7 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
         view().feed(record)
         due = time.monotonic() - printed > HEARTBEAT_S
         if record["event"] == "warning":
-            print(f"warning: {record['message']}", file=sys.stderr, flush=True)
+            print(f"warning: {shown(record['message'])}", file=sys.stderr, flush=True)
         if record["event"] == "trained" or (due and record["event"] in ("step", "visited")):
             printed = time.monotonic()
             print(view().summary(), file=sys.stderr, flush=True)
@@ -198,9 +200,11 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
 
 def _view_of(run: RunDir) -> RunView:
     """The view of a run after all records so far, those of earlier processes included."""
-    view = RunView(run.read_plan())
-    for record in read_records(run.telemetry_path):
+    view = RunView(read_run(run)[0])
+    records = read_records(run.telemetry_path, view.num_blocks)
+    for record in records:
         view.feed(record)
+    view.note = records.note
     return view
 
 
@@ -218,10 +222,11 @@ def status_lines(run_dir: str | os.PathLike[str], width: int) -> tuple[str, list
         view.steps[block["block"]] = max(block["steps"], seen)
     seen_at = status["last"].get("time")
     age = f", last record {format_seconds(max(time.time() - seen_at, 0))} ago" if seen_at else ""
-    return status["state"], [
-        f"{status['run']}: {SAYING[status['state']]}{age}"[:width],
-        *view.lines(width),
-    ]
+    lines = [shown(f"{status['run']}: {SAYING[status['state']]}{age}")[:width], *view.lines(width)]
+    if status["failure"]:
+        wrapped = textwrap.wrap(shown(status["failure"], MOST_CHARACTERS), width)
+        lines[:1] = [shown(f"{status['run']}: {FAILED}{age}")[:width], *wrapped]
+    return status["state"], lines
 
 
 def watch(run_dir: str | os.PathLike[str], period_s: float = 1.0) -> None:

@@ -24,16 +24,17 @@ class History:
     # block (None: all together) -> step at which a visit ended -> mean loss of that visit
     losses: dict[int | None, dict[int, float]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)  # of the latest process
+    note: str = ""  # about lines that were left out
 
 
 def read_history(run_dir: str | os.PathLike[str], unified: bool) -> History:
     """The history of a run. `unified`: device and host are one memory.
 
-    A run folder may come from elsewhere, so a field that is no number counts as 0, and a record without a
-    time is skipped.
+    Lines that are no records are left out, and counted in `note`.
     """
     history, visit, before, elapsed = History(), dict[str, Any](), None, 0.0
-    for record in read_records(RunDir(run_dir).telemetry_path):
+    records = read_records(RunDir(run_dir).telemetry_path)
+    for record in records:
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
         now, event = numbers.get("time"), record.get("event")
         if now is None:
@@ -53,4 +54,5 @@ def read_history(run_dir: str | os.PathLike[str], unified: bool) -> History:
             last = int(visit.get("first_step", 0) + visit.get("num_steps", 0))
             losses = history.losses.setdefault(blocks[0] if len(blocks) == 1 else None, {})
             losses[last] = numbers.get("loss", 0.0)
+    history.note = records.note
     return history

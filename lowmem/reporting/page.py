@@ -15,6 +15,7 @@ from typing import Any
 from lowmem.errors import ConfigError
 from lowmem.machine.profile import profile_from_dict
 from lowmem.reporting.history import History, read_history
+from lowmem.reporting.output import check_output, write_output
 from lowmem.reporting.plots import (
     compared_peaks_plot,
     losses_plot,
@@ -31,8 +32,9 @@ from lowmem.reporting.report import (
     comparison_rows,
     read_report,
 )
-from lowmem.units import MIB, format_bytes
+from lowmem.units import MIB, format_bytes, shown
 
+MOST_NAME = 60  # characters of a run's name in titles and legends
 MAX_SAMPLE_BYTES = 4 * MIB  # a larger picture or text is left out of the page
 PNG_START = b"\x89PNG"
 
@@ -43,11 +45,12 @@ def write_page(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLik
     Raises ResumeError or StoreError for a folder that is no run, ProfileError for a plan without a machine's
     profile, ConfigError without matplotlib or where `out` cannot be written.
     """
+    check_output(out, "page")
     reports = [read_report(run_dir) for run_dir in run_dirs]
     histories = [
         read_history(folder, _is_unified(report)) for folder, report in zip(run_dirs, reports, strict=True)
     ]
-    names = [Path(run_dir).resolve().name for run_dir in run_dirs]
+    names = [shown(Path(run_dir).resolve().name, MOST_NAME) for run_dir in run_dirs]
     with plot_style():
         comparison = None if len(names) == 1 else _comparison(names, reports, histories)
         runs = [
@@ -90,13 +93,7 @@ def _template() -> Any:
 
 
 def _written(path: Path, text: str) -> Path:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as problem:
-        raise ConfigError(
-            f"{path}: {problem.strerror}; give a file in a folder that can be written"
-        ) from None
-    return path
+    return write_output(path, text.encode("utf-8", "replace"), "page")
 
 
 def _comparison(
@@ -123,7 +120,7 @@ def _run(folder: Path, name: str, report: Report, history: History) -> dict[str,
         "summary": report.summary(),
         "memory": report.memory_rows(),
         "blocks": report.block_rows(),
-        "traffic": report.closing_rows(),
+        "traffic": [*report.closing_rows(), *([("note", history.note)] if history.note else [])],
         "result": [
             (key.replace("_", " "), _shown(value))
             for key, value in (content["metrics"] or {}).items()

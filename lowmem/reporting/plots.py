@@ -119,6 +119,7 @@ def losses_plot(names: Sequence[str], histories: Sequence[History]) -> str:
     for place, (name, history) in enumerate(zip(names, histories, strict=True)):
         for block, losses in sorted(history.losses.items(), key=_place_of):
             label = " ".join(filter(None, [name, "" if block is None else f"block {block}"])) or "loss"
+            label = f"\u200b{label}" if label.startswith("_") else label  # else matplotlib leaves it out
             colour = COLOURS[(place if len(names) > 1 else block or 0) % len(COLOURS)]
             fading = 1 / (1 + 0.3 * (block or 0))
             axes.plot(list(losses), list(losses.values()), color=colour, alpha=fading, label=label)

@@ -18,6 +18,7 @@ from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.reporting.moving import WAYS, moving_figures
+from lowmem.reporting.records import read_run
 from lowmem.reporting.tables import text_table
 from lowmem.reporting.telemetry import read_records
 from lowmem.schema import parse
@@ -60,7 +61,7 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
     not readable.
     """
     run = RunDir(run_dir)
-    plan, state = run.read_plan(), run.read_state() or RunState()
+    plan, state = read_run(run)
     recipe, settings, predicted = plan["recipe"], plan["settings"], plan["predicted"]
     if state.micro_batch_size is not None:
         settings = {**settings, "micro_batch_size": state.micro_batch_size}
@@ -111,8 +112,12 @@ def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     run = RunDir(run_dir)
     report = read_report(run_dir).content
     last: dict[str, Any] = {}
-    for record in read_records(run.telemetry_path):
+    failure: str | None = None  # that the last process ended with, and would meet again
+    records = read_records(run.telemetry_path, report["settings"]["num_blocks"])
+    for record in records:
         last = record
+        if record["event"] in ("open", "failed"):
+            failure = record.get("message") if record["event"] == "failed" else None
     visits_done, visits_total = report["progress"]["visits_done"], report["progress"]["visits_total"]
     if run.is_locked():
         state = "running"
@@ -126,6 +131,8 @@ def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
         **{k: report[k] for k in ("method", "progress", "blocks", "measured", "budget", "metrics")},
         "advice": report["stream"]["advice"],
         "last": last,
+        "failure": failure if state == "stopped" else None,
+        "skipped_records": records.skipped,
     }
 
 
@@ -284,7 +291,7 @@ def _result_text(metrics: dict[str, Any]) -> str:
     extra = [
         f"{name.replace('_', ' ')} {metrics[name]:.4f}"
         for name in EXTRA_METRICS
-        if metrics.get(name) is not None
+        if isinstance(metrics.get(name), int | float)
     ]
     return f"{metrics['metric']} {metrics['value']:.4f}" + (f" ({', '.join(extra)})" if extra else "")
 

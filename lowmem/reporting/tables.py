@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowmem.units import shown
+
 WIDTH = 110  # characters
 
 
@@ -28,7 +30,7 @@ def text_table(
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(shown(cell) for cell in row))
     buffer = io.StringIO()
     Console(file=buffer, width=width, color_system=None, markup=False, highlight=False).print(table)
     return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()), *notes])

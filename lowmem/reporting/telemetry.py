@@ -17,6 +17,7 @@ from typing import Any
 
 from lowmem.errors import StoreError
 from lowmem.files import finite, json_lines, open_append
+from lowmem.reporting.records import is_record
 
 Listener = Callable[[dict[str, Any]], None]  # called with every record as it is written
 
@@ -56,10 +57,32 @@ def _last_byte(file: int) -> bytes:
     return os.pread(file, 1, size - 1) if size else b""
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run, oldest first. No file means no records.
+class Records:
+    """The records of a run, oldest first; no file means no records.
 
-    Skips lines that are no records: a kill has torn them, or they are longer than a record ever is. Raises
-    StoreError where something else than a file that can be read lies there.
+    A line that a kill has torn, or that is no record of ours, is passed over and counted in `skipped`.
+    Iteration raises StoreError where something else than a file that can be read lies there.
     """
-    return (record for record in json_lines(path, StoreError) if record is not None)
+
+    def __init__(self, path: Path, num_blocks: int | None = None) -> None:
+        """`num_blocks`: of the run, where it is known: a record of other blocks is none of the run's."""
+        self.path, self.num_blocks, self.skipped = path, num_blocks, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.skipped = 0
+        for record in json_lines(self.path, StoreError):
+            if record is not None and is_record(record, self.num_blocks):
+                yield record
+            else:
+                self.skipped += 1
+
+    @property
+    def note(self) -> str:
+        """One line about what was skipped in the last reading; empty where nothing was."""
+        if not self.skipped:
+            return ""
+        return f"{self.skipped} lines of {self.path.name} are torn or no records of this run: left out"
+
+
+def read_records(path: Path, num_blocks: int | None = None) -> Records:
+    return Records(path, num_blocks)

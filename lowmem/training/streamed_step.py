@@ -34,6 +34,7 @@ from lowmem.blocks.optim import whole_factor
 from lowmem.blocks.order import fetches
 from lowmem.objectives.base import Batch, Kept, Objective
 from lowmem.training.attempt import Attempt
+from lowmem.training.finite import FiniteWatch
 from lowmem.training.trainable import Trainable
 
 
@@ -52,8 +53,11 @@ class Part:
 class StreamedStep:
     """Optimizer steps of a whole model whose blocks come and go."""
 
-    def __init__(self, attempt: Attempt, objective: Objective[Any, Any], borders: Borders) -> None:
+    def __init__(
+        self, attempt: Attempt, objective: Objective[Any, Any], borders: Borders, watch: FiniteWatch
+    ) -> None:
         """`objective`: bound to the attempt's model. `borders`: where the attempt keeps activations."""
+        self.watch = watch
         self.model, self.objective, self.borders = attempt.model, objective, borders
         self.stream, self.scratch, self.shared = attempt.stream, attempt.scratch, attempt.shared
         self.monitor, plan = attempt.monitor, attempt.plan
@@ -95,21 +99,26 @@ class StreamedStep:
                 self._let_go(block, buffer)
             self._backward_of_input(parts)
             in_order = [norms[block] for block in range(self.num_blocks)]
-            factor = whole_factor([*in_order, self.shared.gradient_norm()], optimizer)
+            every = [*in_order, self.shared.gradient_norm()]
+            self.watch.look(step, *every)
+            factor = whole_factor(every, optimizer)
             self.shared.forget()
 
         for block, buffer in blocks:
             trainable = self._backward(block, buffer, parts)
             trainable.begin(step + 1, lr, optimizer)
-            trainable.update(factor)
+            self.watch.look(step, trainable.update(factor))
+            if durable:
+                self.watch.look(step, trainable.weights_norm())
             unbind(self.model, trainable.arena.layout)
             self.stream.write_back(block, buffer, visits_done, durable, keep=block == 0)
         self._backward_of_input(parts)
-        self.shared.update(factor)
+        self.watch.look(step, self.shared.update(factor), self.shared.weights_norm())
         total = torch.zeros((), device=self.stream.device)
         for part in parts:
             assert part.loss is not None
             total += part.loss
+        self.watch.look(step, total)
         return total
 
     # --------------------------------------------------------------------------------------------------------

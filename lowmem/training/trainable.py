@@ -59,11 +59,15 @@ class Trainable:
         assert self.grads is not None
         self.grads.zero_()
 
-    def update(self, factor: Tensor | None = None) -> None:
+    def weights_norm(self) -> Tensor:
+        """Not finite where a weight is not."""
+        return optim.gradient_norm(self.arena.weights)
+
+    def update(self, factor: Tensor | None = None) -> Tensor:
         """The optimizer step, or what backward has left of it: parameters that the loss did not depend on.
         Gradients are zero again afterwards.
 
-        `factor`: see `optim.update`.
+        `factor`: see `optim.update`. Returns a scalar on the device that is finite where all gradients were.
         """
         assert self._step is not None
         if self.grads is None:
@@ -72,11 +76,13 @@ class Trainable:
                     slot,
                     torch.zeros((), dtype=self.compute.dtype, device=self.compute.device).expand(slot.numel),
                 )
+            norm = self.weights_norm()  # the gradients are gone; what they spoilt is not
         else:
-            optim.update(self.arena, self.grads, self._step, factor)
+            norm = optim.update(self.arena, self.grads, self._step, factor)
             self._refresh(slice(None))
             self.grads.zero_()
         self._step = None
+        return norm
 
     def _on_gradient(self, name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None

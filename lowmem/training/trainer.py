@@ -6,7 +6,6 @@ draws what an unbroken one would have drawn. To resume: call again with the same
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from lowmem.blocks.arena import unbind
 from lowmem.blocks.optim import whole_factor
 from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import RunDir, RunState
-from lowmem.errors import DataError, TrainingError
+from lowmem.errors import DataError
 from lowmem.machine.detect import training_device
 from lowmem.models.base import BuildModel, check_model
 from lowmem.objectives.base import Batch
@@ -28,6 +27,7 @@ from lowmem.planning.settings import layouts_of
 from lowmem.reporting.telemetry import Listener
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.training.attempt import Attempt
+from lowmem.training.finite import FiniteWatch, not_finite
 from lowmem.training.memory_guard import check_available, go_on_smaller, is_out_of_memory
 from lowmem.training.streamed_step import StreamedStep
 
@@ -93,7 +93,8 @@ class Trainer:
         while self.notices:  # once, also where memory makes a second attempt
             event, fields = self.notices.pop(0)
             attempt.recorder.write(event, **fields)
-        streamed = None if attempt.borders is None else StreamedStep(attempt, self.objective, attempt.borders)
+        watch, borders = FiniteWatch(self.device), attempt.borders
+        streamed = None if borders is None else StreamedStep(attempt, self.objective, borders, watch)
         for visit, upcoming in self.queue.pending(attempt.state.visits_done):
             attempt.visit = visit
             attempt.recorder.write(
@@ -107,8 +108,9 @@ class Trainer:
             if streamed is not None:
                 losses, buffers = self._streamed_steps(attempt, streamed, visit, upcoming, batches)
             else:
-                losses, buffers = self._resident_steps(attempt, visit, upcoming, batches)
-            mean_loss = self._mean_loss(losses, visit)
+                losses, buffers = self._resident_steps(attempt, watch, visit, upcoming, batches)
+            mean_loss = float(torch.stack(losses).mean())  # on CUDA it waits for the visit's last kernel
+            self._require_finite(attempt, watch, visit, batches)
             exposed_s = attempt.exposed_s - exposed_before
             attempt.clock.exposed_transfer_s += exposed_s
             attempt.clock.compute_s += time.perf_counter() - start - exposed_s
@@ -132,22 +134,24 @@ class Trainer:
         )
         attempt.clock.commit_s += time.perf_counter() - start
 
-    def _mean_loss(self, losses: list[Tensor], visit: Visit) -> float:
-        """On CUDA the first look at a loss: it waits for the visit's last kernel. Raises TrainingError."""
-        mean_loss = float(torch.stack(losses).mean())
-        if not math.isfinite(mean_loss):
-            raise TrainingError(
-                f"visit {visit.index}, block {', '.join(map(str, visit.blocks))}: loss {mean_loss} in steps "
-                f"{visit.first_step} to {visit.first_step + visit.num_steps - 1}; allowed: a finite number; "
-                f"the last commit is kept: lower train.lr (now {self.recipe.train.lr}) in another --run-dir"
-            )
-        return mean_loss
+    def _require_finite(self, attempt: Attempt, watch: FiniteWatch, visit: Visit, batches: Batches) -> None:
+        """Raises TrainingError if a number of the visit so far is not finite; records it for `status`."""
+        step = watch.first_step()
+        if step is None:
+            return
+        settings, levels = attempt.plan.settings, None
+        if self.recipe.method != "end_to_end":
+            gamma = self.recipe.blocks.overlap_gamma
+            levels = self.objective.interval(visit.blocks[0], settings.num_blocks, gamma)
+        problem = not_finite(self.recipe, visit, step, levels, batches(step))
+        attempt.recorder.write("failed", visit=visit.index, step=step, message=str(problem))
+        raise problem
 
     # --------------------------------------------------------------------------------------------------------
     # A visit's steps
 
     def _resident_steps(
-        self, attempt: Attempt, visit: Visit, upcoming: Visit | None, batches: Batches
+        self, attempt: Attempt, watch: FiniteWatch, visit: Visit, upcoming: Visit | None, batches: Batches
     ) -> Trained:
         """The visit's steps with all of its blocks on the device."""
         stream, scratch, optimizer = attempt.stream, attempt.scratch, self.recipe.optimizer
@@ -171,11 +175,15 @@ class Trainer:
             loss = self._forward_backward(attempt, visit, step, batches(step))
             factor = None
             if optimizer.clips_whole:
-                factor = whole_factor([trainable.gradient_norm() for trainable in every], optimizer)
-            for trainable in every:
-                trainable.update(factor)
+                norms = [trainable.gradient_norm() for trainable in every]
+                watch.look(step, *norms)
+                factor = whole_factor(norms, optimizer)
+            watch.look(step, loss, *(trainable.update(factor) for trainable in every))
+            if watch.at_once:
+                self._require_finite(attempt, watch, visit, batches)
             losses.append(loss)
             attempt.record_step(visit, step, lr, loss, time.perf_counter() - start)
+        watch.look(step, *(trainable.weights_norm() for trainable in every))
         for block in visit.blocks:
             unbind(self.model, self.layouts[block])
         return losses, buffers
@@ -194,6 +202,8 @@ class Trainer:
             micro = list(self._micro_batches(attempt.plan, visit, step, batches(step)))
             more = not ends_visit or upcoming is not None
             loss = streamed.step(micro, step, lr, visit.index + 1, ends_visit, more)
+            if streamed.watch.at_once:
+                self._require_finite(attempt, streamed.watch, visit, batches)
             losses.append(loss)
             attempt.record_step(visit, step, lr, loss, time.perf_counter() - start)
         return losses, {}

@@ -78,7 +78,7 @@ def test_nothing_in_a_run_folder_becomes_markup_or_a_formula(trained: Path, tmp_
     with open(folder / "telemetry.jsonl", "a", encoding="utf-8") as file:
         for record in (
             {"event": "step", "time": hostile},
-            {"event": "step", "time": 1.0, "host_bytes": hostile},
+            {"event": "step", "time": 1.0, "step": 0, "host_bytes": hostile},
             {"event": "open", "environment": 3},
         ):
             file.write(json.dumps(record) + "\n")
@@ -98,7 +98,12 @@ def test_a_long_run_makes_a_page_of_bounded_size(trained: Path, tmp_path: Path) 
             for step in range(steps):
                 file.write(
                     json.dumps(
-                        {"event": "step", "time": float(step), "host_bytes": (step * 7919) % 10_007 * 100_000}
+                        {
+                            "event": "step",
+                            "step": step,
+                            "time": float(step),
+                            "host_bytes": (step * 7919) % 10_007 * 100_000,
+                        }
                     )
                     + "\n"
                 )

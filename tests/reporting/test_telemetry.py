@@ -15,12 +15,12 @@ from lowmem.reporting.telemetry import Recorder, read_records
 
 def test_records_come_back_in_order_with_their_fields(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "t.jsonl")
-    recorder.write("open", pid=1)
-    recorder.write("step", loss=0.5, text="ü\n")
+    recorder.write("begin", pid=1)
+    recorder.write("step", step=0, loss=0.5, text="ü\n")
     recorder.close()
     records = list(read_records(tmp_path / "t.jsonl"))
     assert [(r["event"], r.get("loss"), r.get("text")) for r in records] == [
-        ("open", None, None),
+        ("begin", None, None),
         ("step", 0.5, "ü\n"),
     ]
     assert abs(records[0]["time"] - time.time()) < 60
@@ -32,13 +32,13 @@ def test_a_torn_last_line_is_passed_over_and_the_next_writer_begins_on_a_new_lin
     tmp_path: Path, torn: bytes
 ) -> None:
     path = tmp_path / "t.jsonl"
-    path.write_bytes(b'{"event": "open"}\n' + torn)
-    assert [r["event"] for r in read_records(path)] == ["open"]
+    path.write_bytes(b'{"event": "begin", "time": 1.0}\n' + torn)
+    assert [r["event"] for r in read_records(path)] == ["begin"]
     recorder = Recorder(path)
     recorder.write("again")
     recorder.close()
-    assert [r["event"] for r in read_records(path)] == ["open", "again"]
-    assert path.read_bytes().startswith(b'{"event": "open"}\n' + torn + b"\n")
+    assert [r["event"] for r in read_records(path)] == ["begin", "again"]
+    assert path.read_bytes().startswith(b'{"event": "begin", "time": 1.0}\n' + torn + b"\n")
 
 
 def test_a_whole_file_is_continued_without_an_empty_line(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_whole_file_is_continued_without_an_empty_line(tmp_path: Path) -> None
 
 def test_a_record_is_in_the_file_before_the_recorder_is_closed(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "t.jsonl")
-    recorder.write("step")
+    recorder.write("step", step=0)
     assert [r["event"] for r in read_records(tmp_path / "t.jsonl")] == ["step"]
     recorder.close()
 
