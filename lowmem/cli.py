@@ -58,8 +58,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object"
 
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
-    """Half a million objects are imported with torch and none of them dies: to look for garbage among them
-    takes a third of a plan's time.
+    """Turns the garbage collector off.
+
+    torch brings half a million objects that live to the end. To look for garbage among them takes a third of a
+    plan's time.
     """
     gc.disable()
     try:

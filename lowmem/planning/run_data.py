@@ -137,6 +137,6 @@ def keep_identity(folder: Path, identity: DataIdentity) -> None:
     run = RunDir(folder)
     run.acquire()
     try:
-        run.write_plan(read_plan(run).model_copy(update={"data": identity}).to_dict())
+        run.replace_plan(read_plan(run).model_copy(update={"data": identity}).to_dict())
     finally:
         run.release()

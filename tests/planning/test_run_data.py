@@ -146,10 +146,19 @@ def test_a_finished_run_is_not_evaluated_on_a_changed_text_without_a_word(here: 
 
 def foreign(run: Path, **data: Any) -> Path:
     """The run, with other data named in its plan, as a stranger may write them."""
-    plan = json.loads((run / "plan.json").read_text())
-    plan["recipe"]["data"] = {"name": "huggingface", "dataset": "them/theirs", **data}
-    (run / "plan.json").write_text(json.dumps(plan))
+    changed(
+        run,
+        lambda plan: plan["recipe"].update(data={"name": "huggingface", "dataset": "them/theirs", **data}),
+    )
     return run
+
+
+def changed(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the plan of a run as one may who knows how it is sealed."""
+    folder = RunDir(run)
+    plan = folder.read_plan()
+    change(plan)
+    folder.replace_plan(plan)
 
 
 READS: list[Callable[[Path], object]] = [
@@ -169,8 +178,7 @@ def test_a_foreign_run_uses_no_network(
     monkeypatch.setattr(HuggingfaceText, "open_split", lambda self, *_: asked.append(self.dataset))
     run = foreign(here / "finished", kind="text", tokenizer="characters")
     if not keeps_identity:
-        plan = json.loads((run / "plan.json").read_text())
-        (run / "plan.json").write_text(json.dumps({**plan, "data": None}))
+        changed(run, lambda plan: plan.update(data=None))
     try:
         read(run)
     except (DataError, ConfigError) as refused:

@@ -86,7 +86,10 @@ def test_a_changed_byte_of_any_block_file_is_found_by_verify(stopped: Path, posi
 
 
 def test_damage_to_a_block_of_a_later_visit_is_found_before_the_first_one(stopped: Path) -> None:
-    block = min(stopped.glob("block-*.safetensors"), key=lambda path: path.name.split(".")[1])
+    state = RunDir(stopped).read_state()
+    assert state is not None
+    records = [record for key, record in state.files.items() if key != "shared"]
+    block = stopped / min(records, key=lambda record: record.name.split(".")[1]).name
     flip(block, 20_000)
     before = contents(stopped)
     with pytest.raises(StoreError, match=f"{block.name}: its data differ"):
