@@ -28,6 +28,8 @@ def check_output(out: str | os.PathLike[str], option: str) -> Path:
         if not os.access(target.parent, os.W_OK):
             raise ConfigError(f"{where}: its folder cannot be written; give a file in another folder")
         of_run = any((target.parent / name).exists() for name in RUN_FILES)
+    except ConfigError:
+        raise  # it is a ValueError too
     except (OSError, ValueError, RuntimeError) as problem:
         raise ConfigError(
             f"{where}: {getattr(problem, 'strerror', None) or problem}; give the name of a file"
