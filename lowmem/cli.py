@@ -60,8 +60,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object"
 def no_collection() -> Iterator[None]:
     """Turns the garbage collector off.
 
-    torch brings half a million objects that live to the end. To look for garbage among them takes a third of a
-    plan's time.
+    torch brings half a million objects that live to the end. To look for garbage among them takes a third of
+    a plan's time.
     """
     gc.disable()
     try:
