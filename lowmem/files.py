@@ -104,8 +104,10 @@ def read_bytes(
             raise
         with os.fdopen(handle, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(most_bytes + 1) if size <= most_bytes else b""
-    if size > most_bytes or len(content) > most_bytes:
+            # One byte more than it says, so that a file that grows is seen. A read of `most_bytes` would take
+            # a buffer of that size first, where memory is what a run has least of.
+            content = file.read(size + 1) if size <= most_bytes else b""
+    if size > most_bytes or len(content) > size:
         raise error(
             f"{printable(path)}: found {format_bytes(size)}; allowed: {format_bytes(most_bytes)}; {cure}"
         )

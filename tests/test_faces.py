@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from lowmem import cli
+from lowmem.blocks.run_dir import RunDir
 from lowmem.errors import ConfigError, LowmemError, StoreError
 from lowmem.recipe import load_recipe
 from lowmem.reporting.dashboard import status_lines
@@ -179,9 +180,11 @@ def test_a_file_is_written_whole_beside_its_hard_links(tmp_path: Path) -> None:
 
 
 def _edit(path: Path, change: Any) -> None:
-    content = json.loads(path.read_text())
+    """Changes a plan as one may who knows how it is sealed, or whose version seals in the same way."""
+    run = RunDir(path.parent)
+    content = run.read_plan()
     change(content)
-    path.write_text(json.dumps(content))
+    run.replace_plan(content)
 
 
 @pytest.mark.parametrize(
@@ -237,8 +240,6 @@ def test_a_warning_of_a_foreign_folder_does_not_reach_the_terminal_as_a_command(
 
 
 def test_a_run_that_failed_is_not_advised_to_run_the_same_command_again(copy: Path) -> None:
-    from lowmem.blocks.run_dir import RunDir
-
     state = RunDir(copy).read_state()
     assert state is not None
     RunDir(copy).commit(state.model_copy(update={"visits_done": state.visits_done - 1}))
@@ -250,14 +251,10 @@ def test_a_run_that_failed_is_not_advised_to_run_the_same_command_again(copy: Pa
 
 
 def test_metrics_and_blocks_that_no_report_can_show_are_refused(copy: Path) -> None:
-    from lowmem.blocks.run_dir import RunDir
-
     run = RunDir(copy)
     state = run.read_state()
     assert state is not None
-    for update in ({"metrics": {"metric": "accuracy"}}, {"blocks": state.blocks[:1]}, {"files": {}}):
-        run.commit(
-            state.model_copy(update=update | ({"files": state.files} if "files" not in update else {}))
-        )
+    for update in ({"metrics": {"metric": "accuracy"}}, {"blocks": state.blocks[:1]}):
+        run.commit(state.model_copy(update=update))
         with pytest.raises(StoreError, match=r"state\.json"):
             read_report(copy)
