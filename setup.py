@@ -14,7 +14,15 @@ PLOTS = ["matplotlib>=3.8", "jinja2>=3"]
 TEXT = ["tokenizers>=0.21"]
 HUGGINGFACE = ["transformers>=4.50", "datasets>=4", *TEXT]
 LOGGERS = ["tensorboard>=2.15"]
-DEV = ["pytest>=8", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-psutil"]
+DEV = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6",
+    "ruff>=0.9",
+    "mypy>=1.14",
+    "types-PyYAML",
+    "types-psutil",
+]
 
 setup(
     name="lowmem",
