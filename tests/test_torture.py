@@ -1,4 +1,4 @@
-"""A short form of `scripts/torture` from a fixed seed: damage, kills, disk faults, power loss, two at once."""
+"""A short form of `scripts/torture` from a fixed seed: damage, kills, disk faults, power loss."""
 
 from __future__ import annotations
 
