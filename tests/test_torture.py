@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks, and looks into /proc")
 def test_a_tortured_run_loses_nothing_and_touches_nothing_foreign(tmp_path: Path) -> None:
     out = tmp_path / "torture.json"
-    command = [sys.executable, str(ROOT / "scripts" / "torture"), "--cases", "6", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "scripts" / "torture"), "--cases", "3", "--out", str(out)]
     command += ["--bench", "diffusion_blocks-disk"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     parts = {part["part"].partition(",")[0]: part for part in json.loads(out.read_text())["parts"]}
     assert done.returncode == 0, [part["found"] for part in parts.values()]
     assert set(parts) >= {"damage", "kill -9", "disk faults", "power loss", "two processes"}
-    assert all(part["cases"] >= 5 for part in parts.values())
+    assert all(part["cases"] >= 2 for part in parts.values())

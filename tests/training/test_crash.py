@@ -120,8 +120,9 @@ def test_killed_at_random_moments_a_run_ends_with_the_unbroken_digest(
         assert_only_kept_files(folder)
 
 
-def test_killed_at_every_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_digest(
-    tmp_path: Path, processes: Any
+@pytest.mark.parametrize("moments", [range(0, 24, 3), pytest.param(range(24), marks=pytest.mark.slow)])
+def test_killed_at_an_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_digest(
+    tmp_path: Path, processes: Any, moments: range
 ) -> None:
     """Before the first file, between two files, between files and folder, before and after state.json is
     replaced.
@@ -132,7 +133,7 @@ def test_killed_at_every_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_
     state = RunDir(tmp_path / "unbroken").read_state()
     assert state is not None
     deaths = 0
-    for moment in range(24):
+    for moment in moments:
         folder = tmp_path / f"dies-at-{moment}"
         first = start(processes, folder, overrides, ("fsync", moment))
         first.join()
@@ -142,7 +143,7 @@ def test_killed_at_every_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_
         assert second.exitcode == 0
         resumed = RunDir(folder).read_state()
         assert resumed is not None and digest(resumed) == digest(state)
-    assert deaths == 24
+    assert deaths == len(moments)
 
 
 @pytest.mark.parametrize(
