@@ -32,6 +32,9 @@ class Disk:
     def __init__(self, folder: Path, kept: Path, rng: random.Random) -> None:
         self.folder, self.kept, self._rng = folder, kept, rng
         self.count, self._at = 0, -1  # as `trained` asks of whoever counts operations
+        # A handle on every inode that was seen: its number is then never given to another file.
+        self._pins: dict[int, int] = {}
+        self._plain_open = os.open
         self._names = self._listed()  # at the folder's last fsync; what is there already is durable
         # inode -> content at its last fsync
         self._content = {inode: (folder / name).read_bytes() for name, inode in self._names.items()}
@@ -73,7 +76,11 @@ class Disk:
         return operation
 
     def _listed(self) -> dict[str, int]:
-        return {entry.name: entry.inode() for entry in os.scandir(self.folder) if entry.is_file()}
+        listed = {entry.name: entry.inode() for entry in os.scandir(self.folder) if entry.is_file()}
+        for name, inode in listed.items():
+            if inode not in self._pins:
+                self._pins[inode] = self._plain_open(self.folder / name, os.O_RDONLY)
+        return listed
 
     def cut(self) -> None:
         """Keeps the states that a power cut at this moment may leave."""
