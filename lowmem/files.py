@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import LowmemError
-from lowmem.units import MIB, format_bytes
+from lowmem.units import MIB, format_bytes, shown
 
 MOST_BYTES = 64 * MIB  # of a JSON file: the state of 100,000 blocks takes half of that
 MOST_DEPTH = 64  # of objects and lists within each other; ours are 6 deep
@@ -80,9 +80,8 @@ def refusals_of(path: str | os.PathLike[str], error: type[LowmemError], cure: st
 
 
 def printable(path: str | os.PathLike[str]) -> str:
-    """A path as a message can hold it: at most 300 characters, none of which a terminal obeys."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fspath(path))
-    return text if len(text) <= 300 else f"{text[:140]}…{text[-140:]}"
+    """A path as a message can hold it."""
+    return shown(os.fspath(path), 300)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -210,15 +209,6 @@ def _object_or_none(line: bytes) -> dict[str, Any] | None:
 
 # ------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-def finite(value: Any) -> Any:
-    """The value with None for each float that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_whole(

@@ -37,7 +37,6 @@ from lowmem.files import (
     MOST_BYTES,
     RESTORE,
     check_path,
-    finite,
     fsync_dir,
     is_temporary,
     json_object,
@@ -49,6 +48,7 @@ from lowmem.files import (
     write_whole,
 )
 from lowmem.schema import Section, parse
+from lowmem.units import finite
 
 HOLD_TRIES = 5  # between two reads of the state a run may commit
 ANOTHER_DIR = "give a new or an empty folder with --run-dir"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import LowmemError, ResumeError, StoreError
-from lowmem.files import finite, json_object, printable
+from lowmem.files import json_object, printable
+from lowmem.units import finite
 
 SCHEMA = 2  # of a run folder
 BACK = (

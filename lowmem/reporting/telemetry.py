@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import StoreError
-from lowmem.files import finite, json_lines, open_append
+from lowmem.files import json_lines, open_append
 from lowmem.reporting.records import is_record
+from lowmem.units import finite
 
 Listener = Callable[[dict[str, Any]], None]  # called with every record as it is written
 
