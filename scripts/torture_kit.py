@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lowmem
 from lowmem import cli, job
 from lowmem.blocks.run_dir import RunDir
 from lowmem.planning.plan import Plan
@@ -40,6 +43,18 @@ SETTINGS = [
     "optimizer={name: adamw}",
     "eval={batch_size: 4, num_batches: 1}",
 ]
+
+# What a command imports on its way: in the parent, once, because it takes a child longer than its training.
+LATE_IMPORTS = ("torch._dynamo", "torch._inductor")
+
+
+def import_all() -> None:
+    for module in pkgutil.walk_packages(lowmem.__path__, "lowmem."):
+        if module.name != "lowmem.__main__":
+            importlib.import_module(module.name)
+    for name in LATE_IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 @dataclass
@@ -95,8 +110,8 @@ def in_child(call: Callable[[], int], folder: Path, limit_s: float = LIMIT_S) ->
             os.setsid()
             for handle, name in zip((1, 2), names, strict=True):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), handle)
-            sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0), write_through=True)
-            sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0), write_through=True)
+            sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0, closefd=False), write_through=True)
+            sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True)
             code = call()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 0
@@ -136,6 +151,7 @@ class Bench:
     """A folder to work in: a text, a finished run, a stopped run, and things that no command may touch."""
 
     def __init__(self, root: Path, method: str = "diffusion_blocks", tier: str = "disk") -> None:
+        import_all()
         self.root, self.outside = root, root / "outside"
         self.outside.mkdir(parents=True, exist_ok=True)
         (self.outside / "precious.safetensors").write_bytes(os.urandom(100))

@@ -26,11 +26,12 @@ Entries = dict[str, bytes]  # name -> content
 class Disk:
     """What is durable of one folder while a process writes to it.
 
-    `states` are kept below `kept`, once each.
+    The states are kept below `kept`, once each. `mixes`: in how many ways the writes that were not synced are
+    dropped, torn and reordered at each operation.
     """
 
-    def __init__(self, folder: Path, kept: Path, rng: random.Random) -> None:
-        self.folder, self.kept, self._rng = folder, kept, rng
+    def __init__(self, folder: Path, kept: Path, rng: random.Random, mixes: int) -> None:
+        self.folder, self.kept, self._rng, self._mixes = folder, kept, rng, mixes
         self.count, self._at = 0, -1  # as `trained` asks of whoever counts operations
         # A handle on every inode that was seen: its number is then never given to another file.
         self._pins: dict[int, int] = {}
@@ -96,15 +97,20 @@ class Disk:
         yield {
             name: self._content.get(inode, b"") for name, inode in self._names.items()
         }  # only what was synced
-        mixed = dict(self._names)  # some of the names that changed since, in any order
+        current = {inode: seen[name] for name, inode in now.items()}
+        for _ in range(self._mixes):
+            yield self._mixed(now, current)
+
+    def _mixed(self, now: dict[str, int], current: dict[int, bytes]) -> Entries:
+        """Some of the names that changed since the last sync, in any order, with torn contents."""
+        mixed = dict(self._names)
         for name in sorted(set(now) ^ set(self._names) | {n for n in now if self._names.get(n) != now[n]}):
             if self._rng.random() < 0.5:
                 if name in now:
                     mixed[name] = now[name]
                 else:
                     mixed.pop(name)
-        current = {inode: seen[name] for name, inode in now.items()}
-        yield {
+        return {
             name: self._torn(self._content.get(inode), current.get(inode, b""))
             for name, inode in mixed.items()
         }
@@ -137,7 +143,8 @@ def power(bench: Bench, rng: random.Random, most: int) -> Tally:
     """Up to `most` distinct states, each of which the same command must bring to the same end."""
     tally, wanted = Tally(f"power loss, {bench.name}"), kit.digest_of(bench.finished())
     kept, run = bench.root / f"states-{bench.name}", prepared(bench)
-    watched: Any = Disk(run, kept, rng)
+    # Every operation gives a few states; so many mixes that there are enough of them.
+    watched: Any = Disk(run, kept, rng, mixes=1 + most // 30)
     recorded: Callable[[], int] = trained(bench, run, watched)
     outcome = in_child(recorded, bench.root, 300)
     assert outcome.code == 0, outcome.err
