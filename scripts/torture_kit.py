@@ -71,6 +71,8 @@ class Outcome:
             return f"dies of signal {-self.code}"
         if "Traceback (most recent call last)" in self.out + self.err:
             return "traceback"
+        if "does not foresee" in self.err:  # the last resort of the command line: a traceback in a file
+            return "an exception that is not foreseen"
         if self.code not in EXIT_CODES:
             return f"exit code {self.code}"
         lines = self.err.strip().splitlines()
