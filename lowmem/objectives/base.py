@@ -15,9 +15,9 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lowmem.noise import Interval, block_interval, loss_weight, settled_noise
+from lowmem.objectives.recompute import recomputed
 from lowmem.recipe import NoiseConfig
 
 Batch = dict[str, Tensor]
@@ -134,7 +134,7 @@ def mean_cosine(table: Tensor) -> float:
 
 def run_layers(layers: Iterable[nn.Module], h: Tensor, cond: Tensor, recompute: bool = False) -> Tensor:
     for layer in layers:
-        h = checkpoint(layer, h, cond, use_reentrant=False) if recompute else layer(h, cond)
+        h = recomputed(layer, h, cond) if recompute else layer(h, cond)
     return h
 
 
@@ -148,7 +148,7 @@ def in_chunks(loss: Callable[..., Tensor], size: int, first: Tensor, *others: Te
     for start in range(0, len(first), size):
         rows = slice(start, start + size)
         part = (first[rows], *(None if other is None else other[rows] for other in others))
-        out.append(checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False))
+        out.append(recomputed(loss, *part, draws=False))
     return torch.cat(out)
 
 

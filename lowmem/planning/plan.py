@@ -18,6 +18,7 @@ from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.run_dir import RunDir
 from lowmem.data.identity import DataIdentity
 from lowmem.errors import BudgetError, ResumeError, StoreError
+from lowmem.machine.child import in_child
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BuildModel, check_model
 from lowmem.planning.advice import Shortage, advice_for
@@ -149,6 +150,12 @@ def make_plan(
     the data hold in host memory. The model is built on the meta device, so nothing is allocated. Raises
     ConfigError for a model or settings that cannot be trained.
     """
+    return in_child(lambda: _made_plan(build_model, recipe, profile, folder, data_bytes))
+
+
+def _made_plan(
+    build_model: BuildModel, recipe: Recipe, profile: Profile, folder: Path | None, data_bytes: int
+) -> Plan:
     with torch.device("meta"):
         model = build_model()
         objective = model.make_objective(recipe.noise)
