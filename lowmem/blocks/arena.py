@@ -16,7 +16,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +60,12 @@ class StateField(NamedTuple):
     name: str
     dtype: torch.dtype
     numel: int
+
+
+class HasSlots(Protocol):
+    """A block's layout, or that of a part of it."""
+
+    slots: list[ParameterSlot]
 
 
 class ArenaLayout:
@@ -106,6 +112,20 @@ class ArenaLayout:
 
     def group_of(self, slot: ParameterSlot) -> Group:
         return next(group for group in self.groups if group.start <= slot.start < group.stop)
+
+    def state_rows(self, group: Group, rows: slice) -> dict[str, slice]:
+        """The elements of each state field that belong to these rows of `group`, by the field's name.
+
+        `rows` begins and ends at multiples of GROUP_SIZE.
+        """
+        rest = slice(rows.start - self.fp32_state_start, rows.stop - self.fp32_state_start)
+        groups = slice(rows.start // GROUP_SIZE, rows.stop // GROUP_SIZE)
+        held = (
+            {"state1": rows, "state2": rows, "absmax1": groups, "absmax2": groups}
+            if group.quantized
+            else {"exp_avg": rest, "exp_avg_sq": rest}
+        )
+        return {**held, "ema": rows} if "ema" in self.fields else held
 
     @property
     def weights_bytes(self) -> int:
@@ -200,7 +220,7 @@ class Arena:
         return self.state.get("ema", self.weights)
 
 
-def parameter_views(layout: ArenaLayout, flat: Tensor) -> dict[str, Tensor]:
+def parameter_views(layout: HasSlots, flat: Tensor) -> dict[str, Tensor]:
     """Each parameter's view of a flat vector [numel]: of the weights, a bf16 copy of them, or gradients."""
     return {slot.name: flat[slot.start : slot.start + slot.numel].view(slot.shape) for slot in layout.slots}
 
@@ -228,7 +248,7 @@ def bind(
         _set_parameter(model, name, parameter)
 
 
-def unbind(model: nn.Module, layout: ArenaLayout) -> None:
+def unbind(model: nn.Module, layout: HasSlots) -> None:
     """Puts the parameters back on the meta device: no memory, no gradient."""
     for slot in layout.slots:
         _set_parameter(model, slot.name, _on_meta(slot.name, slot.shape))

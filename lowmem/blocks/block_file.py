@@ -13,8 +13,8 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +28,7 @@ from lowmem.files import open_regular
 # A file system without O_DIRECT says so at open, or only at the first request.
 REFUSED_DIRECT = (errno.EINVAL, errno.ENOTSUP)
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class ChunkRequests:
@@ -72,8 +73,28 @@ def in_chunks(pool: ThreadPoolExecutor, num_bytes: int, work: Callable[[slice], 
 
     An error is raised only when no thread is at work any more: the caller may then free the buffer.
     """
+    return _all_done([pool.submit(work, chunk) for chunk in _chunks(num_bytes)])
+
+
+def all_in_chunks(
+    pool: ThreadPoolExecutor, parts: Sequence[tuple[U, Tensor]], work: Callable[[U, Tensor, slice], None]
+) -> None:
+    """`in_chunks` over several buffers at once: calls `work` with a part's two values and a chunk's place."""
+    _all_done(
+        [
+            pool.submit(work, what, buffer, chunk)
+            for what, buffer in parts
+            for chunk in _chunks(buffer.numel())
+        ]
+    )
+
+
+def _chunks(num_bytes: int) -> Iterator[slice]:
     size = staging.CHUNK_BYTES
-    futures = [pool.submit(work, slice(start, start + size)) for start in range(0, num_bytes, size)]
+    return (slice(start, start + size) for start in range(0, num_bytes, size))
+
+
+def _all_done(futures: list[Future[T]]) -> list[T]:
     try:
         return [future.result() for future in futures]
     finally:

@@ -113,6 +113,19 @@ def whole_factor(norms: Sequence[Tensor], config: OptimizerConfig) -> Tensor:
     return clip_factor(gradient_norm(torch.stack(list(norms))), config.grad_clip)
 
 
+def clipped(grads: Tensor, config: OptimizerConfig, factor: Tensor | None = None) -> Tensor:
+    """Clips `grads` [n] of a block as the recipe says. `factor`: see `update`.
+
+    Returns a scalar on the device that is finite where all gradients are: their norm, or with `factor` that.
+    """
+    if factor is not None:
+        grads.mul_(factor.to(grads.dtype))
+        return factor
+    if config.grad_clip is not None:
+        return clip_gradients(grads, config.grad_clip)
+    return gradient_norm(grads)
+
+
 class Step(NamedTuple):
     """One optimizer step of a block or of the shared part, the same for all its slices."""
 
@@ -130,60 +143,81 @@ def update(arena: Arena, grads: Tensor, step: Step, factor: Tensor | None = None
     `factor` scales the gradients where the whole model's norm decides (`optimizer.clip: global`); with None
     their own norm decides.
     """
-    if factor is not None:
-        grads.mul_(factor.to(grads.dtype))
-        norm = factor
-    elif step.config.grad_clip is not None:
-        norm = clip_gradients(grads, step.config.grad_clip)
-    else:
-        norm = gradient_norm(grads)
+    norm = clipped(grads, step.config, factor)
     for group in arena.layout.groups:
         update_rows(arena, group, group.start, grads[group.start : group.stop], step)
     return norm
 
 
+class Rows(NamedTuple):
+    """Elements of one group with all their state, as views that an update changes in place."""
+
+    first: int  # place of the first one in the block's flat weights
+    weights: Tensor
+    state: dict[str, Tensor]  # by field; the absmax of 8-bit state has an element for GROUP_SIZE weights
+    decay: bool
+    quantized: bool
+
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of them. `start` and `stop` are multiples of GROUP_SIZE."""
+
+        def cut(name: str, field: Tensor) -> Tensor:
+            size = GROUP_SIZE if name.startswith("absmax") else 1
+            return field[start // size : stop // size]
+
+        state = {name: cut(name, field) for name, field in self.state.items()}
+        return self._replace(first=self.first + start, weights=self.weights[start:stop], state=state)
+
+
+def rows_of(arena: Arena, group: Group, start: int, stop: int) -> Rows:
+    """The elements [start, stop) of a group, in an arena that is on the device as a whole."""
+    places = arena.layout.state_rows(group, slice(start, stop))
+    state = {name: arena.state[name][rows] for name, rows in places.items()}
+    return Rows(start, arena.weights[start:stop], state, group.decay, group.quantized)
+
+
 def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Step) -> None:
-    """Updates the elements of `group` from `first` on, as many as `grads` [n] has, a slice at a time.
+    """Updates the elements of `group` from `first` on, as many as `grads` [n] has.
 
     `first` is the start of a parameter or of the group. An element without a gradient of its own (padding)
     may be updated with 0.
     """
     whole = len(grads) // GROUP_SIZE * GROUP_SIZE
-    for start in range(0, whole, SLICE_NUMEL):
-        part = grads[start : min(start + SLICE_NUMEL, whole)].contiguous()
-        _update_slice(arena, group, slice(first + start, first + start + len(part)), part, step)
+    update_slices(rows_of(arena, group, first, first + whole), grads[:whole], step)
     if whole < len(grads):  # a parameter's end: the kernel needs a whole group, and padding follows
         part = F.pad(grads[whole:], (0, GROUP_SIZE - len(grads) + whole))
-        _update_slice(arena, group, slice(first + whole, first + whole + GROUP_SIZE), part, step)
+        update_slices(rows_of(arena, group, first + whole, first + whole + GROUP_SIZE), part, step)
 
 
-def _update_slice(arena: Arena, group: Group, rows: slice, grads: Tensor, step: Step) -> None:
+def update_slices(rows: Rows, grads: Tensor, step: Step) -> None:
+    """Updates rows by their gradients [n], a slice at a time. n is a multiple of GROUP_SIZE."""
+    for start in range(0, len(grads), SLICE_NUMEL):
+        stop = min(start + SLICE_NUMEL, len(grads))
+        _update_slice(rows.part(start, stop), grads[start:stop].contiguous(), step)
+
+
+def _update_slice(rows: Rows, grads: Tensor, step: Step) -> None:
     """Updates in fp32 and stores the result in the weights' dtype. It allocates `workspace_bytes`."""
-    stored = arena.weights[rows]
-    weights = stored.float()  # not a copy if they are fp32 already
-    weight_decay = step.config.weight_decay if group.decay else 0.0
-    (_adamw8bit if group.quantized else _adamw)(arena, rows, weights, grads.float(), step, weight_decay)
-    if stored.dtype != torch.float32:
+    weights = rows.weights.float()  # not a copy if they are fp32 already
+    weight_decay = step.config.weight_decay if rows.decay else 0.0
+    (_adamw8bit if rows.quantized else _adamw)(rows.state, weights, grads.float(), step, weight_decay)
+    if rows.weights.dtype != torch.float32:
         assert step.rounding is not None
-        step.rounding.round(weights, rows.start, stored)
+        step.rounding.round(weights, rows.first, rows.weights)
     if step.config.ema is not None:
         # A shorter memory in the first steps, so that the first weights are soon forgotten.
         decay = min(step.config.ema, (1 + step.number) / (10 + step.number))
-        arena.state["ema"][rows].lerp_(weights, 1 - decay)
+        rows.state["ema"].lerp_(weights, 1 - decay)
 
 
-def _adamw(
-    arena: Arena, rows: slice, weights: Tensor, grads: Tensor, step: Step, weight_decay: float
-) -> None:
+def _adamw(state: dict[str, Tensor], weights: Tensor, grads: Tensor, step: Step, weight_decay: float) -> None:
     from torch.optim.adamw import adamw
 
-    skipped = arena.layout.fp32_state_start
-    here = slice(rows.start - skipped, rows.stop - skipped)
     adamw(
         [weights],
         [grads],
-        [arena.state["exp_avg"][here]],
-        [arena.state["exp_avg_sq"][here]],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
         [],
         [torch.full((), float(step.number - 1), device=weights.device)],
         fused=True,
@@ -198,16 +232,15 @@ def _adamw(
 
 
 def _adamw8bit(
-    arena: Arena, rows: slice, weights: Tensor, grads: Tensor, step: Step, weight_decay: float
+    state: dict[str, Tensor], weights: Tensor, grads: Tensor, step: Step, weight_decay: float
 ) -> None:
     signed, unsigned = _quantization_maps(weights.device)
-    groups = slice(rows.start // GROUP_SIZE, rows.stop // GROUP_SIZE)
     bitsandbytes_functional().optimizer_update_8bit_blockwise(
         "adam",
         grads,
         weights,
-        arena.state["state1"][rows],
-        arena.state["state2"][rows],
+        state["state1"],
+        state["state2"],
         step.config.betas[0],
         step.config.betas[1],
         0.0,  # beta3 and alpha: other optimizers of the family use them
@@ -217,8 +250,8 @@ def _adamw8bit(
         step.lr,
         signed,
         unsigned,
-        arena.state["absmax1"][groups],
-        arena.state["absmax2"][groups],
+        state["absmax1"],
+        state["absmax2"],
         weight_decay,
     )
 

@@ -285,7 +285,7 @@ class RunDir:
             content = read_bytes(self.state_path, MOST_BYTES, StoreError)
             write_whole(self.previous_path, content, StoreError, self.identity, sync_folder=False)
         self._replace_state(state)
-        self.remove_leftovers(state)
+        self.remove_leftovers(state, on_their_way=True)
 
     def _replace_state(self, state: RunState) -> None:
         content = self._state_bytes(state, [plan_digest(self._plan_content())])
@@ -310,10 +310,15 @@ class RunDir:
             previous = None
         return {record.name for each in (state, previous) if each for record in each.files.values()}
 
-    def remove_leftovers(self, state: RunState | None) -> None:
-        """Removes the files of this run that neither `state` (None: nothing) nor the commit before names."""
+    def remove_leftovers(self, state: RunState | None, on_their_way: bool = False) -> None:
+        """Removes the files of this run that neither `state` (None: nothing) nor the commit before names.
+
+        `on_their_way`: but not those of later visits, which this process is writing.
+        """
         kept = self.kept_names(state)
         for name in self.names():
+            if on_their_way and state is not None and _visits_of(name) > state.visits_done:
+                continue
             if self.is_ours(name) and name not in kept:
                 with refusals_of(self.path / name, StoreError):
                     if stat.S_ISREG((self.path / name).lstat().st_mode):
@@ -393,6 +398,11 @@ class RunDir:
         stem, _, number = key.partition("-")
         mark = f".{self.identity}" if self.identity else ""
         return f"{stem}{f'-{int(number):04d}' if number else ''}.{visits_done:06d}{mark}.safetensors"
+
+
+def _visits_of(name: str) -> int:
+    """The visit that a block file's name tells; 0 for other names."""
+    return int(name.split(".")[1]) if BLOCK_FILE.fullmatch(name) else 0
 
 
 class _Gone(Exception):

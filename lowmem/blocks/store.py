@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from torch import Tensor
 
-from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks.arena import PAGE, ArenaLayout, aligned_buffer
 from lowmem.blocks.block_file import (
     ChunkRequests,
+    all_in_chunks,
     chunk_digest,
     in_chunks,
     open_file,
@@ -33,9 +36,12 @@ from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.seal import BACK
 from lowmem.blocks.staging import THREADS, Pace, Ring
 from lowmem.blocks.traffic import Traffic, TransferTimes
+from lowmem.blocks.unit import Pages
 from lowmem.errors import StoreError
 from lowmem.files import refusals_of
+from lowmem.units import MIB
 
+DIGEST_PIECE = 1 * MIB  # read at once for a digest, on each thread
 NO_DIGEST = "0" * 64  # of a working copy: equal to no digest, so that the next durable write makes a file
 
 
@@ -64,6 +70,32 @@ class Store(ABC):
         commit names it. Without `durable` the bytes are a working copy, which a later write of the same visit
         replaces: no commit may name it. Kernels that write the buffer must have finished. Raises StoreError.
         """
+
+    @abstractmethod
+    def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
+        """Fills buffers [num_bytes] with pages of the block's data.
+
+        `rewritten`: as `write_pages` has left them, since `begin`. Raises StoreError as `read` does, but sees
+        the digest only where this process has not seen it yet.
+        """
+
+    @abstractmethod
+    def begin(self, key: str, visits_done: int) -> None:
+        """A new file of the block is to be written in pages, all of its rows at least once, until `end`.
+
+        Called again with the same `visits_done` it does nothing. Raises StoreError.
+        """
+
+    @abstractmethod
+    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
+        """Writes the bytes that pages are about, and leaves all others in them as they are.
+
+        Calls come one after another. Raises StoreError.
+        """
+
+    @abstractmethod
+    def end(self, key: str, visits_done: int) -> FileRecord:
+        """Makes the new file durable and returns its record: see `write`. Raises StoreError."""
 
     @abstractmethod
     def take_over(self, key: str, buffer: Tensor) -> Tensor:
@@ -108,14 +140,14 @@ class DiskStore(Store):
         self.run_dir, self.layouts, self.ring, self.files = run_dir, layouts, ring, dict(files)
         self._requests = ChunkRequests()
         self._verified = set[str]()  # files that this process has written, or whose digest it has checked
+        self._begun = dict[str, str]()  # the files that are being written in pages
         self._first_digest = dict[str, bytes]()  # of the first chunk of each block's last durable write
         self._read_pace, self._write_pace = paces or (Pace(), Pace())
         # Threads of their own for each way, so that a read never stands in line behind a long write.
         self._readers = ThreadPoolExecutor(THREADS, "lowmem-reading")
         self._writers = ThreadPoolExecutor(THREADS, "lowmem-writing")
-        # Reads are counted by one thread of the stream and writes by another, so none of these needs a lock.
-        self._read_bytes = self._written_bytes = 0
-        self._read_s = self._write_s = 0.0
+        self._counting = threading.Lock()  # several threads of a stream read and write
+        self._moved, self._taken = Traffic(), TransferTimes()
 
     def read(self, key: str, buffer: Tensor) -> None:
         record, header = self.files[key], self.layouts[key].header()
@@ -132,8 +164,7 @@ class DiskStore(Store):
                 raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {BACK}")
             self._requests.read(source, 0, head)
             digests = self._read_data(source, len(header), buffer, verify)
-        self._read_s += time.perf_counter() - began
-        self._read_bytes += len(header) + buffer.numel()
+        self._count_read(len(header) + buffer.numel(), time.perf_counter() - began)
         if bytes(head.numpy()) != header:
             raise StoreError(f"{path}: its header is not that of this run's block; {BACK}")
         if verify:
@@ -159,14 +190,82 @@ class DiskStore(Store):
             if durable:  # here and not at the commit: the disk is done with it while the next block trains
                 with open_file(path, os.O_WRONLY) as file:
                     os.fsync(file.fileno())
-        self._write_s += time.perf_counter() - began
         num_bytes = len(header) + buffer.numel()
-        self._written_bytes += num_bytes
+        self._count_written(num_bytes, time.perf_counter() - began)
         self._verified.add(name)
         digest = NO_DIGEST
         if durable:
             self._first_digest[key], digest = digests[0], whole_digest(digests)
         header_digest = hashlib.sha256(header).hexdigest()
+        self.files[key] = FileRecord(name=name, num_bytes=num_bytes, header=header_digest, digest=digest)
+        return self.files[key]
+
+    def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
+        record, header = self.files[key], self.layouts[key].header()
+        name = self._begun[key] if rewritten else record.name
+        if name not in self._verified:
+            self._check(key)
+        source, began = self.run_dir.file_path(name), time.perf_counter()
+
+        def read(pages: Pages, buffer: Tensor, part: slice) -> None:
+            with self._to_device(buffer[part]) as chunk, self._read_pace(chunk.numel()):
+                self._requests.read(source, len(header) + pages.first + part.start, chunk)
+
+        with refusals_of(self.run_dir.path / name, StoreError):
+            all_in_chunks(self._readers, parts, read)
+        self._count_read(sum(pages.num_bytes for pages, _ in parts), time.perf_counter() - began)
+
+    def begin(self, key: str, visits_done: int) -> None:
+        name = self.run_dir.file_name(key, visits_done)
+        if self._begun.get(key) == name:
+            return
+        path, header = self.run_dir.path / name, self.layouts[key].header()
+        with refusals_of(path, StoreError):
+            open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL).close()
+        with refusals_of(path, StoreError), removed_if_it_fails(path):
+            # Padding is never written, and is zero in every file.
+            with open_file(path, os.O_WRONLY) as file:
+                os.truncate(file.fileno(), len(header) + self.layouts[key].total_bytes)
+            head = aligned_buffer(len(header))
+            head.numpy()[:] = memoryview(header)
+            self._requests.write(path, 0, head)
+        self._count_written(len(header))
+        self._begun[key] = name
+        self._verified.add(name)
+
+    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
+        path, skipped = self.run_dir.path / self._begun[key], len(self.layouts[key].header())
+        began, whole = time.perf_counter(), list[tuple[Pages, Tensor]]()
+        for pages, buffer in parts:
+            inner = pages.whole
+            inside = Pages(pages.first + inner.start, pages.first + inner.stop)
+            whole.append((inside, buffer[inner]))
+
+        def write(pages: Pages, buffer: Tensor, part: slice) -> None:
+            with self._from_device(buffer[part]) as chunk, self._write_pace(chunk.numel()):
+                self._requests.write(path, skipped + pages.first + part.start, chunk)
+
+        with refusals_of(path, StoreError), removed_if_it_fails(path):
+            all_in_chunks(self._writers, whole, write)
+            for pages, buffer in parts:
+                for edge in pages.edges:
+                    self._patch(path, skipped + pages.first, edge, buffer)
+        patched = PAGE * sum(len(pages.edges) for pages, _ in parts)
+        self._count_read(patched)
+        self._count_written(
+            patched + sum(inside.stop - inside.start for inside, _ in whole), time.perf_counter() - began
+        )
+
+    def end(self, key: str, visits_done: int) -> FileRecord:
+        name, header = self._begun.pop(key), self.layouts[key].header()
+        path, began = self.run_dir.path / name, time.perf_counter()
+        with refusals_of(path, StoreError):
+            with open_file(path, os.O_WRONLY) as file:
+                os.fsync(file.fileno())
+            self._count_written(0, time.perf_counter() - began)
+            digest = self._digest_of(path, len(header), self.layouts[key].total_bytes)
+        header_digest = hashlib.sha256(header).hexdigest()
+        num_bytes = len(header) + self.layouts[key].total_bytes
         self.files[key] = FileRecord(name=name, num_bytes=num_bytes, header=header_digest, digest=digest)
         return self.files[key]
 
@@ -192,12 +291,10 @@ class DiskStore(Store):
         in_chunks(self._readers, buffer.numel(), copy_chunk)
 
     def traffic(self) -> Traffic:
-        disk = Traffic(disk_read_bytes=self._read_bytes, disk_written_bytes=self._written_bytes)
-        return disk if self.ring is None else disk + self.ring.traffic()
+        return self._moved if self.ring is None else self._moved + self.ring.traffic()
 
     def transfer_s(self) -> TransferTimes:
-        disk = TransferTimes(disk_read_s=self._read_s, disk_written_s=self._write_s)
-        return disk if self.ring is None else disk + self.ring.transfer_s()
+        return self._taken if self.ring is None else self._taken + self.ring.transfer_s()
 
     def facts(self) -> dict[str, Any]:
         ring = {} if self.ring is None else self.ring.facts()
@@ -210,6 +307,61 @@ class DiskStore(Store):
             self.ring.close()
 
     # --------------------------------------------------------------------------------------------------------
+
+    def _count_read(self, num_bytes: int, taken_s: float = 0.0) -> None:
+        with self._counting:
+            self._moved += Traffic(disk_read_bytes=num_bytes)
+            self._taken += TransferTimes(disk_read_s=taken_s)
+
+    def _count_written(self, num_bytes: int, taken_s: float = 0.0) -> None:
+        with self._counting:
+            self._moved += Traffic(disk_written_bytes=num_bytes)
+            self._taken += TransferTimes(disk_written_s=taken_s)
+
+    def _check(self, key: str) -> None:
+        """Looks at a file's size, header and digest before it is read in pages. Raises StoreError."""
+        record, header = self.files[key], self.layouts[key].header()
+        path, source = self.run_dir.path / record.name, self.run_dir.file_path(record.name)
+        with refusals_of(path, StoreError):
+            found = _size_of(source)
+            if found != record.num_bytes:
+                raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {BACK}")
+            head = aligned_buffer(len(header))
+            self._requests.read(source, 0, head)
+            if bytes(head.numpy()) != header:
+                raise StoreError(f"{path}: its header is not that of this run's block; {BACK}")
+            self._count_read(len(header))
+            if self._digest_of(source, len(header), self.layouts[key].total_bytes) != record.digest:
+                raise StoreError(f"{path}: its data differ from what was committed; {BACK}")
+        self._verified.add(record.name)
+
+    def _digest_of(self, path: Path, position: int, num_bytes: int) -> str:
+        """The digest of a file's data, read again a piece at a time."""
+
+        def digest(part: slice) -> bytes:
+            summed, piece = xxhash.xxh3_128(), aligned_buffer(DIGEST_PIECE)
+            for start in range(part.start, min(part.stop, num_bytes), DIGEST_PIECE):
+                some = piece[: min(start + DIGEST_PIECE, part.stop, num_bytes) - start]
+                with self._read_pace(some.numel()):
+                    self._requests.read(path, position + start, some)
+                summed.update(memoryview(some.numpy()))  # type: ignore[arg-type]
+            return summed.digest()
+
+        began = time.perf_counter()
+        digests = in_chunks(self._readers, num_bytes, digest)
+        self._count_read(num_bytes, time.perf_counter() - began)
+        return whole_digest(digests)
+
+    def _patch(self, path: Path, position: int, edge: slice, buffer: Tensor) -> None:
+        """Writes a part of a page, and leaves the rest of it as it is. `edge`: the part's place in `buffer`,
+        whose first page lies at `position`.
+        """
+        first, page = edge.start // PAGE * PAGE, aligned_buffer(PAGE)
+        with self._from_device(buffer[first : first + PAGE]) as chunk:
+            self._requests.read(path, position + first, page)
+            inside = slice(edge.start - first, edge.stop - first)
+            page.numpy()[inside] = chunk.numpy()[inside]
+            self._requests.write(path, position + first, page)
 
     def _unchanged(self, key: str, buffer: Tensor) -> bool:
         """Tells whether the newest file holds exactly these bytes.
@@ -274,11 +426,25 @@ class HostStore(Store):
         self._copies: dict[str, Tensor] = {}
 
     def read(self, key: str, buffer: Tensor) -> None:
-        if key not in self._copies:
-            whole = aligned_buffer(self.disk.layouts[key].total_bytes)
-            self.disk.read(key, whole)  # the whole block, so this checks its digest
-            self._copies[key] = whole
-        self.disk.copy_in(self._copies[key][: buffer.numel()], buffer)
+        self.disk.copy_in(self._copy_of(key)[: buffer.numel()], buffer)
+
+    def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
+        copy = self._copy_of(key)
+        for pages, buffer in parts:
+            self.disk.copy_in(copy[pages.first : pages.first + pages.num_bytes], buffer)
+
+    def begin(self, key: str, visits_done: int) -> None:
+        pass
+
+    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
+        copy = self._copy_of(key)
+        for pages, buffer in parts:
+            size = pages.stop - pages.start
+            skipped = pages.start - pages.first
+            self.disk.copy_out(buffer[skipped : skipped + size], copy[pages.start : pages.stop])
+
+    def end(self, key: str, visits_done: int) -> FileRecord:
+        return self.disk.write(key, self._copy_of(key), visits_done)
 
     def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
         copy = self.take_over(key, buffer)
@@ -291,6 +457,13 @@ class HostStore(Store):
         if buffer is not copy:
             self.disk.copy_out(buffer, copy)
         return copy
+
+    def _copy_of(self, key: str) -> Tensor:
+        if key not in self._copies:
+            whole = aligned_buffer(self.disk.layouts[key].total_bytes)
+            self.disk.read(key, whole)  # the whole block, so this checks its digest
+            self._copies[key] = whole
+        return self._copies[key]
 
     def copy_out(self, buffer: Tensor, host: Tensor) -> None:
         self.disk.copy_out(buffer, host)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -77,19 +77,13 @@ class BlockStream:
         slot_bytes = max(layout.total_bytes for layout in layouts)
         copied = store.ring is not None
         self._slots = SlotPool(num_slots(copied, prefetch, len(layouts)), lambda: self._buffer(slot_bytes))
-        if copied and not resident:
-            # Made here and not on the reader's thread: there the allocator could hand out memory that a
-            # kernel on the default stream still uses.
-            self._slots.fill()
-            self._wait_for_kernels()
+        self._fills = copied and not resident
         self._shared_slot = aligned_buffer(shared_layout.total_bytes)
         self._residents: dict[int, Tensor] = {}
         self._reader = ThreadPoolExecutor(1, "lowmem-reader")
         self._writer = ThreadPoolExecutor(1, "lowmem-writer")
         self._reads: dict[tuple[int, bool], Future[Tensor]] = {}  # prefetched, by (block, weights only)
         self._writes: dict[int, Future[Any]] = {}  # the last write of each block
-        self._step_writes: dict[int, Future[FileRecord]] = {}  # durable ones that no commit has named yet
-        self._lent: dict[int, Future[None]] = {}  # a block that its user keeps -> its write is done with it
         self._commit: Future[None] | None = None  # the last visit's
 
     # --------------------------------------------------------------------------------------------------------
@@ -133,6 +127,13 @@ class BlockStream:
         return self._residents[block]
 
     def _start_read(self, block: int, weights_only: bool) -> Future[Tensor]:
+        if self._fills:
+            # Here and not on the reader's thread: there the allocator could hand out memory that a kernel on
+            # the default stream still uses. And not before the first block is asked for: where units stream,
+            # no block ever is.
+            self._slots.fill()
+            self._wait_for_kernels()
+            self._fills = False
         return self._reader.submit(self._read, block, weights_only)
 
     def _read(self, block: int, weights_only: bool) -> Tensor:
@@ -164,9 +165,10 @@ class BlockStream:
         visits_done: int,
         committed: Committed,
         wait: bool,
+        written: Mapping[str, Future[FileRecord]],
     ) -> None:
         """Writes the trained blocks and a snapshot of the shared part, then calls `committed` on the writer's
-        thread with the new files, those of `write_back` among them.
+        thread with the new files. `written`: files that are being written already, by key.
 
         With `wait` it returns when all of that is done. Else it returns at once, and the blocks must not be
         touched until `load` returns them again.
@@ -174,46 +176,16 @@ class BlockStream:
         self.finish()  # the snapshot's buffer is free only when the last one is written
         self._wait_for_kernels()  # what they trained is about to be read by other threads
         self.block_store.copy_out(shared, self._shared_slot)
-        written, self._step_writes = self._step_writes, {}
         self._commit = self._writer.submit(self._write_visit, trained, written, visits_done, committed)
         self._writes.update(dict.fromkeys(trained, self._commit))
         if wait:
             self._commit.result()
 
-    def write_back(
-        self, block: int, buffer: Tensor, visits_done: int, durable: bool, keep: bool = False
-    ) -> None:
-        """Writes one trained block beside compute: a working copy, or with `durable` the file that the next
-        `store` commits.
-
-        `keep`: the caller goes on reading the buffer, until it calls `release`. Raises what an earlier write
-        raised.
-        """
-        for write in self._writes.values():
-            if write.done():
-                write.result()
-        self._wait_for_kernels()  # they trained it
-        lent: Future[None] | None = Future() if keep else None
-        if lent is not None:
-            self._lent[block] = lent
-        future = self._writer.submit(self._write_block, block, buffer, visits_done, durable, lent)
-        self._writes[block] = future
-        if durable:
-            self._step_writes[block] = future
-
     def release(self, block: int, buffer: Tensor) -> None:
-        """Gives back a block that was only read (a forward pass, sampling, evaluation).
-
-        If it was kept from a `write_back`, its slot becomes free when that write no longer needs it.
-        """
-        if self.resident:
-            return
-        self._wait_for_kernels()  # they read it
-        lent = self._lent.pop(block, None)
-        if lent is None:
+        """Gives back a block that was only read (sampling, evaluation)."""
+        if not self.resident:
+            self._wait_for_kernels()  # they read it
             self._slots.give(buffer)
-        else:
-            lent.add_done_callback(lambda _: self._slots.give(buffer))
 
     def finish(self) -> None:
         """Waits until everything that was stored is committed. Raises what the writer raised."""
@@ -225,46 +197,33 @@ class BlockStream:
         self._reader.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
         self.block_store.close()
-        for held in (self._residents, self._reads, self._writes, self._step_writes, self._lent):
+        for held in (self._residents, self._reads, self._writes):
             held.clear()
         self._slots.clear()
 
     def _write_visit(
         self,
         trained: dict[int, Tensor],
-        written: dict[int, Future[FileRecord]],
+        written: Mapping[str, Future[FileRecord]],
         visits_done: int,
         committed: Committed,
     ) -> None:
-        files = {block_key(block): write.result() for block, write in written.items()}
+        files = {key: write.result() for key, write in written.items()}
         for block, buffer in trained.items():
             files[block_key(block)] = self._write_block(block, buffer, visits_done)
         files[SHARED_KEY] = self.block_store.write(SHARED_KEY, self._shared_slot, visits_done)
         committed(files)
 
-    def _write_block(
-        self,
-        block: int,
-        buffer: Tensor,
-        visits_done: int,
-        durable: bool = True,
-        lent: Future[None] | None = None,
-    ) -> FileRecord:
+    def _write_block(self, block: int, buffer: Tensor, visits_done: int) -> FileRecord:
         key, part = block_key(block), buffer[: self.layouts[block].total_bytes]
         # The stack lets go of the buffer once, also where the disk is full: the reader may be waiting for it.
         with contextlib.ExitStack() as held:
-            held.callback(self._let_go, buffer, lent)
+            if not self.resident:
+                held.callback(self._slots.give, buffer)
             source = self.block_store.take_over(key, part)
             if source is not part:
                 held.close()  # the bytes are in RAM: the slot is free before they are on the disk
-            return self.block_store.write(key, source, visits_done, durable)
-
-    def _let_go(self, buffer: Tensor, lent: Future[None] | None) -> None:
-        """The writer no longer needs the buffer; if it is lent, its user gives it back."""
-        if lent is not None:
-            lent.set_result(None)
-        elif not self.resident:
-            self._slots.give(buffer)
+            return self.block_store.write(key, source, visits_done)
 
     # --------------------------------------------------------------------------------------------------------
     # Figures

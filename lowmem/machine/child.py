@@ -47,7 +47,7 @@ def in_child(call: Callable[[], T]) -> T:
 
 def _forks() -> bool:
     """A fork copies one thread: with others at work, or with CUDA begun, a child may wait for ever."""
-    alone = threading.active_count() == 1 and not torch.cuda.is_initialized()
+    alone = threading.active_count() == 1 and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return sys.platform.startswith("linux") and alone and LEFT_BEHIND not in sys.modules
 
 

@@ -53,6 +53,10 @@ class BlockModel(nn.Module):
         starts = [b * size + min(b, larger) for b in range(num_blocks + 1)]
         return [range(starts[b], starts[b + 1]) for b in range(num_blocks)]
 
+    def units(self) -> list[range]:
+        """Runs of layers that compute together, and so are on the device at once where the model streams."""
+        return [range(index, index + 1) for index in range(len(self.layers))]
+
 
 BuildModel = Callable[[], BlockModel]
 

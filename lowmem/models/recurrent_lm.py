@@ -90,5 +90,11 @@ class RecurrentLm(TextModel):
         last = end - self.config.coda_layers
         return [range(first), range(first, last), range(last, end)]
 
+    def units(self) -> list[range]:
+        """The core loops, so all of it is there at once."""
+        prelude, core, coda = self.block_slices(3)
+        alone = [[range(index, index + 1) for index in part] for part in (prelude, coda)]
+        return [*alone[0], core, *alone[1]]
+
     def inject(self, state: Tensor, embedded: Tensor) -> Tensor:
         return torch.as_tensor(self.adapter(torch.cat([state, embedded], dim=-1)))

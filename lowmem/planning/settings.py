@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from lowmem.blocks.arena import ArenaLayout
+from lowmem.blocks.stream import block_key
+from lowmem.blocks.unit import Unit
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
 from lowmem.recipe import OptimizerName, Precision, Recipe, Tier
@@ -26,6 +28,7 @@ class Settings(Section):
     """Everything that a recipe may leave `auto`, settled."""
 
     num_blocks: int
+    stay: int = 0  # units that stay on the device whole while the others stream
     micro_batch_size: int
     precision: Precision  # of compute and gradients
     weights: Precision = "float32"  # of the weights as they are kept
@@ -55,6 +58,17 @@ def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout]
         layout(named_layer_parameters(model, layers)) for layers in model.block_slices(settings.num_blocks)
     ]
     return blocks, layout(named_shared_parameters(model))
+
+
+def units_of(model: BlockModel, settings: Settings, layouts: Sequence[ArenaLayout]) -> list[Unit]:
+    """The model's units, in order. `layouts`: of the blocks."""
+    units = []
+    for block, layers in enumerate(model.block_slices(settings.num_blocks)):
+        for run in model.units():
+            if run.start in layers:
+                names = {name for name, _ in named_layer_parameters(model, run)}
+                units.append(Unit(block_key(block), layouts[block], names))
+    return units
 
 
 def is_resident(settings: Settings, unified: bool) -> bool:

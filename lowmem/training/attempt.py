@@ -21,6 +21,7 @@ from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import BlockRecord, FileRecord, RunDir, RunState
 from lowmem.blocks.seal import BACK
 from lowmem.blocks.stream import BlockStream
+from lowmem.blocks.unit_stream import UnitStream, spread
 from lowmem.blocks.verify import check_contents
 from lowmem.errors import StoreError
 from lowmem.machine.detect import training_device
@@ -29,7 +30,7 @@ from lowmem.machine.heap import give_back_freed
 from lowmem.machine.monitor import Monitor, sample_fields
 from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan, check_continues, read_plan
-from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
+from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of, units_of
 from lowmem.reporting.telemetry import Listener, Recorder
 from lowmem.training.first_weights import create_weights
 from lowmem.training.memory_guard import check_available, require_available, smaller
@@ -84,6 +85,7 @@ class Attempt:
         self.layouts, self.shared_layout = layouts_of(model, frozen.settings)
         self.queue = frozen.queue()
         self.monitor = Monitor(frozen.profile.unified)
+        self.units: UnitStream | None = None  # where a model that is trained end to end streams
         self.borders: Borders | None = None  # where a model that is trained end to end streams
         self.visit: Visit | None = None  # under way
         self._closing = contextlib.ExitStack()
@@ -184,8 +186,13 @@ class Attempt:
         self.shared.bind(self.model)
         self.model.train()
         if whole and not self.stream.resident:
-            self.borders = open_borders(plan, self.device, self.run.path)
+            self.borders = open_borders(plan, self.model, self.device, self.run.path)
             opened.callback(self.borders.close)
+            units = units_of(self.model, plan.settings, self.layouts)
+            stay = spread(len(units), plan.settings.stay)
+            prefetch = plan.recipe.offload.prefetch
+            self.units = UnitStream(self.stream.block_store, units, self.device, stay, prefetch)
+            opened.callback(self.units.close)
         self._files = dict(state.files)
         before = self.run.read_previous()
         self._files_before = {} if before is None else before.files
@@ -205,7 +212,8 @@ class Attempt:
     @property
     def exposed_s(self) -> float:
         """Seconds that compute stood waiting, for blocks and for activations at borders."""
-        return self.stream.exposed_s + (0.0 if self.borders is None else self.borders.exposed_s)
+        moving = (self.stream, self.borders, self.units)
+        return sum(part.exposed_s for part in moving if part is not None)
 
     def record_step(self, visit: Visit, step: int, lr: float, loss: Tensor, step_s: float) -> None:
         """Raises ShortageError where other programs have left too little memory."""

@@ -54,11 +54,11 @@ def open_stream(
     )
 
 
-def open_borders(plan: Plan, device: torch.device, folder: Path) -> Borders:
+def open_borders(plan: Plan, model: BlockModel, device: torch.device, folder: Path) -> Borders:
     """Opens the borders of a streamed step at the plan's tier; those on disk lie in `folder`."""
     settings, recipe = plan.settings, plan.recipe
     shape = (
-        settings.num_blocks,
+        len(model.units()),
         recipe.train.batch_size // settings.micro_batch_size,
         recipe.optimizer.clips_whole,
     )

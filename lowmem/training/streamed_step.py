@@ -1,17 +1,18 @@
-"""Exact back-propagation with one block on the device at a time.
+"""Exact back-propagation with one unit of the model on the device at a time.
 
-    forward     input part | block 0 | block 1 | ...     keeps what crosses the borders between blocks
-    backward    last block and the loss | ... | block 1 | block 0 | input part again
+    forward     input part | unit 0 | unit 1 | ...     keeps what crosses the borders between units
+    backward    last unit and the loss | ... | unit 1 | unit 0 | input part again
 
-All micro-batches of a step pass a block before the next block is fetched, so a step moves the same bytes
-whatever its batch. In the backward pass a block's forward is made again from its border. Its gradients,
-summed over the micro-batches, are used at once for its update; no other gradients are alive. Block 0 ends a
-step and begins the next, so it stays on the device.
+A unit is one layer, or the core of a recurrent model. All micro-batches of a step pass a unit before the next
+unit is fetched, so a step moves the same bytes whatever its batch. In the backward pass a unit's forward is
+made again from its border, so the passes are those of activation checkpointing layer by layer. A unit's
+gradients, summed over the micro-batches, wait for its update alone. Where a norm over a block clips them, the
+block's gradients gather first.
 
 The bits are those of plain autograd through the whole model:
-  * Every block is entered with the generator's state of the forward pass, so dropout and all draws repeat.
+  * Every unit is entered with the generator's state of the forward pass, so dropout and all draws repeat.
   * All layers use `cond`, and autograd adds its gradients up in the order of the backward pass. Here `cond`
-    is a root of each block's backward pass beside the block's output, and the sum so far is its gradient.
+    is a root of each unit's backward pass beside the unit's output, and the sum so far is its gradient.
     So the sum goes on in the same order.
   * Parameters of the shared part that both the input and the output part use (a tied table) get the same sum.
     Over several micro-batches the output parts' gradients come first here, and alternate with the others in
@@ -21,21 +22,23 @@ The bits are those of plain autograd through the whole model:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.blocks.arena import unbind
+from lowmem.blocks import optim
+from lowmem.blocks.arena import HasSlots, bind, parameter_views, unbind
 from lowmem.blocks.borders import RANDOM_STATE_BYTES, Borders
-from lowmem.blocks.optim import whole_factor
-from lowmem.blocks.order import fetches
+from lowmem.blocks.unit import Unit
+from lowmem.blocks.unit_stream import GRADIENTS, Update
 from lowmem.objectives.base import Batch, Kept, Objective
+from lowmem.planning.settings import COMPUTE_DTYPE
 from lowmem.training.attempt import Attempt
 from lowmem.training.finite import FiniteWatch
-from lowmem.training.trainable import Trainable
+from lowmem.training.roots import backward_from
+from lowmem.training.trainable import rounding
 
 
 @dataclass
@@ -50,25 +53,45 @@ class Part:
     loss: Tensor | None = None
 
 
+@dataclass
+class Gathered:
+    """Gradients of one unit, or of the units of one block together."""
+
+    block: int
+    whole: Tensor  # the vector that holds them, and may be larger
+    numel: int
+    units: list[int] = field(default_factory=list)  # in the order of the backward pass
+
+    @property
+    def flat(self) -> Tensor:
+        """[numel], in the order of the unit's own flat vectors, or of the block's."""
+        return self.whole[: self.numel]
+
+
 class StreamedStep:
-    """Optimizer steps of a whole model whose blocks come and go."""
+    """Optimizer steps of a whole model whose units come and go."""
 
     def __init__(
         self, attempt: Attempt, objective: Objective[Any, Any], borders: Borders, watch: FiniteWatch
     ) -> None:
         """`objective`: bound to the attempt's model. `borders`: where the attempt keeps activations."""
-        self.watch = watch
-        self.model, self.objective, self.borders = attempt.model, objective, borders
-        self.stream, self.scratch, self.shared = attempt.stream, attempt.scratch, attempt.shared
-        self.monitor, plan = attempt.monitor, attempt.plan
-        self.slices, self.recompute = (
-            self.model.block_slices(plan.settings.num_blocks),
-            plan.settings.recompute,
-        )
-        self.num_blocks, self.recipe = plan.settings.num_blocks, plan.recipe
-        self.fetches = fetches(self.num_blocks, plan.recipe.optimizer.clips_whole)
-        self.states = RandomStates(self.num_blocks, borders.parts, self.stream.device)
-        self._stays: Tensor | None = None  # block 0, from the end of a step to the forward pass of the next
+        assert attempt.units is not None
+        self.watch, self.objective, self.borders = watch, objective, borders
+        self.model, self.shared, self.monitor = attempt.model, attempt.shared, attempt.monitor
+        self.recipe, self.layouts, self.stream = attempt.plan.recipe, attempt.layouts, attempt.units
+        self.units, device = self.stream.units, self.stream.device
+        self.states = RandomStates(len(self.units), borders.parts, device)
+        # Blocks by key, as the units name them.
+        self.block_of = [int(unit.key.rpartition("-")[2]) for unit in self.units]
+        self._ranges = self.model.units()
+        dtype = COMPUTE_DTYPE[attempt.plan.settings.precision]
+        self._by_block = gathers_by_block(self.recipe.optimizer.grad_clip)
+        numel = max(part.numel for part in (self.layouts if self._by_block else self.units))
+        self._free = [torch.zeros(numel, dtype=dtype, device=device) for _ in range(GRADIENTS)]
+        self._copy: Tensor | None = None  # of a unit's weights, where they are not in the compute dtype
+        if self.layouts[0].weights_dtype != dtype:
+            largest = max(unit.numel for unit in self.units)
+            self._copy = torch.zeros(largest, dtype=dtype, device=device)
 
     def step(
         self,
@@ -77,43 +100,29 @@ class StreamedStep:
         lr: float,
         visits_done: int,
         durable: bool,
-        more: bool,
     ) -> Tensor:
         """One step over micro-batches, each with its seed. Returns the mean loss, on the device.
 
-        `durable`: the step ends a visit, and its files are to be committed under `visits_done`. `more`:
-        another step follows.
+        `durable`: the step ends a visit, and its files are to be committed under `visits_done`.
         """
-        optimizer, factor = self.recipe.optimizer, None
+        optimizer, factor, last = self.recipe.optimizer, None, len(self.units) - 1
         self.borders.begin()
         self.shared.begin(step + 1, lr, optimizer)
         parts = [self._enter(index, seed, batch) for index, (seed, batch) in enumerate(micro)]
-        blocks = self._fetched(more)
-        for block, buffer in islice(blocks, self.num_blocks - 1):
-            self._forward(block, buffer, parts)
+        for unit in range(last):
+            self._forward(unit, parts)
 
         if optimizer.clips_whole:
-            norms = {}
-            for block, buffer in islice(blocks, self.num_blocks):
-                norms[block] = self._backward(block, buffer, parts).gradient_norm()
-                self._let_go(block, buffer)
-            self._backward_of_input(parts)
-            in_order = [norms[block] for block in range(self.num_blocks)]
-            every = [*in_order, self.shared.gradient_norm()]
-            self.watch.look(step, *every)
-            factor = whole_factor(every, optimizer)
-            self.shared.forget()
-
-        for block, buffer in blocks:
-            trainable = self._backward(block, buffer, parts)
-            trainable.begin(step + 1, lr, optimizer)
-            self.watch.look(step, trainable.update(factor))
-            if durable:
-                self.watch.look(step, trainable.weights_norm())
-            unbind(self.model, trainable.arena.layout)
-            self.stream.write_back(block, buffer, visits_done, durable, keep=block == 0)
+            factor = self._factor(parts, step)
+        norms: list[Tensor] = []
+        for gathered in self._gradients(parts):
+            self.watch.look(step, optim.clipped(gathered.flat, optimizer, factor))
+            self._update(gathered, step, lr, factor, visits_done, durable, norms)
         self._backward_of_input(parts)
         self.watch.look(step, self.shared.update(factor), self.shared.weights_norm())
+        if durable:
+            self.stream.finish()
+            self.watch.look(step, *norms)
         total = torch.zeros((), device=self.stream.device)
         for part in parts:
             assert part.loss is not None
@@ -121,33 +130,93 @@ class StreamedStep:
         self.watch.look(step, total)
         return total
 
+    def _factor(self, parts: list[Part], step: int) -> Tensor:
+        """What clips the whole model's gradients: a backward pass of its own finds their norm."""
+        norms = {}
+        for gathered in self._gradients(parts, following=len(self.units) - 1):
+            norms[gathered.block] = optim.gradient_norm(gathered.flat)
+            self._free.append(gathered.whole)
+        self._backward_of_input(parts)
+        every = [*(norms[block] for block in range(len(self.layouts))), self.shared.gradient_norm()]
+        self.watch.look(step, *every)
+        self.shared.forget()
+        return optim.whole_factor(every, self.recipe.optimizer)
+
     # --------------------------------------------------------------------------------------------------------
-    # Blocks
+    # Gradients and updates
 
-    def _fetched(self, more: bool) -> Iterator[tuple[int, Tensor]]:
-        """The step's blocks on the device, in the order of `fetches`; the next one is fetched meanwhile."""
-        for index, (block, weights_only) in enumerate(self.fetches):
-            if index == 0 and self._stays is not None:
-                buffer, self._stays = self._stays, None
-            else:
-                buffer = self.stream.load(block, weights_only)
-            last = index == len(self.fetches) - 1
-            if last:
-                self._stays = buffer
-            following = self.fetches[1:2] if last else self.fetches[index + 1 : index + 2]
-            if following and (more or not last):
-                self.stream.prefetch(*following[0])
-            yield block, buffer
+    def _gradients(self, parts: list[Part], following: int | None = None) -> Iterator[Gathered]:
+        """The gradients of the backward pass, by unit or by block, each as soon as it is complete.
 
-    def _let_go(self, block: int, buffer: Tensor) -> None:
-        unbind(self.model, self.stream.layouts[block])
-        self.stream.release(block, buffer)
+        `following`: the unit that is needed after the pass.
+        """
+        gathered: Gathered | None = None
+        for unit in reversed(range(len(self.units))):
+            block = self.block_of[unit]
+            if gathered is None:
+                layout = self.layouts[block] if self._by_block else self.units[unit]
+                gathered = Gathered(block, self._vector(), layout.numel)
+                gathered.flat.zero_()
+            gathered.units.append(unit)
+            self._backward(unit, unit - 1 if unit else following, gathered, parts)
+            if not self._by_block or unit == 0 or self.block_of[unit - 1] != block:
+                yield gathered
+                gathered = None
 
-    def _layers(self, block: int) -> list[nn.Module]:
-        return [self.model.layers[i] for i in self.slices[block]]
+    def _vector(self) -> Tensor:
+        while not self._free:  # an update still reads them
+            self.stream.finish_first()
+        return self._free.pop()
+
+    def _update(
+        self,
+        gathered: Gathered,
+        step: int,
+        lr: float,
+        factor: Tensor | None,
+        visits_done: int,
+        durable: bool,
+        norms: list[Tensor],
+    ) -> None:
+        """Hands gradients, clipped already, to the updates of their units."""
+        left = len(gathered.units)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self._free.append(gathered.whole)
+
+        for index in gathered.units:
+            unit = self.units[index]
+
+            def given(rows: slice, unit: Unit = unit) -> Tensor:
+                first = rows.start if self._by_block else unit.place(rows.start)
+                return gathered.flat[first : first + rows.stop - rows.start]
+
+            rounded = rounding(unit.layout, self.recipe.train.seed, step + 1, self.stream.device)
+            the_step = optim.Step(step + 1, lr, self.recipe.optimizer, rounded)
+            self.stream.update(Update(index, given, the_step, visits_done, durable, norms, done))
 
     # --------------------------------------------------------------------------------------------------------
     # Passes
+
+    def _weights(self, unit: int) -> dict[str, Tensor]:
+        """The unit's parameters in the compute dtype, from the weights that are on the device now."""
+        layout, pieces = self.units[unit], self.stream.load(unit)
+        if self._copy is not None:
+            copies = layout.split(self._copy)
+            for copy, weights in zip(copies, pieces, strict=True):
+                copy.copy_(weights)
+            pieces = copies
+        return layout.views(pieces)
+
+    def _let_go(self, unit: int) -> None:
+        unbind(self.model, self.units[unit])
+        self.stream.release(unit)
+
+    def _layers(self, unit: int) -> list[nn.Module]:
+        return [self.model.layers[index] for index in self._ranges[unit]]
 
     @torch.no_grad()
     def _enter(self, index: int, seed: int, batch: Batch) -> Part:
@@ -158,74 +227,85 @@ class StreamedStep:
         return Part(seed, batch, cond, kept)
 
     @torch.no_grad()
-    def _forward(self, block: int, buffer: Tensor, parts: list[Part]) -> None:
-        self.scratch.trainable(0, self.stream.layouts[block], buffer).bind(self.model, frozen=True)
+    def _forward(self, unit: int, parts: list[Part]) -> None:
+        bind(self.model, self._weights(unit), None)
+        self.stream.prefetch(unit + 1)
         for index, part in enumerate(parts):
-            self.states.restore(block, index)
-            h = self.borders.get((block, index))
-            out = self.objective.through(self._layers(block), h, part.cond, part.kept)
-            self.borders.put((block + 1, index), out)
-            self.states.save(block + 1, index)
-        self._let_go(block, buffer)
+            self.states.restore(unit, index)
+            h = self.borders.get((unit, index))
+            out = self.objective.through(self._layers(unit), h, part.cond, part.kept)
+            self.borders.put((unit + 1, index), out)
+            self.states.save(unit + 1, index)
+            self.stream.advance()
+        self._let_go(unit)
 
-    def _backward(self, block: int, buffer: Tensor, parts: list[Part]) -> Trainable:
-        """The block's gradients, and those of all that lies before it."""
-        trainable = self.scratch.trainable(0, self.stream.layouts[block], buffer)
-        trainable.bind(self.model)
-        last = block == self.num_blocks - 1
+    def _backward(self, unit: int, following: int | None, gathered: Gathered, parts: list[Part]) -> None:
+        """Adds the unit's gradients to what is gathered. `following`: the unit that is needed next."""
+        weights = self._weights(unit)
+        if following is not None:
+            self.stream.prefetch(following)
+        layout: HasSlots = self.layouts[gathered.block] if self._by_block else self.units[unit]
+        grads = parameter_views(layout, gathered.flat)
+        bind(self.model, weights, {name: grads[name] for name in weights})
+        for name in weights:
+            parameter = self.model.get_parameter(name)
+            # Updates of other units go on while this one computes.
+            parameter.register_post_accumulate_grad_hook(lambda _: self.stream.advance())  # type: ignore[no-untyped-call]
+        count, last = len(self.units), unit == len(self.units) - 1
         for index, part in enumerate(parts):
-            self.states.restore(block, index)
-            h = self.borders.get((block, index)).detach().requires_grad_()
+            self.states.restore(unit, index)
+            h = self.borders.get((unit, index)).detach().requires_grad_()
             cond = part.cond.detach().requires_grad_()
-            roots = [self.objective.through(self._layers(block), h, cond, part.kept, self.recompute)]
-            grads: list[Tensor | None] = [None]
-            if last:
-                losses = self.objective.leave(roots[0], cond, part.kept, part.batch)
-                roots = [losses.mean() / len(parts)]
-                part.loss = roots[0].detach()
-            else:
-                grads = [self.borders.get((self.num_blocks, index))]
-                if part.cond_grad is not None:
-                    roots, grads = [*roots, cond], [*grads, part.cond_grad]
+            out = self.objective.through(self._layers(unit), h, cond, part.kept)
+            self.stream.advance()
             self.monitor.sample()  # activations are at their most
-            torch.autograd.backward(roots, grads)
+            if last:
+                loss = self.objective.leave(out, cond, part.kept, part.batch).mean() / len(parts)
+                part.loss = loss.detach()
+                loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+            else:
+                backward_from((out, self.borders.get((count, index))), (cond, part.cond_grad))
+            del out
             assert h.grad is not None
-            self.borders.put((self.num_blocks, index), h.grad)
+            self.borders.put((count, index), h.grad)
             part.cond_grad = cond.grad
-        return trainable
+        self._let_go(unit)
 
     def _backward_of_input(self, parts: list[Part]) -> None:
         for index, part in enumerate(parts):
             torch.manual_seed(part.seed)
             h, cond, _ = self.objective.enter(part.batch)
-            pairs = [(h, self.borders.get((self.num_blocks, index))), (cond, part.cond_grad)]
-            roots = [(root, grad) for root, grad in pairs if root.requires_grad and grad is not None]
-            if roots:
-                torch.autograd.backward([root for root, _ in roots], [grad for _, grad in roots])
+            backward_from((h, self.borders.get((len(self.units), index))), (cond, part.cond_grad))
+
+
+def gathers_by_block(grad_clip: float | None) -> bool:
+    """Whether the gradients of a block gather before any of them is used: their norm clips them."""
+    return grad_clip is not None
 
 
 class RandomStates:
-    """The generators' states at the entry of every block, for every micro-batch.
+    """The generators' states at the entry of every unit, for every micro-batch.
 
     They have memory of their own for the whole run. A tensor for each state would lie amid freed activations,
     and the C library's heap would grow around it.
     """
 
-    def __init__(self, num_blocks: int, parts: int, device: torch.device) -> None:
+    def __init__(self, num_units: int, parts: int, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
-        self._host = torch.empty(num_blocks, parts, RANDOM_STATE_BYTES, dtype=torch.uint8)
+        self._host = torch.empty(num_units, parts, RANDOM_STATE_BYTES, dtype=torch.uint8)
         self._cuda = (
-            torch.empty(num_blocks, parts, len(torch.cuda.get_rng_state(device)), dtype=torch.uint8)
+            torch.empty(num_units, parts, len(torch.cuda.get_rng_state(device)), dtype=torch.uint8)
             if self._device
             else None
         )
 
-    def save(self, block: int, part: int) -> None:
-        self._host[block, part] = torch.get_rng_state()
+    def save(self, unit: int, part: int) -> None:
+        self._host[unit, part] = torch.get_rng_state()
         if self._cuda is not None and self._device is not None:
-            self._cuda[block, part] = torch.cuda.get_rng_state(self._device)
+            self._cuda[unit, part] = torch.cuda.get_rng_state(self._device)
 
-    def restore(self, block: int, part: int) -> None:
-        torch.set_rng_state(self._host[block, part].clone())  # it reads a storage from its start
+    def restore(self, unit: int, part: int) -> None:
+        torch.set_rng_state(self._host[unit, part].clone())  # it reads a storage from its start
         if self._cuda is not None and self._device is not None:
-            torch.cuda.set_rng_state(self._cuda[block, part].clone(), self._device)
+            torch.cuda.set_rng_state(self._cuda[unit, part].clone(), self._device)

@@ -46,7 +46,9 @@ class Trainable:
 
     def begin(self, step: int, lr: float, config: OptimizerConfig) -> None:
         """Says what the coming backward pass is for. `step` from 1."""
-        self._step = optim.Step(step, lr, config, self._rounding(step))
+        self._step = optim.Step(
+            step, lr, config, rounding(self.arena.layout, self.seed, step, self.arena.weights.device)
+        )
         self._waiting = {slot.name: slot for slot in self.arena.layout.slots}
 
     def gradient_norm(self) -> Tensor:
@@ -99,14 +101,16 @@ class Trainable:
         if self.compute is not self.arena.weights:
             self.compute[rows].copy_(self.arena.weights[rows])
 
-    def _rounding(self, step: int) -> optim.Rounding | None:
-        """A function of the run's seed, of which part of the model this is, and of the step: the same at
-        every tier and after a resumption.
-        """
-        weights, names = self.arena.weights, [slot.name for slot in self.arena.layout.slots]
-        if weights.dtype == torch.float32:
-            return None
-        return optim.Rounding(mix_seed(self.seed, "rounding", *names, step), weights.device)
+
+def rounding(layout: ArenaLayout, seed: int, step: int, device: torch.device) -> optim.Rounding | None:
+    """How a step rounds bf16 weights.
+
+    It is a function of the run's seed, of which part of the model this is, and of the step: the same at every
+    tier and after a resumption.
+    """
+    if layout.weights_dtype == torch.float32:
+        return None
+    return optim.Rounding(mix_seed(seed, "rounding", *(slot.name for slot in layout.slots), step), device)
 
 
 class Scratch:

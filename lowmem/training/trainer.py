@@ -106,7 +106,7 @@ class Trainer:
             )
             start, exposed_before = time.perf_counter(), attempt.exposed_s
             if streamed is not None:
-                losses, buffers = self._streamed_steps(attempt, streamed, visit, upcoming, batches)
+                losses, buffers = self._streamed_steps(attempt, streamed, visit, batches)
             else:
                 losses, buffers = self._resident_steps(attempt, watch, visit, upcoming, batches)
             mean_loss = float(torch.stack(losses).mean())  # on CUDA it waits for the visit's last kernel
@@ -131,6 +131,7 @@ class Trainer:
             visit.index + 1,
             attempt.committer(attempt.state),
             wait=attempt.plan.settings.write_back == "wait",
+            written={} if attempt.units is None else attempt.units.take_written(),
         )
         attempt.clock.commit_s += time.perf_counter() - start
 
@@ -189,9 +190,9 @@ class Trainer:
         return losses, buffers
 
     def _streamed_steps(
-        self, attempt: Attempt, streamed: StreamedStep, visit: Visit, upcoming: Visit | None, batches: Batches
+        self, attempt: Attempt, streamed: StreamedStep, visit: Visit, batches: Batches
     ) -> Trained:
-        """The visit's steps of the whole model, with one block on the device at a time.
+        """The visit's steps of the whole model, with one unit on the device at a time.
 
         The last step has already written what is to be committed, so there are no blocks to store.
         """
@@ -200,8 +201,7 @@ class Trainer:
             start, lr = time.perf_counter(), learning_rate(step, self.recipe.train)
             ends_visit = step == stop - 1
             micro = list(self._micro_batches(attempt.plan, visit, step, batches(step)))
-            more = not ends_visit or upcoming is not None
-            loss = streamed.step(micro, step, lr, visit.index + 1, ends_visit, more)
+            loss = streamed.step(micro, step, lr, visit.index + 1, ends_visit)
             if streamed.watch.at_once:
                 self._require_finite(attempt, streamed.watch, visit, batches)
             losses.append(loss)

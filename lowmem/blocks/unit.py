@@ -1,0 +1,178 @@
+"""Where one unit of a block lies in the block's arena, and in pages that move it.
+
+A unit is what must be on the device at once to compute: one layer, or the core of a recurrent model. A block
+has one or more. Its parameters lie in a few pieces of the block's flat weights, one for each kind of state,
+because parameters of a kind lie together. So a piece begins and ends anywhere, and unbuffered requests move
+whole pages: `Pages` are the pages that hold some bytes, and tell where in them the bytes lie.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem.blocks.arena import PAGE, ArenaLayout, Group, ParameterSlot
+from lowmem.blocks.optim import Rows
+from lowmem.units import round_up
+
+CHUNK_NUMEL = 512 * 1024  # weights that an update reads, changes and writes back at once
+
+
+class Pages(NamedTuple):
+    """The pages that hold the bytes [start, stop) of a block's data."""
+
+    start: int
+    stop: int
+
+    @property
+    def first(self) -> int:
+        """The first page's first byte."""
+        return self.start // PAGE * PAGE
+
+    @property
+    def num_bytes(self) -> int:
+        return round_up(self.stop, PAGE) - self.first
+
+    @property
+    def whole(self) -> slice:
+        """The bytes of those pages that hold nothing else, as a part of all pages. It may be empty."""
+        begins, ends = round_up(self.start, PAGE), self.stop // PAGE * PAGE
+        return slice(begins - self.first, max(begins, ends) - self.first)
+
+    @property
+    def edges(self) -> list[slice]:
+        """The bytes in pages that hold other bytes too, as parts of all pages: at most two."""
+        whole, size = self.whole, slice(self.start - self.first, self.stop - self.first)
+        if whole.start == whole.stop:  # no page is whole
+            border = (self.first // PAGE + 1) * PAGE - self.first
+            parts = [slice(size.start, min(size.stop, border)), slice(border, size.stop)]
+        else:
+            parts = [slice(size.start, whole.start), slice(whole.stop, size.stop)]
+        return [part for part in parts if part.start < part.stop]
+
+    def of(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """The bytes, in `pages` [num_bytes] that hold them."""
+        return pages[self.start - self.first : self.stop - self.first].view(dtype)
+
+
+class Field(NamedTuple):
+    """Rows of the weights, or of a field of state."""
+
+    name: str
+    dtype: torch.dtype
+    pages: Pages
+
+
+class Piece:
+    """Some rows of one group, and everything that is stored of them."""
+
+    def __init__(self, layout: ArenaLayout, group: Group) -> None:
+        self.group, self.rows = group, slice(group.start, group.stop)
+        self.numel = group.stop - group.start
+        itemsize = layout.weights_dtype.itemsize
+        weights = Pages(group.start * itemsize, group.stop * itemsize)
+        self.fields = [Field("weights", layout.weights_dtype, weights)]
+        for name, rows in layout.state_rows(group, self.rows).items():
+            field, first = layout.fields[name]
+            size = field.dtype.itemsize
+            pages = Pages(first + rows.start * size, first + rows.stop * size)
+            self.fields.append(Field(name, field.dtype, pages))
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a buffer that holds all of it."""
+        return sum(field.pages.num_bytes for field in self.fields)
+
+    def parts(self, buffer: Tensor) -> Iterator[tuple[Field, Tensor]]:
+        """Each field with its pages in a buffer [num_bytes]."""
+        start = 0
+        for field in self.fields:
+            yield field, buffer[start : start + field.pages.num_bytes]
+            start += field.pages.num_bytes
+
+    def in_buffer(self, buffer: Tensor) -> Rows:
+        """The rows for an update, in a buffer that holds all of the piece."""
+        values = {field.name: field.pages.of(pages, field.dtype) for field, pages in self.parts(buffer)}
+        weights = values.pop("weights")
+        return Rows(self.rows.start, weights, values, self.group.decay, self.group.quantized)
+
+
+class Unit:
+    """One unit of a block: its pieces in the block, and its parameters in flat vectors of its own."""
+
+    def __init__(self, key: str, layout: ArenaLayout, names: Collection[str]) -> None:
+        """`key`: of the block; `names`: of the unit's parameters."""
+        self.key, self.layout = key, layout
+        self.pieces: list[Piece] = []
+        self.slots: list[ParameterSlot] = []  # in the unit's own flat vectors: its pieces, one after another
+        self.starts: list[int] = []  # of each piece in those
+        end = 0
+        for group in layout.groups:
+            inside = [slot for slot in layout.slots if group.start <= slot.start < group.stop]
+            mine = [slot for slot in inside if slot.name in names]
+            if not mine:
+                continue
+            later = [slot.start for slot in inside if slot.start > mine[-1].start]
+            stop = min(later, default=group.stop)
+            piece = Piece(layout, replace(group, start=mine[0].start, stop=stop))
+            self.pieces.append(piece)
+            self.starts.append(end)
+            self.slots += [replace(slot, start=end + slot.start - mine[0].start) for slot in mine]
+            end += piece.numel
+        self.numel = end
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of a buffer that holds the pages of its weights."""
+        return sum(piece.fields[0].pages.num_bytes for piece in self.pieces)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a buffer that holds all pages of its weights and state."""
+        return sum(piece.num_bytes for piece in self.pieces)
+
+    def weights_pages(self, buffer: Tensor) -> Iterator[tuple[Pages, Tensor]]:
+        """The pages of each piece's weights in a buffer [weights_bytes]."""
+        start = 0
+        for piece in self.pieces:
+            pages = piece.fields[0].pages
+            yield pages, buffer[start : start + pages.num_bytes]
+            start += pages.num_bytes
+
+    def weights(self, buffer: Tensor) -> list[Tensor]:
+        """The weights of each piece in a buffer [weights_bytes]."""
+        dtype = self.layout.weights_dtype
+        return [pages.of(part, dtype) for pages, part in self.weights_pages(buffer)]
+
+    def views(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Each parameter's view, in a flat vector for each piece."""
+        views = {}
+        for slot in self.slots:
+            piece = bisect_right(self.starts, slot.start) - 1
+            first = slot.start - self.starts[piece]
+            views[slot.name] = pieces[piece][first : first + slot.numel].view(slot.shape)
+        return views
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Each piece's part of a flat vector [numel] of the unit's own."""
+        return [
+            flat[start : start + piece.numel] for start, piece in zip(self.starts, self.pieces, strict=True)
+        ]
+
+    def place(self, row: int) -> int:
+        """Where a row of the block lies in the unit's own flat vectors."""
+        piece = next(n for n, piece in enumerate(self.pieces) if piece.rows.start <= row < piece.rows.stop)
+        return self.starts[piece] + row - self.pieces[piece].rows.start
+
+    def chunks(self) -> Iterator[tuple[int, Piece]]:
+        """The unit in chunks of rows, each with its place in the unit's own flat vectors."""
+        for place, piece in zip(self.starts, self.pieces, strict=True):
+            group = piece.group
+            for start in range(group.start, group.stop, CHUNK_NUMEL):
+                stop = min(start + CHUNK_NUMEL, group.stop)
+                yield place + start - group.start, Piece(self.layout, replace(group, start=start, stop=stop))
