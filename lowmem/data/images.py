@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lowmem.data.identity import Fingerprint
+from lowmem.data.identity import MOST_CLASSES, MOST_SIDE, Fingerprint
 from lowmem.data.opening import open_file
 from lowmem.errors import DataError
 
@@ -116,6 +116,16 @@ def _check_part(part: str, labels: Array, count: int, where: str) -> None:
         raise DataError(
             f"{where}: found label {labels.min()}; "
             "allowed: 0 and above; take a part that has labels, or renumber"
+        )
+
+
+def check_extent(images: ImageSet) -> None:
+    """Raises DataError for images or classes far beyond real ones."""
+    if max(images.image_shape) > MOST_SIDE or images.num_classes > MOST_CLASSES:
+        shape = " x ".join(map(str, images.image_shape))
+        raise DataError(
+            f"data: found images of {shape} (channels x height x width) in {images.num_classes} classes; "
+            f"allowed: at most {MOST_SIDE} of each, and {MOST_CLASSES} classes; cut them, or renumber"
         )
 
 

@@ -29,7 +29,8 @@ class LatentArraysData(DeclaredImages):
     name: Literal["latent_arrays"]
     path: str
     # Latents are multiplied by this for a variance of about 1. The default is Stable Diffusion's factor.
-    scale: Annotated[float, Field(gt=0)] = 0.18215
+    # Between the bounds float32 holds the squares of what comes out.
+    scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.18215
 
     @property
     def decoded(self) -> bool:

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import PositiveInt
 
 from lowmem.data.cache import cache_dir, cached, digest, file_facts
 from lowmem.data.datasets import ArrayBatch, DataSection, Dataset, DataSpec
-from lowmem.data.identity import DataIdentity, Fingerprint
+from lowmem.data.identity import DataIdentity, Fingerprint, Vocabulary
 from lowmem.data.image_source import TestFraction
 from lowmem.data.images import Array
 from lowmem.data.opening import named, open_file
@@ -165,7 +164,7 @@ class TokenisedText(TextConfig):
 
     # bytes | characters | a `tokenizers` JSON file | a folder with GPT-2's encoder.json and vocab.bpe
     tokenizer: str = "bytes"
-    vocab_size: PositiveInt | None = None  # if declared, planning opens neither text nor tokenizer
+    vocab_size: Vocabulary | None = None  # if declared, planning opens neither text nor tokenizer
 
     @property
     def tokenizer_name(self) -> str:

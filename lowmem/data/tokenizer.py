@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.data.cache import cache_dir, cached, digest, file_facts
-from lowmem.data.identity import Fingerprint
+from lowmem.data.identity import MOST_VOCAB, Fingerprint
 from lowmem.data.opening import is_file, is_folder, named
 from lowmem.errors import DataError
 from lowmem.units import MIB
@@ -160,10 +160,16 @@ def _subwords(path: Path) -> Tokenizer:
     except Exception as problem:  # the package raises bare Exceptions
         said = " ".join(str(problem).split())
         raise DataError(f"data.tokenizer: {path}: not readable ({said}); restore it from a copy") from None
+    vocab_size = max(inner.get_vocab().values(), default=-1) + 1
+    if not 0 < vocab_size <= MOST_VOCAB:
+        raise DataError(
+            f"{where}: found tokens up to {vocab_size - 1}; allowed: from 0 to {MOST_VOCAB - 1}; "
+            "give another tokenizer"
+        )
     inner.no_truncation()
     inner.no_padding()
     return Tokenizer(
-        max(inner.get_vocab().values()) + 1,
+        vocab_size,
         ["subwords", mark.hexdigest()],
         lambda text: list(inner.encode(text, add_special_tokens=False).ids),
         lambda tokens: str(inner.decode(tokens, skip_special_tokens=False)),

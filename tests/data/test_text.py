@@ -257,6 +257,10 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(
         assert "pip install 'lowmem[text]'" in data_refusal(text_recipe(text_path, str(broken)))
     pytest.importorskip("tokenizers")
     assert "tokenizer.json: not readable" in data_refusal(text_recipe(text_path, str(broken)))
+    model = {"type": "WordLevel", "vocab": {"known": 0, "far": 2**22}, "unk_token": "known"}
+    broken.write_text(json.dumps({"version": "1.0", "model": model}))
+    words = "found tokens up to 4194304; allowed: from 0 to 4194303"
+    assert words in data_refusal(text_recipe(text_path, str(broken)))
 
 
 # ------------------------------------------------------------------------------------------------------------
