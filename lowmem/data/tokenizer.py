@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.data.cache import cache_dir, cached, digest, file_facts
+from lowmem.data.cache import cache_dir, cached, content_facts, digest
 from lowmem.data.identity import MOST_VOCAB, Fingerprint
 from lowmem.data.opening import is_file, is_folder, named
 from lowmem.errors import DataError
@@ -93,7 +93,7 @@ def _alphabet(texts: Sequence[Path]) -> list[str]:
             json.dumps(sorted({c for path in texts for piece in pieces(path) for c in set(piece)})).encode()
         ]
 
-    name = digest("characters", file_facts(texts))
+    name = digest("characters", content_facts(texts))
     alphabet: list[str] = json.loads(cached(cache_dir() / f"{name}.json", found).read_bytes())
     return alphabet
 

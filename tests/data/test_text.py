@@ -161,6 +161,19 @@ def test_a_text_of_the_same_time_but_another_size_is_read_again(text_path: Path)
     assert text_data(text_path, "characters").vocab_size == len(set(TEXT)) + 1
 
 
+@pytest.mark.parametrize("kind", ["characters", "json"])
+def test_a_text_edited_within_its_size_and_time_never_gives_the_tokens_from_before(
+    text_path: Path, tmp_path: Path, kind: str
+) -> None:
+    tokenizer = subwords(tmp_path, kind) if kind == "json" else kind
+    text_data(text_path, tokenizer)
+    time_ns, edited = text_path.stat().st_mtime_ns, TEXT.replace("line", "mine")
+    text_path.write_bytes(edited.encode())
+    os.utime(text_path, ns=(time_ns, time_ns))
+    data, codec = text_data(text_path, tokenizer), load_tokenizer(text_recipe(text_path, tokenizer).data)  # type: ignore[arg-type]
+    assert codec.decode([*data.train.tolist(), *data.test.tolist()]) == edited
+
+
 def test_two_tokenizers_keep_their_tokens_of_one_text_apart(text_path: Path, cache: Path) -> None:
     found = {}
     for first in (0, 5):
