@@ -25,7 +25,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 
 from lowmem.errors import BudgetError, ConfigError, LowmemError
-from lowmem.units import finite, shown
+from lowmem.units import counted, finite, shown
 
 INTERRUPTED = 130
 MOST_SEED = 2**63 - 1  # as of a recipe
@@ -173,7 +173,7 @@ def plan(
         for name, plan in found.items() if not as_json else ():
             model: Any = plan.recipe.model
             _say(
-                f"{name}: {model.num_layers} layers, dim {model.dim}, {model.num_heads} "
+                f"{name}: {counted(model.num_layers, 'layer')}, dim {model.dim}, {model.num_heads} "
                 f"heads\n{plan.table()}\n"
             )
         return
@@ -395,7 +395,7 @@ def recover(run: RunArgument) -> None:
     from lowmem.blocks.verify import recover_run
 
     found = recover_run(run)
-    _say(f"{run}: back at the commit after {found['visits_done']} visits; lost: {found['lost']}")
+    _say(f"{run}: back at the commit after {counted(found['visits_done'], 'visit')}; lost: {found['lost']}")
 
 
 @app.command()

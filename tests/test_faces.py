@@ -20,7 +20,7 @@ from lowmem.reporting.dashboard import status_lines
 from lowmem.reporting.output import check_output, write_output
 from lowmem.reporting.report import read_report, read_status
 from lowmem.schema import yaml_value
-from lowmem.units import finite, shown
+from lowmem.units import counted, finite, shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -228,7 +228,7 @@ def test_a_foreign_line_of_the_telemetry_is_left_out_and_counted(copy: Path, lin
     with open(copy / "telemetry.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
     lines = status_lines(copy, 100)[1]
-    assert "1 lines of telemetry.jsonl" in lines[-1] and lines[1:-1] == before[1:]
+    assert "left out 1 line of telemetry.jsonl" in lines[-1] and lines[1:-1] == before[1:]
     assert read_status(copy)["skipped_records"] == 1
 
 
@@ -258,3 +258,8 @@ def test_metrics_and_blocks_that_no_report_can_show_are_refused(copy: Path) -> N
         run.commit(state.model_copy(update=update))
         with pytest.raises(StoreError, match=r"state\.json"):
             read_report(copy)
+
+
+def test_one_of_a_thing_is_said_in_the_singular() -> None:
+    assert [counted(number, "step") for number in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
+    assert [counted(number, "class", "classes") for number in (1, 2)] == ["1 class", "2 classes"]

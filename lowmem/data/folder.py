@@ -24,6 +24,7 @@ from lowmem.data.image_source import SquareImages, TestFraction
 from lowmem.data.images import Array, DecodedRows, ImageSet, Part, check_labels, pillow, square
 from lowmem.data.opening import is_folder, named, open_file, reaching
 from lowmem.errors import DataError
+from lowmem.units import counted
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif"),
@@ -154,7 +155,7 @@ def _split_files(root: Path, classes: list[str], left_out: LeftOut) -> dict[str,
     if unknown:
         raise DataError(
             f"{named(test / unknown[0])}: no such class in {named(root / 'train')}; "
-            f"allowed: its {len(classes)} folders; add it there"
+            f"allowed: its {counted(len(classes), 'folder')}; add it there"
         )
     for entry in _entries(root):
         if entry.name not in ("train", test.name):

@@ -16,6 +16,7 @@ from lowmem.data.identity import Classes, DataIdentity, Fingerprint, ImageShape,
 from lowmem.data.images import ImageSet, bytes_to_float, check_extent, same_shape
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
+from lowmem.units import counted
 
 TestFraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -84,7 +85,7 @@ class DeclaredImages(ImageSource):
             same_shape(images.image_shape, self.image_shape, "data.image_shape", f"as declared; {cure}")
         if self.num_classes not in (None, images.num_classes):
             raise DataError(
-                f"data.num_classes: found {images.num_classes} classes; "
+                f"data.num_classes: found {counted(images.num_classes, 'class', 'classes')}; "
                 f"allowed: {self.num_classes}, as declared; {cure}"
             )
         return images

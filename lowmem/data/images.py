@@ -17,6 +17,7 @@ import numpy as np
 from lowmem.data.identity import MOST_CLASSES, MOST_SIDE, Fingerprint
 from lowmem.data.opening import open_file
 from lowmem.errors import DataError
+from lowmem.units import counted
 
 Array = np.ndarray[Any, Any]
 # Pillow starts other programs for some of the formats that are left out.
@@ -107,7 +108,7 @@ def _check_part(part: str, labels: Array, count: int, where: str) -> None:
         )
     if len(labels) != count:
         raise DataError(
-            f"{where}: {len(labels)} labels for {count} images; "
+            f"{where}: {counted(len(labels), 'label')} for {counted(count, 'image')}; "
             "allowed: one for each; restore both from one copy"
         )
     if not len(labels):
@@ -124,7 +125,8 @@ def check_extent(images: ImageSet) -> None:
     if max(images.image_shape) > MOST_SIDE or images.num_classes > MOST_CLASSES:
         shape = " x ".join(map(str, images.image_shape))
         raise DataError(
-            f"data: found images of {shape} (channels x height x width) in {images.num_classes} classes; "
+            f"data: found images of {shape} (channels x height x width) in "
+            f"{counted(images.num_classes, 'class', 'classes')}; "
             f"allowed: at most {MOST_SIDE} of each, and {MOST_CLASSES} classes; cut them, or renumber"
         )
 

@@ -28,6 +28,7 @@ from lowmem.data.images import Array
 from lowmem.data.opening import named, open_file
 from lowmem.data.tokenizer import BYTES, Tokenizer, lost_characters, make_tokenizer, pieces
 from lowmem.errors import ConfigError, DataError
+from lowmem.units import counted
 
 MOST_LOST = 10_000  # kinds of characters whose loss is remembered
 SHOWN = 5  # of them in a message
@@ -47,7 +48,7 @@ class TextDataset(Dataset):
         for part, tokens in {"train": train, "test": test}.items():
             if len(tokens) < seq_len:
                 raise DataError(
-                    f"{where}: the {part} part has {len(tokens)} tokens; "
+                    f"{where}: the {part} part has {counted(len(tokens), 'token')}; "
                     f"allowed: at least train.seq_len = {seq_len}; give more text, or lower train.seq_len"
                 )
         super().__init__({"tokens": self._windows(train)}, {"tokens": self._windows(test)}, _as_integers)
@@ -248,8 +249,8 @@ def _said_lost(path: Path, lost_path: Path) -> list[str]:
         return []
     letters = ", ".join(ascii(letter) for letter, _ in lost[:SHOWN])
     return [
-        f"{named(path)}: {sum(count for _, count in lost)} characters do not come back from the tokens "
-        f"({len(lost)} kinds, such as {letters}): data.tokenizer drops or changes them"
+        f"{named(path)}: the tokens lose {counted(sum(count for _, count in lost), 'character')} "
+        f"({counted(len(lost), 'kind')}, such as {letters}): data.tokenizer drops or changes them"
     ]
 
 

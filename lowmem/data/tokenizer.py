@@ -19,7 +19,7 @@ from lowmem.data.cache import cache_dir, cached, content_facts, digest
 from lowmem.data.identity import MOST_VOCAB, Fingerprint
 from lowmem.data.opening import is_file, is_folder, named
 from lowmem.errors import DataError
-from lowmem.units import MIB
+from lowmem.units import MIB, counted
 
 MOST_BYTES = 256 * MIB  # of a tokenizer's files
 PIECE_BYTES = 1 << 18  # bytes of the text that are read at a time
@@ -107,8 +107,8 @@ def characters(alphabet: list[str]) -> Tokenizer:
             return [tokens_of[character] for character in text]
         except KeyError as problem:
             raise DataError(
-                f"text: {problem.args[0]!r} is not among the {len(alphabet)} characters of the training "
-                "text; leave it out"
+                f"text: {problem.args[0]!r} is not among the {counted(len(alphabet), 'character')} of "
+                "the training text; leave it out"
             ) from None
 
     return Tokenizer(
