@@ -26,7 +26,7 @@ from lowmem.data.identity import DataIdentity, Fingerprint, Vocabulary
 from lowmem.data.image_source import TestFraction
 from lowmem.data.images import Array
 from lowmem.data.opening import named, open_file
-from lowmem.data.tokenizer import BYTES, Tokenizer, lost_characters, make_tokenizer, pieces
+from lowmem.data.tokenizer import BYTES, NO_FILES, Tokenizer, lost_characters, make_tokenizer, pieces
 from lowmem.errors import ConfigError, DataError
 from lowmem.units import counted
 
@@ -86,7 +86,7 @@ class TextConfig(DataSection):
 
     @property
     def metric_unit(self) -> Literal["char", "token"]:
-        return "char" if self.tokenizer_name in ("bytes", "characters") else "token"
+        return "char" if self.tokenizer_name in NO_FILES else "token"
 
     def split(self, files: list[Array]) -> tuple[Array, Array]:
         """The training and the test tokens, from the tokens of each file."""

@@ -23,6 +23,7 @@ from lowmem.units import MIB, counted
 
 MOST_BYTES = 256 * MIB  # of a tokenizer's files
 PIECE_BYTES = 1 << 18  # bytes of the text that are read at a time
+NO_FILES = ("bytes", "characters")  # the names of tokenizers that have no files of their own
 ALLOWED = "bytes, characters, a `tokenizers` JSON file, or a folder with GPT-2's encoder.json and vocab.bpe"
 
 
