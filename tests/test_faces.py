@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -173,6 +174,22 @@ def test_a_file_is_written_whole_beside_its_hard_links(tmp_path: Path) -> None:
     write_output(tmp_path / "out.txt", b"new", "--out")
     assert (tmp_path / "old").read_bytes() == b"old" and (tmp_path / "out.txt").read_bytes() == b"new"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "out.txt").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        ConfigError, match="out.txt: No space left on device; give a file in a folder"
+    ) as caught:
+        write_output(tmp_path / "out.txt", b"new", "--out")
+    assert "commit" not in str(caught.value)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 
 # ------------------------------------------------------------------------------------------------------------

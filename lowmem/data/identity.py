@@ -17,7 +17,8 @@ import numpy as np
 import xxhash
 from pydantic import Field
 
-from lowmem.data.opening import named, open_file, reaching
+from lowmem.data.opening import open_file, reaching
+from lowmem.files import printable
 from lowmem.schema import Section
 from lowmem.units import MIB
 
@@ -68,7 +69,7 @@ class Fingerprint:
         Of a file above 192 MiB the first and the last 64 MiB count, and 64 evenly spaced MiB between them. An
         edit elsewhere that leaves the size as it was is not seen. Raises DataError.
         """
-        where = f"data: {named(path)}"
+        where = f"data: {printable(path)}"
         with open_file(path, where, MENDED) as file, reaching(where, MENDED):
             size = file.seek(0, 2)
             self.fact(name, size)

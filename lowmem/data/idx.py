@@ -25,8 +25,9 @@ from lowmem.data.identity import Fingerprint
 from lowmem.data.image_source import PixelImages
 from lowmem.data.images import Array, ImageSet, Part, check_labels
 from lowmem.data.npy import MOST_LABELS
-from lowmem.data.opening import is_file, named, open_file, reaching
+from lowmem.data.opening import is_file, open_file, reaching
 from lowmem.errors import DataError
+from lowmem.files import printable
 from lowmem.units import counted
 
 PARTS = {"train": ("train",), "test": ("t10k", "test")}  # part -> how the names of its files begin
@@ -74,7 +75,7 @@ class IdxImagesData(PixelImages):
         return ImageSet(image_shape, num_classes, lambda: (load("train"), load("test")), mark, held_bytes)
 
     def _find(self, part: str, kind: str) -> Path:
-        where = f"data.path: {named(self.path)}"
+        where = f"data.path: {printable(self.path)}"
         for start in PARTS[part]:
             for dash in "-.":
                 name = f"{start}-{kind}{dash}idx{NUM_DIMS[kind]}-ubyte"
@@ -83,7 +84,7 @@ class IdxImagesData(PixelImages):
                         return path
         name = f"{PARTS[part][0]}-{kind}-idx{NUM_DIMS[kind]}-ubyte"
         raise DataError(
-            f"data.path: no file {name} or {name}.gz in the folder '{named(self.path)}'; "
+            f"data.path: no file {name} or {name}.gz in the folder '{printable(self.path)}'; "
             f"found: {self._found(where)}; {GIVE}"
         )
 
@@ -92,7 +93,7 @@ class IdxImagesData(PixelImages):
         with reaching(where, GIVE):
             names = sorted(os.listdir(self.path))
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        return f"{', '.join(map(named, names[:SHOWN]))}{more}" if names else "nothing"
+        return f"{', '.join(map(printable, names[:SHOWN]))}{more}" if names else "nothing"
 
 
 def _labels(path: Path, num_images: int) -> Array:

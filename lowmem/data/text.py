@@ -25,9 +25,10 @@ from lowmem.data.datasets import ArrayBatch, DataSection, Dataset, DataSpec
 from lowmem.data.identity import DataIdentity, Fingerprint, Vocabulary
 from lowmem.data.image_source import TestFraction
 from lowmem.data.images import Array
-from lowmem.data.opening import named, open_file
+from lowmem.data.opening import open_file
 from lowmem.data.tokenizer import BYTES, NO_FILES, Tokenizer, lost_characters, make_tokenizer, pieces
 from lowmem.errors import ConfigError, DataError
+from lowmem.files import printable
 from lowmem.units import counted
 
 MOST_LOST = 10_000  # kinds of characters whose loss is remembered
@@ -189,7 +190,7 @@ class TextData(TokenisedText):
         return self.path
 
     def files(self) -> list[Path]:
-        where = f"data.path: {named(self.path)}"
+        where = f"data.path: {printable(self.path)}"
         with open_file(self.path, where, "give the path of a text file that can be read") as file:
             if file.read(1):
                 return [Path(self.path)]
@@ -249,7 +250,7 @@ def _said_lost(path: Path, lost_path: Path) -> list[str]:
         return []
     letters = ", ".join(ascii(letter) for letter, _ in lost[:SHOWN])
     return [
-        f"{named(path)}: the tokens lose {counted(sum(count for _, count in lost), 'character')} "
+        f"{printable(path)}: the tokens lose {counted(sum(count for _, count in lost), 'character')} "
         f"({counted(len(lost), 'kind')}, such as {letters}): data.tokenizer drops or changes them"
     ]
 

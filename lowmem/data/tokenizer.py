@@ -17,8 +17,9 @@ from typing import Any
 
 from lowmem.data.cache import cache_dir, cached, content_facts, digest
 from lowmem.data.identity import MOST_VOCAB, Fingerprint
-from lowmem.data.opening import is_file, is_folder, named
+from lowmem.data.opening import is_file, is_folder
 from lowmem.errors import DataError
+from lowmem.files import printable
 from lowmem.units import MIB, counted
 
 MOST_BYTES = 256 * MIB  # of a tokenizer's files
@@ -134,12 +135,12 @@ def lost_characters(tokenizer: Tokenizer, text: str) -> Counter[str]:
 
 def _subwords(path: Path) -> Tokenizer:
     """A tokenizer of the package `tokenizers`, set to add no special tokens and neither cut nor pad."""
-    where, mark = f"data.tokenizer: {named(path)}", Fingerprint()
+    where, mark = f"data.tokenizer: {printable(path)}", Fingerprint()
     folder = is_folder(path, where, f"allowed: {ALLOWED}")
     files = [path / "encoder.json", path / "vocab.bpe"] if folder else [path]
     for file in files:
         if not is_file(file, where, f"allowed: {ALLOWED}"):
-            raise DataError(f"data.tokenizer: no file '{named(file)}'; allowed: {ALLOWED}")
+            raise DataError(f"data.tokenizer: no file '{printable(file)}'; allowed: {ALLOWED}")
         mark.file(file.name if len(files) > 1 else "tokenizer", file)
         if mark.num_bytes > MOST_BYTES:
             raise DataError(
