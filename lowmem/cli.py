@@ -2,8 +2,7 @@
 needed.
 
 Exit codes: 0 done, 1 run failed, 2 bad input, 3 plan does not fit, 130 interrupted. Progress goes to stderr,
-results to stdout. What is printed may come from a file of anyone: control characters are escaped, and what a
-terminal or a pipe cannot encode is replaced. `--json` prints one JSON object, whatever becomes of stderr.
+results to stdout, both as `terminal.py` does it. `--json` prints one JSON object, whatever becomes of stderr.
 """
 
 from __future__ import annotations
@@ -11,21 +10,26 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
-import json
-import os
-import signal
 import sys
-import tempfile
-import threading
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from lowmem.errors import BudgetError, ConfigError, LowmemError
-from lowmem.units import finite, shown
+from lowmem.terminal import (
+    complain,
+    flushed,
+    interruptible,
+    open_streams,
+    say,
+    say_json,
+    say_warning,
+    stop_if_interrupted,
+    unforeseen,
+)
+from lowmem.units import counted
 
 INTERRUPTED = 130
 MOST_SEED = 2**63 - 1  # as of a recipe
@@ -68,15 +72,6 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _say(text: str, file: TextIO | None = None) -> None:
-    """Prints lines (`file` None: to stdout), with everything in them escaped that a terminal would obey."""
-    print("\n".join(shown(line, sys.maxsize) for line in text.split("\n")), file=file)
-
-
-def _say_json(content: Any) -> None:
-    print(json.dumps(finite(content), indent=1, allow_nan=False))
 
 
 @contextlib.contextmanager
@@ -124,23 +119,23 @@ def train(
     training_device(plan.profile)
 
     if not quiet:
-        _say(plan.table(), sys.stderr)
+        say(plan.table(), sys.stderr)
     status = read_report(folder).content["progress"] if (folder / "plan.json").exists() else None
     if status and status["visits_done"] == status["visits_total"]:
-        _say(f"{folder}: this run is finished; choose another --run-dir to train again", sys.stderr)
+        say(f"{folder}: this run is finished; choose another --run-dir to train again", sys.stderr)
     with contextlib.ExitStack() as opened:
         listeners = [
-            _stop_if_interrupted,
+            stop_if_interrupted,
             *(
                 opened.enter_context(open_logger(name, folder, plan.recipe.to_dict()))
                 for name in log_to or []
             ),
         ]
         opened.enter_context(_only_json(as_json))
-        listeners.append(_say_warning if quiet else opened.enter_context(live_view(folder)))
+        listeners.append(say_warning if quiet else opened.enter_context(live_view(folder)))
         job.train_plan(plan, folder, listeners, accept_data)
     report = read_report(folder)
-    _say_json(report.content) if as_json else _say(report.table())
+    say_json(report.content) if as_json else say(report.table())
 
 
 @app.command()
@@ -169,11 +164,11 @@ def plan(
         with _only_json(as_json):
             found = largest_models(recipe, profile[0] if profile else None, set_ or [], folder)
         if as_json:
-            _say_json({name: plan.to_dict() for name, plan in found.items()})
+            say_json({name: plan.to_dict() for name, plan in found.items()})
         for name, plan in found.items() if not as_json else ():
             model: Any = plan.recipe.model
-            _say(
-                f"{name}: {model.num_layers} layers, dim {model.dim}, {model.num_heads} "
+            say(
+                f"{name}: {counted(model.num_layers, 'layer')}, dim {model.dim}, {model.num_heads} "
                 f"heads\n{plan.table()}\n"
             )
         return
@@ -182,15 +177,15 @@ def plan(
     if len(plans) == 1:
         _print_plan(plans[0], as_json)
     else:
-        _say_json({"plans": [plan.to_dict() for plan in plans]}) if as_json else _say(plans_table(plans))
+        say_json({"plans": [plan.to_dict() for plan in plans]}) if as_json else say(plans_table(plans))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
     """Prints a plan; raises BudgetError when it does not fit."""
     if as_json:
-        _say_json(plan.to_dict())
+        say_json(plan.to_dict())
     elif plan.fits:
-        _say(plan.table())
+        say(plan.table())
     with _only_json(as_json):
         plan.require_fit()
 
@@ -202,7 +197,7 @@ def profiles(name: Annotated[str | None, typer.Argument(help="print this profile
     from lowmem.reporting.tables import text_table
 
     if name is not None:
-        _say(profile_to_yaml(load_profile(name)).rstrip("\n"))
+        say(profile_to_yaml(load_profile(name)).rstrip("\n"))
         return
     loaded = [load_profile(known) for known in list_profiles()]
     rows = [
@@ -215,7 +210,7 @@ def profiles(name: Annotated[str | None, typer.Argument(help="print this profile
         )
         for p in loaded
     ]
-    _say(text_table("machine profiles", ("name", "device", "device GiB", "host GiB", "computes in"), rows))
+    say(text_table("machine profiles", ("name", "device", "device GiB", "host GiB", "computes in"), rows))
 
 
 @app.command()
@@ -228,7 +223,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe's
         return read_text(find_file(known, "recipes", "recipe", ConfigError), ConfigError)
 
     if name is not None:
-        _say(text(name).rstrip("\n"))
+        say(text(name).rstrip("\n"))
         return
     width = max(map(len, list_recipes())) + 2
     for known in list_recipes():
@@ -251,7 +246,7 @@ def detect(
     if out is not None and check_output(out, "--out").exists():
         raise ConfigError(f"--out: {out} exists; it is left as it is; give another name")
     text = profile_to_yaml(detect_profile(measure))
-    _say(text.rstrip("\n") if out is None else f"wrote {write_output(out, text.encode(), '--out')}")
+    say(text.rstrip("\n") if out is None else f"wrote {write_output(out, text.encode(), '--out')}")
 
 
 @app.command()
@@ -267,11 +262,11 @@ def status(
     from lowmem.reporting.report import read_status
 
     if as_json:
-        _say_json(read_status(run))
+        say_json(read_status(run))
     elif watch:
         dashboard.watch(run)
     else:
-        _say("\n".join(dashboard.status_lines(run, shutil.get_terminal_size().columns)[1]))
+        say("\n".join(dashboard.status_lines(run, shutil.get_terminal_size().columns)[1]))
 
 
 @app.command()
@@ -291,14 +286,14 @@ def report(
     if html is not None:
         from lowmem.reporting.page import write_page
 
-        _say(f"wrote {write_page(runs, html)}")
+        say(f"wrote {write_page(runs, html)}")
         return
     reports = [read_report(run) for run in runs]
     contents = [result.content for result in reports]
     if as_json:
-        _say_json(contents[0] if len(runs) == 1 else {"runs": contents})
+        say_json(contents[0] if len(runs) == 1 else {"runs": contents})
     else:
-        _say(reports[0].table() if len(runs) == 1 else comparison_table([str(run) for run in runs], reports))
+        say(reports[0].table() if len(runs) == 1 else comparison_table([str(run) for run in runs], reports))
 
 
 @app.command("eval")
@@ -315,12 +310,12 @@ def eval_(
 
     metrics = evaluate_run(run, data)
     if as_json:
-        _say_json(metrics)
+        say_json(metrics)
         return
     for name, value in metrics.items():
         if isinstance(value, list):
             for row in value:
-                _say(
+                say(
                     "  "
                     + ", ".join(
                         f"{key} {item:.4g}" if isinstance(item, float) else f"{key} {item}"
@@ -328,7 +323,7 @@ def eval_(
                     )
                 )
         else:
-            _say(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
+            say(f"{name:<16} {value:.4f}" if isinstance(value, float) else f"{name:<16} {value}")
 
 
 @app.command()
@@ -359,7 +354,7 @@ def sample(
     """Write samples of a run's last commit to a file: images, or text."""
     from lowmem.inference.generate import TextSettings, sample_run
 
-    _say(f"wrote {sample_run(run, out, num, seed, TextSettings(prompt, tokens, temperature, top_p))}")
+    say(f"wrote {sample_run(run, out, num, seed, TextSettings(prompt, tokens, temperature, top_p))}")
 
 
 @app.command()
@@ -367,7 +362,7 @@ def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a new fol
     """Write a run's weights as ordinary safetensors files."""
     from lowmem.inference.export import export_run
 
-    _say(f"wrote {export_run(run, out)}")
+    say(f"wrote {export_run(run, out)}")
 
 
 @app.command()
@@ -380,11 +375,11 @@ def verify(run: RunArgument, as_json: JsonOption = False) -> None:
 
     found = verify_run(run)
     if as_json:
-        _say_json(found)
+        say_json(found)
     else:
-        _say(f"{run}: {'whole' if found['whole'] else 'NOT WHOLE'}")
+        say(f"{run}: {'whole' if found['whole'] else 'NOT WHOLE'}")
         for row in found["files"]:
-            _say(f"  {row['state']:<9} {row['part']:<10} {row['file']}  {row['found']}".rstrip())
+            say(f"  {row['state']:<9} {row['part']:<10} {row['file']}  {row['found']}".rstrip())
     if not found["whole"]:
         raise typer.Exit(1)
 
@@ -395,7 +390,7 @@ def recover(run: RunArgument) -> None:
     from lowmem.blocks.verify import recover_run
 
     found = recover_run(run)
-    _say(f"{run}: back at the commit after {found['visits_done']} visits; lost: {found['lost']}")
+    say(f"{run}: back at the commit after {counted(found['visits_done'], 'visit')}; lost: {found['lost']}")
 
 
 @app.command()
@@ -405,111 +400,19 @@ def env(as_json: JsonOption = False) -> None:
 
     environment = read_environment()
     if as_json:
-        _say_json(environment)
+        say_json(environment)
         return
     for name, value in {**environment, **environment.pop("packages")}.items():
-        _say(f"{name:<16} {value}")
-
-
-def _say_warning(record: dict[str, Any]) -> None:
-    """A listener that says warnings where there is no live view."""
-    if record["event"] == "warning":
-        print(f"warning: {record['message']}", file=sys.stderr, flush=True)
-
-
-_interrupted = threading.Event()
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    _interrupted.set()
-    raise KeyboardInterrupt
-
-
-def _stop_if_interrupted(record: dict[str, Any]) -> None:
-    """A listener that raises an interrupt again at the next step.
-
-    Python drops a KeyboardInterrupt that arrives within a finalizer or a weak reference's callback.
-    """
-    if _interrupted.is_set() and threading.current_thread() is threading.main_thread():
-        raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt, so that a write under way ends first.
-
-    A shutdown is an interrupt too. The handlers that were there before are put back.
-    """
-    _interrupted.clear()
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        say(f"{name:<16} {value}")
 
 
 def main() -> NoReturn:
     """Runs the command line and exits with the code of its outcome."""
     atexit.register(gc.freeze)  # nor does the interpreter's end look for garbage among what was imported
-    _open_streams()
-    with _interruptible():
+    open_streams()
+    with interruptible():
         code = _outcome()
-    sys.exit(_flushed(code))
-
-
-def _open_streams() -> None:
-    """Makes stdout and stderr streams that any text can be written to.
-
-    One that was closed becomes the null device: else the next file that is opened takes its number, and what
-    libraries print would land in it, and Python prints to stdout what is meant for a stderr that is None.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        stream = getattr(sys, name)
-        if stream is None:
-            handle = os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-            setattr(sys, name, open(handle, "r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
-        elif number and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
-    try:
-        os.write(2, b"")
-    except OSError:  # it is open, for reading alone: progress that cannot be shown must not end a run
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 2)
-
-
-def _flushed(code: int) -> int:
-    """`code`, or 1 where what was printed cannot be delivered: a full disk, or a reader that is gone."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError) as problem:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would try again
-        if not isinstance(problem, BrokenPipeError):
-            _complain(f"standard output: {problem}; what was to be printed is lost")
-            return code or 1
-    return code
-
-
-def _complain(message: str) -> None:
-    """Prints one line to stderr. There is nowhere to say that it cannot be written."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-
-
-def _unforeseen(error: Exception) -> str:
-    """One line about a fault of lowmem itself, whose traceback is kept in a file of its own.
-
-    The file is no part of a run folder: that may be somebody's who only lets it be read.
-    """
-    what = f"lowmem met what it does not foresee, {type(error).__name__}: {shown(error, 200)}"
-    try:
-        handle, path = tempfile.mkstemp(prefix="lowmem-", suffix=".txt")
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(traceback.format_exception(error))
-    except OSError as problem:
-        return f"{what}; its traceback cannot be kept ({problem.strerror})"
-    return f"{what}; commits are kept; the traceback is in {path}: please report it with this command"
+    sys.exit(flushed(code))
 
 
 def _outcome() -> int:
@@ -520,8 +423,8 @@ def _outcome() -> int:
         return code if isinstance(code, int) else 0
     except LowmemError as error:
         if isinstance(error, BudgetError) and error.table:
-            _say(error.table)
-        _complain(str(error))
+            say(error.table)
+        complain(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         with contextlib.suppress(OSError):
@@ -533,7 +436,7 @@ def _outcome() -> int:
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the command line itself
         if show is None:
-            _complain(_unforeseen(error))
+            complain(unforeseen(error))
             return 1
         show()
         return 2

@@ -212,14 +212,20 @@ def _object_or_none(line: bytes) -> dict[str, Any] | None:
 
 
 def write_whole(
-    path: Path, content: bytes, error: type[LowmemError], mark: str = "", *, sync_folder: bool = True
+    path: Path,
+    content: bytes,
+    error: type[LowmemError],
+    mark: str = "",
+    *,
+    sync_folder: bool = True,
+    cure: str = MEND,
 ) -> None:
     """Replaces a file in one move: a reader, or whoever comes after a kill, sees the old one or the new.
 
     `mark` stands in the temporary file's name, which `is_temporary` knows. Without `sync_folder` the caller
     syncs the folder. Raises `error`; the old file is then still there.
     """
-    with refusals_of(path, error):
+    with refusals_of(path, error, cure):
         check_path(path)
         temporary = path.with_name(f".{path.name}.{mark}-{secrets.token_hex(8)}.tmp")
         handle = open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)

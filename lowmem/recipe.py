@@ -60,7 +60,6 @@ MOST_SAMPLES, MOST_TOKENS = 2**16, 2**20  # of a batch; of a sequence
 MOST_STEP_TOKENS = 2**24  # of a whole step: the largest published runs take a quarter of that
 MOST_CHUNKS = 512  # of a step's tokens, for their logits: a plan counts a pass of each
 MOST_SEED = 2**63 - 1  # what every reader of JSON and every generator of random numbers takes
-Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 # Of moments and averages: float32 no longer tells anything closer to 1 from 1.
 Decay = Annotated[float, Field(ge=0, le=0.999999)]

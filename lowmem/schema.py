@@ -27,6 +27,9 @@ MOST_FOUND = 80  # characters of a value in a message
 OCTAL = re.compile(r"[-+]?0[0-7_]+")
 TAGS = ("name", "kind")  # keys that choose one section of several
 QUOTE = "'"
+# pydantic's types of problems with a bound, and where that bound is
+BOUNDS = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
+PLAIN_DIGITS = 7  # of a bound that is written out
 
 
 class Section(BaseModel):
@@ -225,7 +228,7 @@ def _about_value(found: Any, problems: list[ErrorDetails]) -> str:
         if problem["type"] == "literal_error":
             literals += problem["ctx"]["expected"].replace(" or ", ", ").split(", ")
         else:
-            other.append(problem["msg"].removeprefix("Input should be ").removeprefix("Value error, "))
+            other.append(_allowed(problem))
     if literals and not other and isinstance(found, str):
         known = nearest(found, [word.strip(QUOTE) for word in literals])
         return f"unknown name '{shown(found, MOST_FOUND)}'; {known}"
@@ -236,6 +239,18 @@ def _about_value(found: Any, problems: list[ErrorDetails]) -> str:
             f"write {number}"
         )
     return f"found {shown(repr(found), MOST_FOUND)}; allowed: {' or '.join(dict.fromkeys(literals + other))}"
+
+
+def _allowed(problem: ErrorDetails) -> str:
+    """What pydantic allows, with its bound as a person writes it: `1e-30`, and not with thirty digits."""
+    said = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    bound = problem.get("ctx", {}).get(BOUNDS.get(problem["type"], ""))
+    if not isinstance(bound, float):
+        return said
+    plain, short = repr(bound).removesuffix(".0"), f"{bound:.0e}"
+    shorter = len(plain) > PLAIN_DIGITS and float(short) == bound
+    number = re.sub(r"e\+?(-?)0*", r"e\1", short if shorter else plain)
+    return f"{said.rpartition(' ')[0]} {number}"
 
 
 def _dotted(path: list[Any]) -> str:

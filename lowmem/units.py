@@ -38,6 +38,11 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """`1 line`, `2 lines`; `plural` where it is not the noun with an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from lowmem.reporting.dashboard import status_lines
 from lowmem.reporting.output import check_output, write_output
 from lowmem.reporting.report import read_report, read_status
 from lowmem.schema import yaml_value
-from lowmem.units import finite, shown
+from lowmem.units import counted, finite, shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -175,6 +176,22 @@ def test_a_file_is_written_whole_beside_its_hard_links(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_file_that_cannot_be_written_is_one_line_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "out.txt").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        ConfigError, match="out.txt: No space left on device; give a file in a folder"
+    ) as caught:
+        write_output(tmp_path / "out.txt", b"new", "--out")
+    assert "commit" not in str(caught.value)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Run folders of other versions, and from elsewhere
 
@@ -228,7 +245,7 @@ def test_a_foreign_line_of_the_telemetry_is_left_out_and_counted(copy: Path, lin
     with open(copy / "telemetry.jsonl", "a", encoding="utf-8") as file:
         file.write(line + "\n")
     lines = status_lines(copy, 100)[1]
-    assert "1 lines of telemetry.jsonl" in lines[-1] and lines[1:-1] == before[1:]
+    assert "left out 1 line of telemetry.jsonl" in lines[-1] and lines[1:-1] == before[1:]
     assert read_status(copy)["skipped_records"] == 1
 
 
@@ -258,3 +275,8 @@ def test_metrics_and_blocks_that_no_report_can_show_are_refused(copy: Path) -> N
         run.commit(state.model_copy(update=update))
         with pytest.raises(StoreError, match=r"state\.json"):
             read_report(copy)
+
+
+def test_one_of_a_thing_is_said_in_the_singular() -> None:
+    assert [counted(number, "step") for number in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
+    assert [counted(number, "class", "classes") for number in (1, 2)] == ["1 class", "2 classes"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.errors import DataError, StoreError
-from lowmem.files import json_lines, open_append, read_bytes, read_json, write_whole
+from lowmem.files import json_lines, open_append, printable, read_bytes, read_json, write_whole
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe", "device"])
@@ -125,3 +125,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(
     with pytest.raises(StoreError, match=os.strerror(fault)):
         write_whole(path, b"new", StoreError)
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_name_is_shown_as_it_is_where_it_can_be() -> None:
+    assert printable("tëxt 1.txt") == "tëxt 1.txt" and printable("a\0\x1b\n") == "a\\x00\\x1b\\n"

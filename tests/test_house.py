@@ -25,7 +25,7 @@ FLOORS = [
     {"planning"},
     {"training"},
     {"inference"},
-    {"job"},
+    {"job", "terminal"},
     {"cli", "runtime_probe", "__init__"},
     {"__main__"},
 ]

@@ -24,6 +24,7 @@ TOP = ("lowmem", "profiles", "scripts", "tests", "docs", "examples")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 # A path of the repository, wherever it stands in a page. NAME and RUN stand for the reader's own.
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(TOP)})/[\w./-]*[\w/]")
+TEST = re.compile(r"(?:…|tests/(?:\w+/)*)(test_\w+\.py)?(?:::(test_\w+))?")  # (file, test) in a page
 OTHERS = re.compile(r"NAME|RUN|FOLDER|\*")
 MACHINE = re.compile(r"(?<![\w.])/(?:tmp|home|root|work|Users|mnt|data|opt)/|[A-Z]:\\")
 
@@ -78,6 +79,18 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 def test_every_path_of_the_repository_that_a_page_names_exists(page: Path) -> None:
     named = {path for path in PATH.findall(text_of(page)) if not OTHERS.search(path)}
     missing = sorted(path for path in named if not (ROOT / path).exists())
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_test_that_a_page_names_is_defined_in_the_file_that_it_names(page: Path) -> None:
+    """`…` stands for folders, or for the file that was named last."""
+    files = {path.name: text_of(path) for path in (ROOT / "tests").rglob("test_*.py")}
+    last, missing = "", []
+    for file, test in TEST.findall(text_of(page)):
+        last = file or last
+        if test and not re.search(rf"^def {test}\(", files.get(last, ""), re.MULTILINE):
+            missing.append(f"{last}::{test}")
     assert not missing
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, PositiveInt, field_validator
 from pydantic_core import PydanticKnownError
 
+from lowmem.data.identity import DataIdentity
 from lowmem.errors import ConfigError
+from lowmem.machine.profile import Profile
+from lowmem.recipe import ModelConfig, Recipe, load_recipe
 from lowmem.schema import Section, parse
 
 
@@ -96,3 +100,75 @@ def test_a_registry_and_a_union_refuse_in_the_same_words(cls: type[Section], sha
 
 def test_a_value_in_place_of_a_section_is_refused() -> None:
     assert refusal(ByRegistry, 7).startswith("file: shape: found 7; allowed: ")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Bounds
+
+
+def without_upper_bound(node: Any, path: str) -> Iterator[str]:
+    """The numbers of a JSON schema that may be as large as they like, however deep they are."""
+    if isinstance(node, dict):
+        kinds = {node["type"]} if isinstance(node.get("type"), str) else set()
+        if kinds & {"integer", "number"} and not {"maximum", "exclusiveMaximum", "const"} & node.keys():
+            yield path
+        for key, value in node.items():
+            yield from without_upper_bound(value, f"{path}.{key}")
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from without_upper_bound(value, f"{path}.{number}")
+
+
+@pytest.mark.parametrize("cls", [Recipe, Profile, DataIdentity, *ModelConfig.variants()])
+def test_every_number_of_a_recipe_a_profile_and_an_identity_has_an_upper_bound(cls: type[Section]) -> None:
+    """A new key without one would let a typing error, or a forged plan, ask for any size."""
+    assert list(without_upper_bound(cls.model_json_schema(), cls.__name__)) == []
+
+
+def test_a_number_without_bound_would_be_seen_wherever_it_stands() -> None:
+    class Inner(Section):
+        sizes: list[int] | None = None
+        rates: dict[str, float] = {}
+        bounded: Annotated[int, Field(lt=5)] | None = None
+        version: Literal[1] = 1
+        flag: bool = True
+
+    class Outer(Section):
+        inner: Inner
+        choice: Literal["auto"] | PositiveInt = 1
+
+    found = list(without_upper_bound(Outer.model_json_schema(), "Outer"))
+    assert len(found) == 3 and sum("sizes" in path for path in found) == 1
+    assert sum("rates" in path for path in found) == sum("choice" in path for path in found) == 1
+
+
+class Bounded(Section):
+    tiny: Annotated[float, Field(ge=1e-30)] = 1.0
+    huge: Annotated[float, Field(le=1e12)] = 1.0
+    small: Annotated[float, Field(gt=1e-6)] = 1.0
+    share: Annotated[float, Field(le=0.999999)] = 0.5
+    mebi: Annotated[float, Field(gt=2**-10, lt=2**20)] = 1.0
+    count: Annotated[int, Field(le=2**63 - 1)] = 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("tiny", 0.0, "found 0.0; allowed: greater than or equal to 1e-30"),
+        ("huge", 1e13, "allowed: less than or equal to 1e12"),
+        ("small", 0.0, "allowed: greater than 1e-6"),
+        ("share", 1.0, "allowed: less than or equal to 0.999999"),
+        ("mebi", 1e9, "allowed: less than 1048576"),
+        ("mebi", 0.0, "allowed: greater than 0.0009765625"),
+        ("count", 2**63, "allowed: less than or equal to 9223372036854775807"),
+    ],
+)
+def test_a_bound_is_said_as_a_person_writes_it_and_exactly(key: str, value: float, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(Bounded, {key: value}, "file", ConfigError)
+    assert str(caught.value).startswith(f"file: {key}: ") and str(caught.value).endswith(words)
+
+
+def test_the_bound_of_a_recipes_key_is_said_shortly() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.eps: found 0.0; allowed: .* 1e-30$"):
+        load_recipe("digits-vit", ["optimizer.eps=0.0"])

@@ -48,7 +48,7 @@ from lowmem.files import (
     write_whole,
 )
 from lowmem.schema import Section, parse
-from lowmem.units import finite
+from lowmem.units import counted, finite
 
 HOLD_TRIES = 5  # between two reads of the state a run may commit
 ANOTHER_DIR = "give a new or an empty folder with --run-dir"
@@ -378,9 +378,10 @@ class RunDir:
             else:
                 found = self._num_bytes(self.path / record.name)
             if found != record.num_bytes:
-                what = "no file" if found is None else f"{found} bytes"
+                what = "no file" if found is None else counted(found, "byte")
                 raise StoreError(
-                    f"{printable(self.path / record.name)}: expected {record.num_bytes} bytes, found {what}; "
+                    f"{printable(self.path / record.name)}: expected "
+                    f"{counted(record.num_bytes, 'byte')}, found {what}; "
                     f"{BACK}"
                 )
 

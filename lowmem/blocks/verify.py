@@ -20,7 +20,7 @@ from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.seal import BACK
 from lowmem.errors import LowmemError, ResumeError, StoreError
 from lowmem.files import RESTORE, json_lines, open_regular, printable
-from lowmem.units import MIB
+from lowmem.units import MIB, counted
 
 MOST_HEADER_BYTES = 64 * MIB
 
@@ -43,10 +43,10 @@ def file_fault(path: Path, record: FileRecord) -> str | None:
         num_bytes = os.fstat(handle).st_size
         os.close(handle)
         if num_bytes != record.num_bytes:
-            return f"expected {record.num_bytes} bytes, found {num_bytes} bytes"
+            return f"expected {counted(record.num_bytes, 'byte')}, found {counted(num_bytes, 'byte')}"
         return _content_fault(path, record)
     except FileNotFoundError:
-        return f"expected {record.num_bytes} bytes, found no file"
+        return f"expected {counted(record.num_bytes, 'byte')}, found no file"
     except OSError as problem:
         return problem.strerror or str(problem)
     except StoreError as problem:  # fewer bytes came than were asked for
@@ -168,7 +168,7 @@ def _telemetry_row(run: RunDir) -> Row:
     except StoreError as problem:
         return _row(run.telemetry_path.name, "telemetry", str(problem))
     row = _row(run.telemetry_path.name, "telemetry", None)
-    return {**row, "found": f"{len(lines)} lines, {lines.count(False)} torn"}
+    return {**row, "found": f"{counted(len(lines), 'line')}, {lines.count(False)} torn"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,10 +208,10 @@ def recover_run(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _lost(last: RunState | None, previous: RunState) -> str:
     if last is None:
-        return f"all after {previous.visits_done} visits; the last state could not be read"
+        return f"all after {counted(previous.visits_done, 'visit')}; the last state could not be read"
     steps = {block.block: block.steps for block in previous.blocks}
     blocks = [
-        f"{block.steps - steps[block.block]} steps of block {block.block}"
+        f"{counted(block.steps - steps[block.block], 'step')} of block {block.block}"
         for block in last.blocks
         if block.steps > steps.get(block.block, block.steps)
     ]

@@ -25,7 +25,8 @@ class AugmentConfig(Section):
     """How training images are changed, afresh at each step. Test images are left as they are."""
 
     flip: bool = False  # left and right swapped, for half of the images
-    rand_augment_ops: Annotated[int, Field(ge=0)] = 0  # RandAugment operations drawn for each image
+    # RandAugment operations drawn for each image; the paper has 1 to 3, and each takes a pass over it
+    rand_augment_ops: Annotated[int, Field(ge=0, le=100)] = 0
     rand_augment_magnitude: Annotated[int, Field(ge=0, le=FULL)] = 9
 
     def made(self) -> Augment | None:

@@ -22,8 +22,10 @@ import numpy as np
 from lowmem.data.identity import MENDED, Fingerprint
 from lowmem.data.image_source import SquareImages, TestFraction
 from lowmem.data.images import Array, DecodedRows, ImageSet, Part, check_labels, pillow, square
-from lowmem.data.opening import is_folder, named, open_file, reaching
+from lowmem.data.opening import is_folder, open_file, reaching
 from lowmem.errors import DataError
+from lowmem.files import printable
+from lowmem.units import counted
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif"),
@@ -97,14 +99,14 @@ class LeftOut:
         """One line, or none."""
         if not self._found:
             return ()
-        said = [f"{len(names)} {reason} ({named(min(names))})" for reason, names in self._found.items()]
-        return (f"{named(root)}: left out, with one example each: {', '.join(said)}",)
+        said = [f"{len(names)} {reason} ({printable(min(names))})" for reason, names in self._found.items()]
+        return (f"{printable(root)}: left out, with one example each: {', '.join(said)}",)
 
 
 def _mark_files(fingerprint: Fingerprint, root: Path, part: str, files: Files) -> None:
     """Names, sizes and times: to read all pictures would take too long. Raises DataError."""
     for name, label in files:
-        where = f"data: {named(root / name)}"
+        where = f"data: {printable(root / name)}"
         with reaching(where, MENDED):
             found = os.stat(root / name)
         if not stat.S_ISREG(found.st_mode):
@@ -128,7 +130,7 @@ def _is_split(root: Path) -> bool:
 
     It is a class called train if pictures lie right in it, and no folders, or no test part beside it.
     """
-    if not is_folder(root / "train", f"data.path: {named(root)}", GIVE):
+    if not is_folder(root / "train", f"data.path: {printable(root)}", GIVE):
         return False
     entries = _entries(root / "train")
     is_class = any(map(_is_picture, entries))
@@ -136,7 +138,7 @@ def _is_split(root: Path) -> bool:
 
 
 def _test_folders(root: Path) -> list[Path]:
-    where = f"data.path: {named(root)}"
+    where = f"data.path: {printable(root)}"
     return [root / name for name in TEST_NAMES if is_folder(root / name, where, GIVE)]
 
 
@@ -145,7 +147,8 @@ def _split_files(root: Path, classes: list[str], left_out: LeftOut) -> dict[str,
     beside = _test_folders(root)
     if not beside:
         raise DataError(
-            f"data.path: {named(root)}: found train with folders in it, and neither test nor val beside it; "
+            f"data.path: {printable(root)}: found train with folders in it, and neither test nor val "
+            "beside it; "
             "allowed: a split in two, or pictures right in the folder of a class called train; add the one, "
             "or move the other"
         )
@@ -153,8 +156,8 @@ def _split_files(root: Path, classes: list[str], left_out: LeftOut) -> dict[str,
     unknown = sorted(set(_classes(test)) - set(classes))
     if unknown:
         raise DataError(
-            f"{named(test / unknown[0])}: no such class in {named(root / 'train')}; "
-            f"allowed: its {len(classes)} folders; add it there"
+            f"{printable(test / unknown[0])}: no such class in {printable(root / 'train')}; "
+            f"allowed: its {counted(len(classes), 'folder')}; add it there"
         )
     for entry in _entries(root):
         if entry.name not in ("train", test.name):
@@ -179,13 +182,13 @@ def _require_training_images(root: Path, classes: list[str], labels: Array, spli
         if label not in present:
             cure = "or remove the folder" if split else "remove the folder, or lower data.test_fraction"
             raise DataError(
-                f"{named(root)}: class {named(name)} has no training image; "
+                f"{printable(root)}: class {printable(name)} has no training image; "
                 f"allowed: at least one ({', '.join(SUFFIXES)}); add some, {cure}"
             )
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    with reaching(f"data.path: {named(folder)}", GIVE), os.scandir(folder) as entries:
+    with reaching(f"data.path: {printable(folder)}", GIVE), os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
 
@@ -194,7 +197,7 @@ def _classes(folder: Path) -> list[str]:
     names = [entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith(".")]
     if not names:
         raise DataError(
-            f"data.path: {named(folder)}: found no folder in it; "
+            f"data.path: {printable(folder)}: found no folder in it; "
             "allowed: one for each class; sort the images into such"
         )
     return names
@@ -221,7 +224,7 @@ def _files(root: Path, folder: Path, classes: list[str], left_out: LeftOut) -> F
 
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:
     """The files of a folder and of all folders in it, links followed, each folder once."""
-    with reaching(f"data.path: {named(folder)}", GIVE):
+    with reaching(f"data.path: {printable(folder)}", GIVE):
         status = os.stat(folder)
     if (status.st_dev, status.st_ino) in seen:  # a link to where we are or were
         return
@@ -241,7 +244,7 @@ def _is_picture(entry: os.DirEntry[str]) -> bool:
         return entry.name.lower().endswith(SUFFIXES)
     if not entry.is_file():
         return False
-    with open_file(entry.path, f"data.path: {named(entry.path)}", MENDED) as file:
+    with open_file(entry.path, f"data.path: {printable(entry.path)}", MENDED) as file:
         start = file.read(16)
     bitmap = start[:2] == b"BM" and start[6:10] == bytes(4)
     plain = start[:1] == b"P" and start[1:2] in b"123456" and start[2:3].isspace()

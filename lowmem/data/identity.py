@@ -11,17 +11,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
+from pydantic import Field
 
-from lowmem.data.opening import named, open_file, reaching
+from lowmem.data.opening import open_file, reaching
+from lowmem.files import printable
 from lowmem.schema import Section
 from lowmem.units import MIB
 
 END_BYTES = 64 * MIB  # of a very large file: hashed whole at its beginning and at its end
 SPOTS, SPOT_BYTES = 64, MIB  # and as many spots between them
+# Bounds far beyond real data, so that a typing error or a forged plan makes no model of that size.
+MOST_SIDE = 2**16  # pixels or channels; no camera has as many
+MOST_CLASSES = 2**20  # the largest public sets have some 2^15
+MOST_VOCAB = 2**22  # the largest published vocabularies have 2^18 tokens, and Unicode 2^20 characters
+MOST_COUNT = 2**63 - 1  # of bytes or items: what every reader of JSON takes
+Side = Annotated[int, Field(gt=0, le=MOST_SIDE)]
+ImageShape = Annotated[list[Side], Field(min_length=3, max_length=3)]  # channels, height, width
+Classes = Annotated[int, Field(gt=0, le=MOST_CLASSES)]
+Vocabulary = Annotated[int, Field(gt=0, le=MOST_VOCAB)]
+Items = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 MENDED = "mend this, then run the same command again"
 
 
@@ -29,11 +41,11 @@ class DataIdentity(Section):
     """The fingerprint of a run's data, and what the run needs of them to be read."""
 
     fingerprint: str  # XXH3, 128 bits
-    num_bytes: int
-    num_items: int  # pictures, latents, or files of a text
-    image_shape: list[int] | None = None  # channels, height, width
-    num_classes: int | None = None
-    vocab_size: int | None = None
+    num_bytes: Items
+    num_items: Items  # pictures, latents, or files of a text
+    image_shape: ImageShape | None = None
+    num_classes: Classes | None = None
+    vocab_size: Vocabulary | None = None
     class_names: list[str] | None = None  # by label, where classes have names
     alphabet: list[str] | None = None  # by token, where tokens are the characters of the text
     tokenizer: str | None = None  # the fingerprint of a tokenizer's own files
@@ -57,7 +69,7 @@ class Fingerprint:
         Of a file above 192 MiB the first and the last 64 MiB count, and 64 evenly spaced MiB between them. An
         edit elsewhere that leaves the size as it was is not seen. Raises DataError.
         """
-        where = f"data: {named(path)}"
+        where = f"data: {printable(path)}"
         with open_file(path, where, MENDED) as file, reaching(where, MENDED):
             size = file.seek(0, 2)
             self.fact(name, size)

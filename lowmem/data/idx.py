@@ -25,8 +25,10 @@ from lowmem.data.identity import Fingerprint
 from lowmem.data.image_source import PixelImages
 from lowmem.data.images import Array, ImageSet, Part, check_labels
 from lowmem.data.npy import MOST_LABELS
-from lowmem.data.opening import is_file, named, open_file, reaching
+from lowmem.data.opening import is_file, open_file, reaching
 from lowmem.errors import DataError
+from lowmem.files import printable
+from lowmem.units import counted
 
 PARTS = {"train": ("train",), "test": ("t10k", "test")}  # part -> how the names of its files begin
 NUM_DIMS = {"images": 3, "labels": 1}
@@ -73,7 +75,7 @@ class IdxImagesData(PixelImages):
         return ImageSet(image_shape, num_classes, lambda: (load("train"), load("test")), mark, held_bytes)
 
     def _find(self, part: str, kind: str) -> Path:
-        where = f"data.path: {named(self.path)}"
+        where = f"data.path: {printable(self.path)}"
         for start in PARTS[part]:
             for dash in "-.":
                 name = f"{start}-{kind}{dash}idx{NUM_DIMS[kind]}-ubyte"
@@ -82,7 +84,7 @@ class IdxImagesData(PixelImages):
                         return path
         name = f"{PARTS[part][0]}-{kind}-idx{NUM_DIMS[kind]}-ubyte"
         raise DataError(
-            f"data.path: no file {name} or {name}.gz in the folder '{named(self.path)}'; "
+            f"data.path: no file {name} or {name}.gz in the folder '{printable(self.path)}'; "
             f"found: {self._found(where)}; {GIVE}"
         )
 
@@ -91,7 +93,7 @@ class IdxImagesData(PixelImages):
         with reaching(where, GIVE):
             names = sorted(os.listdir(self.path))
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        return f"{', '.join(map(named, names[:SHOWN]))}{more}" if names else "nothing"
+        return f"{', '.join(map(printable, names[:SHOWN]))}{more}" if names else "nothing"
 
 
 def _labels(path: Path, num_images: int) -> Array:
@@ -99,7 +101,7 @@ def _labels(path: Path, num_images: int) -> Array:
     (count,), _ = _read(path, 1)
     if count != num_images or count > MOST_LABELS:
         raise DataError(
-            f"{path}: {count} labels for {num_images} images; "
+            f"{path}: {counted(count, 'label')} for {counted(num_images, 'image')}; "
             f"allowed: one for each, at most {MOST_LABELS}; restore both from one copy"
         )
     return np.frombuffer(_read(path, 1, whole=True)[1], np.uint8).astype(np.int64)
@@ -119,7 +121,8 @@ def _read(path: Path, num_dims: int, whole: bool = False) -> tuple[tuple[int, ..
             expected, body = math.prod(shape), b""
             if expected > size * (PACKING if packed else 1):
                 raise DataError(
-                    f"{path}: a file of {size} bytes cannot hold {_words(shape)}, as its header says; {cure}"
+                    f"{path}: a file of {counted(size, 'byte')} cannot hold {_words(shape)}, "
+                    f"as its header says; {cure}"
                 )
             if whole:
                 body = source.read(expected)
@@ -138,7 +141,7 @@ def _read(path: Path, num_dims: int, whole: bool = False) -> tuple[tuple[int, ..
 def _shape(header: bytes, num_dims: int, path: Path) -> tuple[int, ...]:
     if len(header) < 4 + 4 * num_dims:
         raise DataError(
-            f"{path}: found {len(header)} bytes; "
+            f"{path}: found {counted(len(header), 'byte')}; "
             f"allowed: at least the header's {4 + 4 * num_dims}; restore it from a copy"
         )
     magic = 0x800 + num_dims  # 8 stands for unsigned bytes

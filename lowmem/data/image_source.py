@@ -8,16 +8,16 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from lowmem.data.augment import Augment, AugmentConfig
 from lowmem.data.datasets import ArrayBatch, DataSection, Dataset, DataSpec
-from lowmem.data.identity import DataIdentity, Fingerprint
-from lowmem.data.images import ImageSet, bytes_to_float, same_shape
+from lowmem.data.identity import Classes, DataIdentity, Fingerprint, ImageShape, Side
+from lowmem.data.images import ImageSet, bytes_to_float, check_extent, same_shape
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
+from lowmem.units import counted
 
-ImageShape = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]  # channels, height, width
 TestFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -30,7 +30,9 @@ class ImageSource(DataSection):
 
     def open(self) -> ImageSet:
         """Finds the images. Raises DataError when they cannot be used or differ from what is declared."""
-        return self._open()
+        images = self._open()
+        check_extent(images)
+        return images
 
     def to_floats(self, batch: ArrayBatch) -> ArrayBatch:
         """The batch with `image` as the model takes it: float32, by default from bytes to -1 ... 1."""
@@ -64,7 +66,7 @@ class DeclaredImages(ImageSource):
     """Images from files. A recipe that declares their shape and classes is planned without the files."""
 
     image_shape: ImageShape | None = None
-    num_classes: PositiveInt | None = None
+    num_classes: Classes | None = None
 
     @property
     def known_shape(self) -> list[int] | None:
@@ -78,12 +80,12 @@ class DeclaredImages(ImageSource):
         return super().describe(seq_len, tokenizer)
 
     def open(self) -> ImageSet:
-        images, cure = self._open(), "declare what is there, or leave it out"
+        images, cure = super().open(), "declare what is there, or leave it out"
         if self.image_shape:
             same_shape(images.image_shape, self.image_shape, "data.image_shape", f"as declared; {cure}")
         if self.num_classes not in (None, images.num_classes):
             raise DataError(
-                f"data.num_classes: found {images.num_classes} classes; "
+                f"data.num_classes: found {counted(images.num_classes, 'class', 'classes')}; "
                 f"allowed: {self.num_classes}, as declared; {cure}"
             )
         return images
@@ -101,7 +103,7 @@ class PixelImages(DeclaredImages):
 class SquareImages(PixelImages):
     """Images of any size. Each is made RGB, cut to the square in its middle, and resized to `image_size`."""
 
-    image_size: PositiveInt  # pixels
+    image_size: Side  # pixels
 
     @property
     def known_shape(self) -> list[int]:

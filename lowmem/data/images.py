@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lowmem.data.identity import Fingerprint
+from lowmem.data.identity import MOST_CLASSES, MOST_SIDE, Fingerprint
 from lowmem.data.opening import open_file
 from lowmem.errors import DataError
+from lowmem.units import counted
 
 Array = np.ndarray[Any, Any]
 # Pillow starts other programs for some of the formats that are left out.
@@ -107,7 +108,7 @@ def _check_part(part: str, labels: Array, count: int, where: str) -> None:
         )
     if len(labels) != count:
         raise DataError(
-            f"{where}: {len(labels)} labels for {count} images; "
+            f"{where}: {counted(len(labels), 'label')} for {counted(count, 'image')}; "
             "allowed: one for each; restore both from one copy"
         )
     if not len(labels):
@@ -116,6 +117,17 @@ def _check_part(part: str, labels: Array, count: int, where: str) -> None:
         raise DataError(
             f"{where}: found label {labels.min()}; "
             "allowed: 0 and above; take a part that has labels, or renumber"
+        )
+
+
+def check_extent(images: ImageSet) -> None:
+    """Raises DataError for images or classes far beyond real ones."""
+    if max(images.image_shape) > MOST_SIDE or images.num_classes > MOST_CLASSES:
+        shape = " x ".join(map(str, images.image_shape))
+        raise DataError(
+            f"data: found images of {shape} (channels x height x width) in "
+            f"{counted(images.num_classes, 'class', 'classes')}; "
+            f"allowed: at most {MOST_SIDE} of each, and {MOST_CLASSES} classes; cut them, or renumber"
         )
 
 

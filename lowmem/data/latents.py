@@ -19,8 +19,9 @@ from lowmem.data.identity import Fingerprint
 from lowmem.data.image_source import DeclaredImages
 from lowmem.data.images import Array, ImageSet, check_labels, same_shape
 from lowmem.data.npy import MOST_LABELS, read_header
-from lowmem.data.opening import is_file, named, open_file
+from lowmem.data.opening import is_file, open_file
 from lowmem.errors import DataError
+from lowmem.files import printable
 
 PARTS = ("train", "test")
 
@@ -29,7 +30,8 @@ class LatentArraysData(DeclaredImages):
     name: Literal["latent_arrays"]
     path: str
     # Latents are multiplied by this for a variance of about 1. The default is Stable Diffusion's factor.
-    scale: Annotated[float, Field(gt=0)] = 0.18215
+    # Between the bounds float32 holds the squares of what comes out.
+    scale: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.18215
 
     @property
     def decoded(self) -> bool:
@@ -72,11 +74,11 @@ class LatentArraysData(DeclaredImages):
 
 def _map(path: Path) -> Array:
     give = "give the folder that holds all four .npy files"
-    if not is_file(path, f"data.path: {named(path.parent)}", give):
-        raise DataError(f"data.path: no file {path.name} in the folder '{named(path.parent)}'; {give}")
+    if not is_file(path, f"data.path: {printable(path.parent)}", give):
+        raise DataError(f"data.path: no file {path.name} in the folder '{printable(path.parent)}'; {give}")
     cure = "allowed: an array of numbers that is not empty; save it again"
     try:
-        with open_file(path, f"{named(path)}: not readable as .npy", cure) as file:
+        with open_file(path, f"{printable(path)}: not readable as .npy", cure) as file:
             header = read_header(file)
             if header.dtype.hasobject:
                 raise ValueError("it holds Python objects")
@@ -89,4 +91,4 @@ def _map(path: Path) -> Array:
             return np.asarray(np.memmap(file, header.dtype, "r", header.start, header.shape, order))
     except (OSError, ValueError, EOFError) as problem:  # a pickle and an empty array are among them
         said = " ".join(str(problem).split())
-        raise DataError(f"{named(path)}: not readable as .npy ({said}); {cure}") from None
+        raise DataError(f"{printable(path)}: not readable as .npy ({said}); {cure}") from None

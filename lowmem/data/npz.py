@@ -36,8 +36,9 @@ from lowmem.data.images import (
     same_shape,
 )
 from lowmem.data.npy import MOST_LABELS, Header, read_header
-from lowmem.data.opening import named, open_file
+from lowmem.data.opening import open_file
 from lowmem.errors import DataError
+from lowmem.files import printable
 
 PARTS = ("train", "test")
 # What a torn or an encrypted archive raises.
@@ -109,7 +110,7 @@ class Archive:
         """Raises DataError when the array cannot be used."""
         if name not in self:
             names = [entry.removesuffix(".npy") for entry in self.inner.namelist()]
-            found = ", ".join(map(named, names[:SHOWN])) + (" ..." if len(names) > SHOWN else "")
+            found = ", ".join(map(printable, names[:SHOWN])) + (" ..." if len(names) > SHOWN else "")
             raise DataError(
                 f"{self.path}: no array {name}; found: {found or 'none'}; allowed: {{part}}_labels, and "
                 "{part}_images or {part}_jpeg with {part}_offsets, for train and test; add it"
@@ -155,7 +156,7 @@ class Archive:
 def open_archive(path: str) -> Iterator[Archive]:
     """Whatever is wrong with the archive, now or while it is read, becomes a DataError."""
     try:
-        with open_file(path, f"data.path: {named(path)}", "give the path of an archive (.npz)") as file:
+        with open_file(path, f"data.path: {printable(path)}", "give the path of an archive (.npz)") as file:
             if file.read(2) != b"PK":
                 raise DataError(f"{path}: not a NumPy archive (.npz); give one, as numpy.savez writes it")
             with zipfile.ZipFile(file) as inner:

@@ -15,14 +15,7 @@ from typing import BinaryIO
 
 from lowmem.errors import DataError
 
-LONGEST = 300  # characters of a path in a message
 AnyPath = str | Path
-
-
-def named(path: AnyPath) -> str:
-    """A path as a message shows it: control characters escaped, and cut where it is very long."""
-    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Bytes are their own tokens, so the text's file itself is mapped. Every other tokenizer reads the text once,
 piece by piece, into a file of the cache. That file's name is a digest of the tokenizer, and of the text's
-path, size and time.
+path, size, time and content.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import PositiveInt
 
-from lowmem.data.cache import cache_dir, cached, digest, file_facts
+from lowmem.data.cache import cache_dir, cached, content_facts, digest
 from lowmem.data.datasets import ArrayBatch, DataSection, Dataset, DataSpec
-from lowmem.data.identity import DataIdentity, Fingerprint
+from lowmem.data.identity import DataIdentity, Fingerprint, Vocabulary
 from lowmem.data.image_source import TestFraction
 from lowmem.data.images import Array
-from lowmem.data.opening import named, open_file
-from lowmem.data.tokenizer import BYTES, Tokenizer, lost_characters, make_tokenizer, pieces
+from lowmem.data.opening import open_file
+from lowmem.data.tokenizer import BYTES, NO_FILES, Tokenizer, lost_characters, make_tokenizer, pieces
 from lowmem.errors import ConfigError, DataError
+from lowmem.files import printable
+from lowmem.units import counted
 
 MOST_LOST = 10_000  # kinds of characters whose loss is remembered
 SHOWN = 5  # of them in a message
@@ -48,7 +49,7 @@ class TextDataset(Dataset):
         for part, tokens in {"train": train, "test": test}.items():
             if len(tokens) < seq_len:
                 raise DataError(
-                    f"{where}: the {part} part has {len(tokens)} tokens; "
+                    f"{where}: the {part} part has {counted(len(tokens), 'token')}; "
                     f"allowed: at least train.seq_len = {seq_len}; give more text, or lower train.seq_len"
                 )
         super().__init__({"tokens": self._windows(train)}, {"tokens": self._windows(test)}, _as_integers)
@@ -86,7 +87,7 @@ class TextConfig(DataSection):
 
     @property
     def metric_unit(self) -> Literal["char", "token"]:
-        return "char" if self.tokenizer_name in ("bytes", "characters") else "token"
+        return "char" if self.tokenizer_name in NO_FILES else "token"
 
     def split(self, files: list[Array]) -> tuple[Array, Array]:
         """The training and the test tokens, from the tokens of each file."""
@@ -106,9 +107,10 @@ class TextConfig(DataSection):
                 f"data.vocab_size: declared {self.declared_vocab_size}, found {tokenizer.vocab_size}; "
                 "declare what the tokenizer has, or leave it out"
             )
-        train, test = self.split([_tokens(path, tokenizer) for path in files])
+        found = [_tokens(path, tokenizer) for path in files]
+        train, test = self.split([tokens for tokens, _ in found])
         data = TextDataset(train, test, seq_len, tokenizer.vocab_size, self.source)
-        data.warnings += [line for path in files for line in _said_lost(path, tokenizer)]
+        data.warnings += [line for _, lines in found for line in lines]
         return data
 
     def identify(self, seq_len: int | None) -> DataIdentity:
@@ -165,7 +167,7 @@ class TokenisedText(TextConfig):
 
     # bytes | characters | a `tokenizers` JSON file | a folder with GPT-2's encoder.json and vocab.bpe
     tokenizer: str = "bytes"
-    vocab_size: PositiveInt | None = None  # if declared, planning opens neither text nor tokenizer
+    vocab_size: Vocabulary | None = None  # if declared, planning opens neither text nor tokenizer
 
     @property
     def tokenizer_name(self) -> str:
@@ -188,7 +190,7 @@ class TextData(TokenisedText):
         return self.path
 
     def files(self) -> list[Path]:
-        where = f"data.path: {named(self.path)}"
+        where = f"data.path: {printable(self.path)}"
         with open_file(self.path, where, "give the path of a text file that can be read") as file:
             if file.read(1):
                 return [Path(self.path)]
@@ -219,10 +221,10 @@ def _as_integers(batch: ArrayBatch) -> ArrayBatch:
     return {"tokens": batch["tokens"].astype(np.int64)}
 
 
-def _tokens(path: Path, tokenizer: Tokenizer) -> Array:
-    """The text's tokens, mapped: uint8, uint16 or uint32 [tokens]."""
+def _tokens(path: Path, tokenizer: Tokenizer) -> tuple[Array, list[str]]:
+    """The text's tokens, mapped: uint8, uint16 or uint32 [tokens]. And a line about what they have lost."""
     if tokenizer is BYTES:
-        return _map(path, np.uint8)
+        return _map(path, np.uint8), []
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def encoded() -> Iterator[bytes]:
@@ -233,29 +235,24 @@ def _tokens(path: Path, tokenizer: Tokenizer) -> Array:
                 lost += lost_characters(tokenizer, piece)
         cached(lost_path, lambda: [json.dumps(lost.most_common(MOST_LOST)).encode()])
 
-    kept, lost_path = _cache_paths(path, tokenizer)
+    name = digest(tokenizer.facts, content_facts([path]))
+    kept, lost_path = (cache_dir() / f"{name}{suffix}" for suffix in (".bin", ".lost.json"))
     if not lost_path.exists() and tokenizer.alphabet is None:
         kept.unlink(missing_ok=True)
-    return _map(cached(kept, encoded), dtype)
+    tokens = _map(cached(kept, encoded), dtype)
+    return tokens, [] if tokenizer.alphabet is not None else _said_lost(path, lost_path)
 
 
-def _cache_paths(path: Path, tokenizer: Tokenizer) -> tuple[Path, Path]:
-    """The text's tokens, and what they have lost of it."""
-    name = digest(tokenizer.facts, file_facts([path]))
-    return cache_dir() / f"{name}.bin", cache_dir() / f"{name}.lost.json"
-
-
-def _said_lost(path: Path, tokenizer: Tokenizer) -> Iterator[str]:
-    """One line about the characters that the tokens of a text have lost, if any."""
-    if tokenizer is BYTES or tokenizer.alphabet is not None:
-        return
-    lost: list[tuple[str, int]] = json.loads(_cache_paths(path, tokenizer)[1].read_bytes())
-    if lost:
-        shown = ", ".join(ascii(letter) for letter, _ in lost[:SHOWN])
-        yield (
-            f"{named(path)}: {sum(count for _, count in lost)} characters do not come back from the tokens "
-            f"({len(lost)} kinds, such as {shown}): data.tokenizer drops or changes them"
-        )
+def _said_lost(path: Path, lost_path: Path) -> list[str]:
+    """One line about the characters that the tokens of a text have lost, or none."""
+    lost: list[tuple[str, int]] = json.loads(lost_path.read_bytes())
+    if not lost:
+        return []
+    letters = ", ".join(ascii(letter) for letter, _ in lost[:SHOWN])
+    return [
+        f"{printable(path)}: the tokens lose {counted(sum(count for _, count in lost), 'character')} "
+        f"({counted(len(lost), 'kind')}, such as {letters}): data.tokenizer drops or changes them"
+    ]
 
 
 def _map(path: Path, dtype: type[np.generic]) -> Array:

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.data.cache import cache_dir, cached, digest, file_facts
-from lowmem.data.identity import Fingerprint
-from lowmem.data.opening import is_file, is_folder, named
+from lowmem.data.cache import cache_dir, cached, content_facts, digest
+from lowmem.data.identity import MOST_VOCAB, Fingerprint
+from lowmem.data.opening import is_file, is_folder
 from lowmem.errors import DataError
-from lowmem.units import MIB
+from lowmem.files import printable
+from lowmem.units import MIB, counted
 
 MOST_BYTES = 256 * MIB  # of a tokenizer's files
 PIECE_BYTES = 1 << 18  # bytes of the text that are read at a time
+NO_FILES = ("bytes", "characters")  # the names of tokenizers that have no files of their own
 ALLOWED = "bytes, characters, a `tokenizers` JSON file, or a folder with GPT-2's encoder.json and vocab.bpe"
 
 
@@ -93,7 +95,7 @@ def _alphabet(texts: Sequence[Path]) -> list[str]:
             json.dumps(sorted({c for path in texts for piece in pieces(path) for c in set(piece)})).encode()
         ]
 
-    name = digest("characters", file_facts(texts))
+    name = digest("characters", content_facts(texts))
     alphabet: list[str] = json.loads(cached(cache_dir() / f"{name}.json", found).read_bytes())
     return alphabet
 
@@ -107,8 +109,8 @@ def characters(alphabet: list[str]) -> Tokenizer:
             return [tokens_of[character] for character in text]
         except KeyError as problem:
             raise DataError(
-                f"text: {problem.args[0]!r} is not among the {len(alphabet)} characters of the training "
-                "text; leave it out"
+                f"text: {problem.args[0]!r} is not among the {counted(len(alphabet), 'character')} of "
+                "the training text; leave it out"
             ) from None
 
     return Tokenizer(
@@ -133,12 +135,12 @@ def lost_characters(tokenizer: Tokenizer, text: str) -> Counter[str]:
 
 def _subwords(path: Path) -> Tokenizer:
     """A tokenizer of the package `tokenizers`, set to add no special tokens and neither cut nor pad."""
-    where, mark = f"data.tokenizer: {named(path)}", Fingerprint()
+    where, mark = f"data.tokenizer: {printable(path)}", Fingerprint()
     folder = is_folder(path, where, f"allowed: {ALLOWED}")
     files = [path / "encoder.json", path / "vocab.bpe"] if folder else [path]
     for file in files:
         if not is_file(file, where, f"allowed: {ALLOWED}"):
-            raise DataError(f"data.tokenizer: no file '{named(file)}'; allowed: {ALLOWED}")
+            raise DataError(f"data.tokenizer: no file '{printable(file)}'; allowed: {ALLOWED}")
         mark.file(file.name if len(files) > 1 else "tokenizer", file)
         if mark.num_bytes > MOST_BYTES:
             raise DataError(
@@ -160,10 +162,16 @@ def _subwords(path: Path) -> Tokenizer:
     except Exception as problem:  # the package raises bare Exceptions
         said = " ".join(str(problem).split())
         raise DataError(f"data.tokenizer: {path}: not readable ({said}); restore it from a copy") from None
+    vocab_size = max(inner.get_vocab().values(), default=-1) + 1
+    if not 0 < vocab_size <= MOST_VOCAB:
+        raise DataError(
+            f"{where}: found tokens up to {vocab_size - 1}; allowed: from 0 to {MOST_VOCAB - 1}; "
+            "give another tokenizer"
+        )
     inner.no_truncation()
     inner.no_padding()
     return Tokenizer(
-        max(inner.get_vocab().values()) + 1,
+        vocab_size,
         ["subwords", mark.hexdigest()],
         lambda text: list(inner.encode(text, add_special_tokens=False).ids),
         lambda tokens: str(inner.decode(tokens, skip_special_tokens=False)),

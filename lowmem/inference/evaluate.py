@@ -11,8 +11,8 @@ import torch
 
 from lowmem.data.config import TextConfig
 from lowmem.data.datasets import Dataset, DataSpec, describe_data, load_data
-from lowmem.data.opening import named
 from lowmem.errors import ConfigError
+from lowmem.files import printable
 from lowmem.inference.frozen_run import open_run
 from lowmem.inference.kinds import kind_of
 from lowmem.planning.plan import Plan
@@ -66,8 +66,8 @@ def _other_data(plan: Plan, overrides: Sequence[str]) -> Dataset:
     names = None if trained_names is None else other.data.class_names
     if names is not None and names != trained_names:
         raise ConfigError(
-            f"--data: found classes {', '.join(map(named, names))}; allowed: "
-            f"{', '.join(map(named, trained_names or []))}, as the run was trained on; give such folders"
+            f"--data: found classes {', '.join(map(printable, names))}; allowed: "
+            f"{', '.join(map(printable, trained_names or []))}, as the run was trained on; give such folders"
         )
     return load_data(other.data, other.train.seq_len, tokenizer, augmented=False)
 

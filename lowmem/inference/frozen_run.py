@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views, unbind
 from lowmem.blocks.run_dir import RunDir, RunState
-from lowmem.errors import ResumeError
+from lowmem.data.text import TextConfig
+from lowmem.data.tokenizer import NO_FILES
+from lowmem.errors import DataError, ResumeError
+from lowmem.files import printable
 from lowmem.machine.detect import training_device
 from lowmem.models import model_builder
 from lowmem.models.base import BlockModel, BuildModel
@@ -25,6 +28,7 @@ from lowmem.planning.plan import Plan, read_plan
 from lowmem.planning.run_data import spec_of
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
 from lowmem.training.open_run import open_stream
+from lowmem.units import shown
 
 TOGETHER = 8  # batches that wait at one border
 Item = TypeVar("Item")
@@ -37,11 +41,26 @@ def open_run(run_dir: str | os.PathLike[str], for_drawing: bool = False) -> Froz
 
     `for_drawing`: a causal model needs every block for every token, so blocks that were trained alone stay on
     the device. A model trained end to end that did not fit there streams for every token too. Raises
-    ResumeError if the folder holds no run, StoreError if a file is damaged.
+    ResumeError if the folder holds no run, StoreError if a file is damaged, DataError if it names data of
+    this machine and no fingerprint of them.
     """
     run = RunDir(run_dir)
     plan = read_plan(run)
+    _require_fingerprint(plan, run)
     return FrozenRun(run, plan, model_builder(plan.recipe, spec_of(plan)), for_drawing)
+
+
+def _require_fingerprint(plan: Plan, run: RunDir) -> None:
+    """A stranger's plan may name any file of this machine. Without a fingerprint none is read."""
+    data = plan.recipe.data
+    path = getattr(data, "path", None)
+    if isinstance(data, TextConfig) and data.tokenizer_name not in NO_FILES:
+        path = path or data.tokenizer_name
+    if plan.data is None and path is not None:
+        raise DataError(
+            f"{printable(run.plan_path)}: names '{shown(path, 100)}' and no fingerprint of the data; "
+            "allowed: both; if the run is yours, its train command, given again, records it"
+        )
 
 
 class FrozenRun:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 from lowmem.errors import ConfigError
+from lowmem.files import write_whole
 from lowmem.units import shown
 
 RUN_FILES = ("plan.json", "state.json")  # a folder with one of them is a run's
@@ -45,20 +44,6 @@ def check_output(out: str | os.PathLike[str], option: str) -> Path:
 def write_output(out: str | os.PathLike[str], data: bytes, option: str) -> Path:
     """Writes the file whole, or leaves what was there. Returns `out`. Raises ConfigError."""
     target = check_output(out, option)
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".lowmem-")
-        with open(handle, "wb") as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # as any other new file, not for its owner alone
-        os.replace(temporary, target)
-    except OSError as problem:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-        raise ConfigError(
-            f"{option} {shown(out, 200)}: {problem.strerror}; give a file in a folder that can be written"
-        ) from None
+    cure = "give a file in a folder that can be written"
+    write_whole(target, data, ConfigError, sync_folder=False, cure=cure)
     return Path(out)

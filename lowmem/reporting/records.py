@@ -17,6 +17,7 @@ from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.machine.profile import Profile
 from lowmem.schema import Section, parse
+from lowmem.units import counted
 
 Whole = Annotated[int, Field(ge=0, le=2**62)]
 Number = Annotated[float, Field(ge=-1e300, le=1e300)]
@@ -108,7 +109,9 @@ class SeenPlan(Seen):
     def _one_peak_for_each_block(self) -> SeenPlan:
         found, blocks = len(self.predicted.block_peak_bytes), self.settings.num_blocks
         if found != blocks:
-            raise ValueError(f"predicted.block_peak_bytes: found {found} blocks, settings have {blocks}")
+            raise ValueError(
+                f"predicted.block_peak_bytes: found {counted(found, 'block')}, settings have {blocks}"
+            )
         return self
 
 

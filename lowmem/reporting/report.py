@@ -22,7 +22,7 @@ from lowmem.reporting.records import read_run
 from lowmem.reporting.tables import text_table
 from lowmem.reporting.telemetry import read_records
 from lowmem.schema import parse
-from lowmem.units import format_bytes, format_seconds
+from lowmem.units import counted, format_bytes, format_seconds
 
 EXTRA_METRICS = (
     "value_std_error",
@@ -263,7 +263,8 @@ class Report:
 
 
 def _progress_text(progress: dict[str, int]) -> str:
-    return "{visits_done} of {visits_total} visits, {steps_done} steps".format_map(progress)
+    visits, steps = counted(progress["visits_total"], "visit"), counted(progress["steps_done"], "step")
+    return f"{progress['visits_done']} of {visits}, {steps}"
 
 
 def _time_text(time: dict[str, float]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from lowmem.errors import StoreError
 from lowmem.files import json_lines, open_append
 from lowmem.reporting.records import is_record
-from lowmem.units import finite
+from lowmem.units import counted, finite
 
 Listener = Callable[[dict[str, Any]], None]  # called with every record as it is written
 
@@ -82,7 +82,7 @@ class Records:
         """One line about what was skipped in the last reading; empty where nothing was."""
         if not self.skipped:
             return ""
-        return f"{self.skipped} lines of {self.path.name} are torn or no records of this run: left out"
+        return f"left out {counted(self.skipped, 'line')} of {self.path.name}: torn, or not of this run"
 
 
 def read_records(path: Path, num_blocks: int | None = None) -> Records:

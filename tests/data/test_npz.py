@@ -280,6 +280,20 @@ def test_a_bad_archive_is_refused(path: Path, arrays: dict[str, Any], words: str
     assert words in text and str(path) in text
 
 
+def test_images_and_classes_far_beyond_real_ones_are_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long, labels = np.zeros((4, 1, 2**16 + 1), np.uint8), np.arange(4) % 2
+    arrays = {"train_images": long, "train_labels": labels, "test_images": long, "test_labels": labels}
+    text = data_refusal(npz_recipe(save(path, **arrays)))
+    assert (
+        text.startswith("data: found images of 1 x 1 x 65537 (channels") and "at most 65536 of each" in text
+    )
+    monkeypatch.setattr("lowmem.data.images.MOST_CLASSES", 1)
+    short = {name: value[..., :8] if "images" in name else value for name, value in arrays.items()}
+    assert "in 2 classes; allowed" in data_refusal(npz_recipe(save(path, **short)))
+
+
 def test_what_is_no_whole_archive_is_refused(path: Path, tmp_path: Path) -> None:
     assert "No such file" in data_refusal(npz_recipe(path))
     path.write_bytes(b"")

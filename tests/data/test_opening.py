@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import data_refusal, recipe_with
 
-from lowmem.data.opening import named, open_file
+from lowmem.data.opening import open_file
 from lowmem.errors import DataError
 from lowmem.recipe import Recipe
 
@@ -76,7 +76,3 @@ def test_a_file_is_read_and_a_folder_in_its_place_is_named(tmp_path: Path) -> No
             assert file.read() == b"content"
     with pytest.raises(DataError, match="here: Is a directory; mend"):
         open_file(tmp_path, "here", "mend")
-
-
-def test_a_name_is_shown_as_it_is_where_it_can_be() -> None:
-    assert named("tëxt 1.txt") == "tëxt 1.txt" and named("a\0\x1b\n") == "a\\x00\\x1b\\n"

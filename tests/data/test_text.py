@@ -161,6 +161,19 @@ def test_a_text_of_the_same_time_but_another_size_is_read_again(text_path: Path)
     assert text_data(text_path, "characters").vocab_size == len(set(TEXT)) + 1
 
 
+@pytest.mark.parametrize("kind", ["characters", "json"])
+def test_a_text_edited_within_its_size_and_time_never_gives_the_tokens_from_before(
+    text_path: Path, tmp_path: Path, kind: str
+) -> None:
+    tokenizer = subwords(tmp_path, kind) if kind == "json" else kind
+    text_data(text_path, tokenizer)
+    time_ns, edited = text_path.stat().st_mtime_ns, TEXT.replace("line", "mine")
+    text_path.write_bytes(edited.encode())
+    os.utime(text_path, ns=(time_ns, time_ns))
+    data, codec = text_data(text_path, tokenizer), load_tokenizer(text_recipe(text_path, tokenizer).data)  # type: ignore[arg-type]
+    assert codec.decode([*data.train.tolist(), *data.test.tolist()]) == edited
+
+
 def test_two_tokenizers_keep_their_tokens_of_one_text_apart(text_path: Path, cache: Path) -> None:
     found = {}
     for first in (0, 5):
@@ -257,6 +270,10 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(
         assert "pip install 'lowmem[text]'" in data_refusal(text_recipe(text_path, str(broken)))
     pytest.importorskip("tokenizers")
     assert "tokenizer.json: not readable" in data_refusal(text_recipe(text_path, str(broken)))
+    model = {"type": "WordLevel", "vocab": {"known": 0, "far": 2**22}, "unk_token": "known"}
+    broken.write_text(json.dumps({"version": "1.0", "model": model}))
+    words = "found tokens up to 4194304; allowed: from 0 to 4194303"
+    assert words in data_refusal(text_recipe(text_path, str(broken)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,7 +296,7 @@ def test_characters_that_a_tokenizer_drops_are_counted_and_said_each_time(
     path.write_text("known words \u00df\u00df\n" * 400)
     for _ in range(2):  # the second time the tokens come from the cache
         (line,) = text_data(path, words_tokenizer(tmp_path)).warnings
-        assert "1200 characters do not come back from the tokens (2 kinds, such as" in line
+        assert "the tokens lose 1200 characters (2 kinds, such as" in line
         assert r"'\xdf', '\n'" in line and "\n" not in line and line.startswith(str(path))
     for kept in cache.glob("*.lost.json"):
         kept.unlink()

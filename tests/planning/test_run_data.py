@@ -6,6 +6,7 @@ A finished run is read without its data.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -186,6 +187,46 @@ def test_a_foreign_run_uses_no_network(
     else:
         assert read in READS[2:] and keeps_identity
     assert not asked
+
+
+SECRET = "nobody is to see this " * 100
+OUTPUTS = {"eval": evaluate_run, "sample": sample_run, "export": READS[3]}
+
+
+def refusal_of(read: Callable[[Path], object], run: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        read(run)
+    assert "\n" not in str(caught.value) and "nobody" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+def test_a_foreign_run_is_not_evaluated_on_a_file_of_this_machine_of_another_content(here: Path) -> None:
+    (here / "secret").write_text(SECRET)
+    run = here / "finished"
+    changed(run, lambda plan: plan["recipe"]["data"].update(path=str(here / "secret")))
+    assert "found 1 items of 2.1 KiB" in refusal_of(evaluate_run, run)
+    (here / "secret").unlink()
+    os.mkfifo(here / "secret")  # to open it would wait for ever
+    assert "a pipe or a device" in refusal_of(evaluate_run, run)
+    assert sample_run(run, num=1).is_file() and export_run(run, here / "out").is_dir(), "they do not open it"
+
+
+@pytest.mark.parametrize("read", OUTPUTS.values(), ids=OUTPUTS)
+@pytest.mark.parametrize("key", ["path", "tokenizer"])
+def test_a_foreign_run_that_keeps_no_fingerprint_reads_no_file_of_this_machine(
+    here: Path, read: Callable[[Path], object], key: str
+) -> None:
+    (here / "secret").write_text(SECRET)
+    run, data = here / "finished", {"name": "text", "path": "own.txt", key: str(here / "secret")}
+
+    def forge(plan: dict[str, Any]) -> None:
+        plan["recipe"]["data"] = data
+        plan["data"] = None
+
+    changed(run, forge)
+    assert "and no fingerprint of the data; allowed: both" in refusal_of(read, run)
+    assert not (here / "out").exists() and not (run / "samples.txt").exists()
 
 
 def test_the_command_line_passes_on_that_a_change_is_accepted(

@@ -77,3 +77,14 @@ def test_lines_of_several_threads_never_interleave_and_listeners_get_them_in_the
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == heard
     assert sorted((r["thread"], r["number"]) for r in lines) == [(t, n) for t in range(4) for n in range(150)]
+
+
+@pytest.mark.parametrize(("torn", "said"), [(0, ""), (1, "left out 1 line of"), (3, "left out 3 lines of")])
+def test_lines_that_are_left_out_are_counted_in_words_that_fit_their_number(
+    tmp_path: Path, torn: int, said: str
+) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"torn\n' * torn)
+    records = read_records(path)
+    assert list(records) == []
+    assert records.note == (said and f"{said} t.jsonl: torn, or not of this run")

@@ -16,6 +16,7 @@ from lowmem.data.datasets import describe_data, load_data
 from lowmem.errors import TrainingError
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
+from lowmem.objectives.labels import LabelDenoising
 from lowmem.planning.plan import make_plan
 from lowmem.reporting.report import read_status
 from lowmem.training.finite import FiniteWatch, not_finite
@@ -74,6 +75,30 @@ def test_weights_that_an_update_spoils_in_a_visits_last_step_are_not_committed(
     assert "step 1" in failed(tmp_path, lambda step, batch: batch)
     state = RunDir(tmp_path).read_state()
     assert state is not None and state.visits_done == 0
+
+
+@pytest.mark.parametrize("tier", ["device", "disk"])
+@pytest.mark.parametrize("clip", ["block", "global"])
+def test_a_loss_that_overflows_while_every_gradient_and_weight_is_finite_is_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tier: str, clip: str
+) -> None:
+    """A constant has no gradient, so blocks and shared part show nothing; only the sum of the losses does."""
+    leave, steps = LabelDenoising.leave, [0]
+
+    def with_huge_constant(self: Any, *arguments: Any) -> torch.Tensor:
+        losses: torch.Tensor = leave(self, *arguments)
+        return losses + (3e38 if steps[-1] == 3 else 0.0)
+
+    def spoil(step: int, batch: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return batch
+
+    monkeypatch.setattr(LabelDenoising, "leave", with_huge_constant)
+    keys = {"offload__tier": tier, "optimizer__clip": clip, "blocks__num_blocks": 3}
+    message = failed(tmp_path, spoil, method="end_to_end", **keys)
+    assert "step 3: a loss, gradient or weight is no longer a finite number" in message
+    state = RunDir(tmp_path).read_state()
+    assert state is not None and state.visits_done == 1
 
 
 def test_the_watch_remembers_the_first_step() -> None:
