@@ -165,7 +165,7 @@ class BlockStream:
         visits_done: int,
         committed: Committed,
         wait: bool,
-        written: Mapping[str, Future[FileRecord]],
+        written: Mapping[str, Future[FileRecord]] | None = None,
     ) -> None:
         """Writes the trained blocks and a snapshot of the shared part, then calls `committed` on the writer's
         thread with the new files. `written`: files that are being written already, by key.
@@ -176,7 +176,7 @@ class BlockStream:
         self.finish()  # the snapshot's buffer is free only when the last one is written
         self._wait_for_kernels()  # what they trained is about to be read by other threads
         self.block_store.copy_out(shared, self._shared_slot)
-        self._commit = self._writer.submit(self._write_visit, trained, written, visits_done, committed)
+        self._commit = self._writer.submit(self._write_visit, trained, written or {}, visits_done, committed)
         self._writes.update(dict.fromkeys(trained, self._commit))
         if wait:
             self._commit.result()
