@@ -250,6 +250,9 @@ class OffloadConfig(Section):
     tier: Auto | Tier = "auto"  # where blocks rest that are not visited
     # Where activations at block borders rest while a model trained end to end streams.
     borders: Auto | Tier = "auto"
+    # Layers that stay on the device whole, while the others of a model trained end to end stream.
+    # auto: as many as the budget has room for.
+    resident_layers: Auto | Annotated[int, Field(ge=0, le=10**6)] = "auto"
     prefetch: bool = True  # read the next block beside compute
     # wait: a block is on disk before the next step starts.
     write_back: Literal["auto", "beside", "wait"] = "auto"

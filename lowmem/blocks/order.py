@@ -114,17 +114,3 @@ def border_calls(num_blocks: int, parts: int, two_passes: bool) -> Iterator[tupl
                     yield False, (gradient, part)
                 yield True, (gradient, part)
         yield from ((False, (gradient, part)) for part in every)
-
-
-def fetches(num_blocks: int, two_passes: bool) -> list[tuple[int, bool]]:
-    """The blocks that a streamed step needs, in order, as (block, whether its weights are enough).
-
-    Forward to the last block but one, then backward from the last one (twice if the gradients' global norm is
-    needed first). Block 0 ends a step and begins the next one, so the first entry is already on the device.
-    """
-    there, back = range(num_blocks - 1), range(num_blocks - 1, -1, -1)
-    return [
-        *((block, True) for block in there),
-        *((block, True) for block in back if two_passes),
-        *((block, False) for block in back),
-    ]

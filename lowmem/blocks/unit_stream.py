@@ -38,6 +38,7 @@ Given = Callable[[slice], Tensor]  # rows of a block's flat vectors -> their gra
 
 def spread(num_units: int, count: int) -> frozenset[int]:
     """Which units stay on the device: the first, whose update nothing hides, and others evenly."""
+    count = min(count, num_units)
     return frozenset(index * num_units // count for index in range(count))
 
 
@@ -49,6 +50,31 @@ def chunk_bytes(units: Sequence[Unit]) -> int:
 def num_weights_slots(prefetch: bool, num_units: int) -> int:
     """Buffers for the weights of units that come and go."""
     return min(2 if prefetch else 1, num_units)
+
+
+class UnitBytes(NamedTuple):
+    """Bytes on the device of a stream of units, without gradients."""
+
+    weights: int
+    state: int
+    staging: int  # weights that are fetched, and chunks of rows
+
+
+def unit_bytes(units: Sequence[Unit], stay: frozenset[int], prefetch: bool) -> UnitBytes:
+    kept = [unit for index, unit in enumerate(units) if index in stay]
+    moving = [unit for index, unit in enumerate(units) if index not in stay]
+    slot = max((unit.weights_bytes for unit in moving), default=0)
+    slots = num_weights_slots(prefetch, len(moving))
+    return UnitBytes(
+        weights=sum(unit.weights_bytes for unit in kept) + slot,
+        state=sum(unit.num_bytes - unit.weights_bytes for unit in kept),
+        staging=(slots - 1) * slot + CHUNKS * chunk_bytes(moving) if moving else 0,
+    )
+
+
+def gathers_by_block(grad_clip: float | None) -> bool:
+    """Whether the gradients of a block gather before any of them is used: their norm clips them."""
+    return grad_clip is not None
 
 
 class Update(NamedTuple):

@@ -51,18 +51,18 @@ class _Again:
     def _make(self) -> None:
         made: list[Tensor] = []
 
-        def keep(tensor: Tensor) -> Tensor:
-            # Detached: a tensor that the call returns would else hold the graph that holds it.
+        def keep(tensor: Tensor) -> None:
+            # The graph that is built here is never gone through, so it need keep nothing. With a tensor of its
+            # own in it, it would hold itself for ever.
             made.append(tensor.detach())
             if len(made) == self._count:
                 raise _Enough
-            return tensor
 
         states = None if self._states is None else _random_states(self._arguments)
         if self._states is not None:
             _restore(self._states)
         try:
-            with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            with torch.enable_grad(), saved_tensors_hooks(keep, lambda _: _):
                 self._call(*(_detached(argument) for argument in self._arguments))
         except _Enough:
             pass

@@ -46,6 +46,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
             f"blocks.num_blocks: found {num_blocks}; "
             f"allowed: at most the model's {num_layers} layers; lower it"
         )
+    stay = recipe.offload.resident_layers  # auto: 0 until the plan knows what its budget leaves
     places = _end_to_end_places if recipe.method == "end_to_end" else _block_places
     for place in places(recipe, profile, num_layers):
         yield [
@@ -59,6 +60,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
                 ema=recipe.optimizer.ema is not None,
                 tier=place.tier,
                 borders=place.borders,
+                resident_layers=0 if stay == "auto" else stay,
                 write_back="wait",  # until `settled`
             )
             for size in _micro_batch_sizes(recipe)
@@ -83,6 +85,8 @@ def _end_to_end_places(recipe: Recipe, profile: Profile, num_layers: int) -> Ite
     given = recipe.blocks.num_blocks
     streaming = range(2, num_layers + 1)  # streaming a single block would save nothing
     for tier, recompute in itertools.product(_end_to_end_tiers(recipe, profile), _recomputes(recipe)):
+        if recompute and tier != "device" and recipe.train.recompute == "auto":
+            continue  # a unit that streams is made again from its border in any case
         counts = [given] if given != "auto" else [1] if tier == "device" else streaming
         borders: list[Tier] = ["device"] if tier == "device" else _tiers(recipe.offload.borders, profile)
         for border, count in itertools.product(borders, counts):

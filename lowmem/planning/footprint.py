@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lowmem.blocks.borders import BorderBytes, border_bytes
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.blocks.stream import staging_bytes
+from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.models.base import BlockModel
 from lowmem.planning.duration import Duration, Work, has_rates
 from lowmem.planning.passes import Pass, PassCounter
@@ -85,7 +86,11 @@ def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_b
     """
     passes = _passes(model, setup, counter)
     workspace = _workspace_bytes(setup)  # while an update uses it, no activation is alive
-    activations = [max(taken.peak_bytes, workspace) for taken in passes]
+    # Where units stream, other units are updated while one computes.
+    activations = [
+        taken.peak_bytes + workspace if setup.streams else max(taken.peak_bytes, workspace)
+        for taken in passes
+    ]
     borders, traffic, time = BorderBytes(), None, None
     if counter is not None:
         if setup.streams:
@@ -97,7 +102,7 @@ def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_b
     host = device if setup.profile.unified else _host_categories(setup, borders, data_bytes)
     device_peak = sum(device.values())
     without_activations = device_peak - max(activations)
-    by_block = activations * setup.settings.num_blocks if len(activations) == 1 else activations
+    by_block = _by_block(setup, activations)
     return Predicted(
         device_peak_bytes=device_peak,
         host_peak_bytes=sum(host.values()),
@@ -110,14 +115,27 @@ def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_b
     )
 
 
+def _by_block(setup: Setup, activations: list[int]) -> list[int]:
+    """The activations of each block: the most of its units', or of all blocks together."""
+    if len(activations) == 1:
+        return activations * setup.settings.num_blocks
+    if not setup.streams:
+        return activations
+    most: dict[str, int] = {}
+    for unit, taken in zip(setup.units, activations, strict=True):
+        most[unit.key] = max(most.get(unit.key, 0), taken)
+    return list(most.values())
+
+
 def _passes(model: BlockModel, setup: Setup, counter: PassCounter | None) -> list[Pass]:
-    """One pass for each block, or one for all blocks together."""
+    """One pass for each block, for each unit where the model streams, or one for all blocks together."""
     if counter is None:
         return [NO_PASS]
     if setup.together:
         return [counter(range(len(model.layers)), setup.settings)]
-    count = counter.streamed if setup.streams else counter
-    return [count(layers, setup.settings) for layers in model.block_slices(setup.settings.num_blocks)]
+    if setup.streams:
+        return [counter.streamed(layers, setup.settings) for layers in model.units()]
+    return [counter(layers, setup.settings) for layers in model.block_slices(setup.settings.num_blocks)]
 
 
 def _workspace_bytes(setup: Setup) -> int:
@@ -143,7 +161,7 @@ def _border_bytes(setup: Setup, counter: PassCounter) -> BorderBytes:
         setup.profile.unified,
         border,
         waiting,
-        setup.settings.num_blocks,
+        len(setup.units),
         setup.micro_batches,
         setup.two_passes,
     )
@@ -158,13 +176,16 @@ class Staging(NamedTuple):
 
 def _staging(setup: Setup) -> Staging:
     """Slots for blocks beside the one in compute, the ring of the link, and a snapshot of the shared part."""
+    copied = setup.profile.device.type == "cuda"
     slots, ring = staging_bytes(
         max(layout.total_bytes for layout in setup.layouts),
         setup.resident,
         setup.recipe.offload.prefetch,
-        copied=setup.profile.device.type == "cuda",
+        copied=copied,
         num_blocks=len(setup.layouts),
     )
+    if setup.streams:
+        slots = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch).staging
     snapshot_and_ring = setup.shared.total_bytes + ring
     if setup.profile.unified:
         return Staging(slots + snapshot_and_ring, slots + snapshot_and_ring)
@@ -176,11 +197,8 @@ def _device_categories(
 ) -> dict[str, int]:
     """Bytes on the device by category; on unified memory everything the process takes."""
     profile, shared = setup.profile, setup.shared
-    trained = sum(layout.numel for layout in setup.visited)
     categories = {
-        "weights": sum(layout.weights_bytes for layout in setup.on_device) + setup.copy_bytes * trained,
-        "gradients": setup.gradient_bytes * trained,
-        "optimizer_state": sum(layout.state_bytes for layout in setup.on_device),
+        **(_streaming_categories if setup.streams else _visiting_categories)(setup),
         "activations": activations,
         "borders": borders.device + (borders.host if profile.unified else 0),
         "shared_part": shared.total_bytes + (setup.gradient_bytes + setup.copy_bytes) * shared.numel,
@@ -188,6 +206,29 @@ def _device_categories(
         "runtime_floor": profile.runtime_floor_bytes + _cpu_runtime_bytes(setup),
     }
     return {**categories, "data": data_bytes} if profile.unified else categories
+
+
+def _visiting_categories(setup: Setup) -> dict[str, int]:
+    """Of blocks that are on the device whole."""
+    trained = sum(layout.numel for layout in setup.visited)
+    return {
+        "weights": sum(layout.weights_bytes for layout in setup.on_device) + setup.copy_bytes * trained,
+        "gradients": setup.gradient_bytes * trained,
+        "optimizer_state": sum(layout.state_bytes for layout in setup.on_device),
+    }
+
+
+def _streaming_categories(setup: Setup) -> dict[str, int]:
+    """Of units that come and go, and of those that stay."""
+    taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch)
+    copied = setup.copy_bytes * max(unit.numel for unit in setup.units)
+    by_block = gathers_by_block(setup.recipe.optimizer.grad_clip)
+    gathered = max(part.numel for part in (setup.layouts if by_block else setup.units))
+    return {
+        "weights": taken.weights + copied,
+        "gradients": GRADIENTS * setup.gradient_bytes * gathered,
+        "optimizer_state": taken.state,
+    }
 
 
 def _cpu_runtime_bytes(setup: Setup) -> int:

@@ -129,10 +129,12 @@ class PassCounter:
         return self._remembered(kind, layers, settings, lambda: self._count(layers, settings))
 
     def streamed(self, layers: range, settings: Settings) -> Pass:
-        """The pass of one block of a model that is trained end to end and streams; see `waiting`.
+        """The pass of one unit of a model that is trained end to end and streams; see `waiting`.
 
-        The input part belongs to the first block's pass, the output part to the last block's.
+        The input part belongs to the first unit's pass, the output part to the last unit's. A unit's forward
+        is made again from its border in any case, so within the unit nothing is recomputed.
         """
+        settings = settings.model_copy(update={"recompute": False})
         ends = layers.start == 0, layers.stop == len(self._model.layers)
         count = partial(self._count_streamed, layers, settings, *ends)
         return self._remembered(("streamed", ends), layers, settings, count)
@@ -215,7 +217,7 @@ class PassCounter:
             existing = [*weights, h, cond, *kept.tensors(), *batch.values(), h_grad, cond_grad]
             with LiveBytes(*existing, in_heap=self._in_heap) as bytes_:
                 block = [self._model.layers[i] for i in layers]
-                out = objective.through(block, h, cond, kept, settings.recompute)
+                out = objective.through(block, h, cond, kept)
                 forward = bytes_.work.copy()
                 if last:
                     objective.leave(out, cond, kept, batch).mean().backward()  # type: ignore[no-untyped-call]

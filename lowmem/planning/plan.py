@@ -26,7 +26,7 @@ from lowmem.planning.candidates import candidates_of, choices_of, settled
 from lowmem.planning.duration import Duration
 from lowmem.planning.footprint import Budget, Predicted, predict
 from lowmem.planning.passes import PassCounter
-from lowmem.planning.settings import Settings, setup_of
+from lowmem.planning.settings import Settings, is_resident, setup_of
 from lowmem.planning.traffic import traffic_lines
 from lowmem.recipe import NoiseConfig, Recipe
 from lowmem.reporting.tables import text_table
@@ -120,6 +120,7 @@ def _settings_text(settings: Settings) -> str:
             f"weights {settings.weights}",
             settings.optimizer,
             f"recompute {'on' if settings.recompute else 'off'}",
+            *([f"{settings.resident_layers} layers stay"] if settings.resident_layers else []),
             f"updates {'during' if settings.during_backward else 'after'} backward",
             f"write-back {settings.write_back}",
         ]
@@ -178,7 +179,8 @@ def _made_plan(
             choices=choices_of(recipe, profile, setup.settings, noise),
         )
 
-    return _first_that_fits(candidates_of(recipe, profile, len(model.layers)), planned)
+    plan = _first_that_fits(candidates_of(recipe, profile, len(model.layers)), planned)
+    return _with_more_staying(plan, len(model.units()), planned)
 
 
 def _budget(profile: Profile, folder: Path | None) -> Budget:
@@ -216,6 +218,23 @@ def _first_that_fits(candidates: Iterable[list[Settings]], planned: Callable[...
         refused.append((plan, counted))
     plan, counted = min(refused, key=lambda pair: _excess(pair[0]))
     return plan if counted else planned(plan.settings)
+
+
+def _with_more_staying(plan: Plan, num_units: int, planned: Callable[[Settings], Plan]) -> Plan:
+    """The plan with as many units on the device as the budget has room for, where the others stream."""
+    recipe, settings = plan.recipe, plan.settings
+    streams = recipe.method == "end_to_end" and not is_resident(settings, plan.profile.unified)
+    if not (streams and plan.fits and recipe.offload.resident_layers == "auto"):
+        return plan
+    least, most = 0, num_units
+    while least < most:
+        count = (least + most + 1) // 2
+        more = planned(settings.model_copy(update={"resident_layers": count}))
+        if more.fits:
+            plan, least = more, count
+        else:
+            most = count - 1
+    return plan
 
 
 def _largest_that_fits(candidates: list[Settings], planned: Callable[[Settings], Plan]) -> Plan:

@@ -37,11 +37,13 @@ class Visits(NamedTuple):
 def predict_time(setup: Setup, passes: Sequence[Pass], traffic: StreamedTraffic | None) -> Duration:
     """The duration of a run on a profile that has rates.
 
-    `passes`: one for each block, or one for all blocks together. `traffic`: of a model that streams.
+    `passes`: one for each block or streamed unit, or one for all blocks together. `traffic`: of a model that
+    streams.
     """
     recipe = setup.recipe
     queue = BlockQueue.of(recipe.to_dict(), setup.settings.num_blocks)
-    passes_s = [_passes_s(setup, taken) for taken in passes]
+    last = len(passes) - 1
+    passes_s = [_passes_s(setup, taken, forward=index < last) for index, taken in enumerate(passes)]
     if traffic is not None:
         visits = _streamed(setup, queue, passes_s, traffic)
     elif setup.end_to_end:
@@ -94,11 +96,14 @@ def _in_turns(setup: Setup, queue: BlockQueue, passes_s: list[float]) -> Visits:
     )
 
 
-def _passes_s(setup: Setup, taken: Pass) -> float:
-    """Seconds of a step's passes through one block: forward alone where the block streams, then backward."""
+def _passes_s(setup: Setup, taken: Pass, forward: bool) -> float:
+    """Seconds of a step's passes through one block or unit.
+
+    `forward`: where units stream, a pass without gradients comes first; the last unit needs none.
+    """
     backward_passes = 2 if setup.streams and setup.two_passes else 1
     forward_s, backward_s = pass_s(taken.forward_work, setup.profile), pass_s(taken.work, setup.profile)
-    return setup.micro_batches * (forward_s + backward_passes * backward_s)
+    return setup.micro_batches * (forward * forward_s + backward_passes * backward_s)
 
 
 def _updates_s(setup: Setup, updated: Sequence[ArenaLayout]) -> float:

@@ -16,6 +16,7 @@ from torch import nn
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.stream import block_key
 from lowmem.blocks.unit import Unit
+from lowmem.blocks.unit_stream import spread
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
 from lowmem.recipe import OptimizerName, Precision, Recipe, Tier
@@ -28,7 +29,8 @@ class Settings(Section):
     """Everything that a recipe may leave `auto`, settled."""
 
     num_blocks: int
-    stay: int = 0  # units that stay on the device whole while the others stream
+    # layers (units, see `BlockModel.units`) that stay on the device whole while the others stream
+    resident_layers: int = 0
     micro_batch_size: int
     precision: Precision  # of compute and gradients
     weights: Precision = "float32"  # of the weights as they are kept
@@ -90,6 +92,12 @@ class Setup:
     settings: Settings
     layouts: list[ArenaLayout]  # one for each block
     shared: ArenaLayout
+    units: list[Unit]  # what moves where the model streams
+
+    @property
+    def stay(self) -> frozenset[int]:
+        """The units that stay on the device while others stream."""
+        return spread(len(self.units), self.settings.resident_layers)
 
     @property
     def end_to_end(self) -> bool:
@@ -146,4 +154,5 @@ class Setup:
 
 
 def setup_of(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings) -> Setup:
-    return Setup(recipe, profile, settings, *layouts_of(model, settings))
+    layouts, shared = layouts_of(model, settings)
+    return Setup(recipe, profile, settings, layouts, shared, units_of(model, settings, layouts))

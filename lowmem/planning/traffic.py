@@ -1,22 +1,24 @@
 """Predicts what a model that is trained end to end moves when its blocks stream, to the byte.
 
-Each step fetches the blocks in order, for the forward pass and for the backward pass, and writes each block
-back once. The prediction also says from how many tokens a step on compute hides all of it.
+Each step fetches every unit's weights for the forward pass and for the backward pass, and its rows in chunks
+for the update, which writes them back. The prediction also says from how many tokens a step on compute hides
+all of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from lowmem.blocks.arena import ArenaLayout
+from lowmem.blocks.arena import PAGE
 from lowmem.blocks.borders import BorderBytes
-from lowmem.blocks.order import fetches
 from lowmem.blocks.traffic import Traffic
+from lowmem.blocks.unit import Piece
 from lowmem.planning.settings import Setup, file_bytes
 from lowmem.schema import Section
 from lowmem.units import format_bytes
 
-Parts = tuple[Traffic, Traffic, Traffic]  # start, step, commit
+Parts = tuple["Moved", "Moved", "Moved"]  # start, step, commit
 
 
 class StreamedTraffic(Section):
@@ -35,80 +37,96 @@ class StreamedTraffic(Section):
 
 def streamed_traffic(setup: Setup, borders: BorderBytes) -> StreamedTraffic:
     """The traffic of a setup that streams. `borders`: what activations at block borders take and move."""
-    link = (Traffic(), Traffic(), Traffic()) if setup.profile.unified else _link_traffic(setup)
-    disk = _disk_traffic(setup) if setup.settings.tier == "disk" else _host_tier_disk_traffic(setup)
-    start, step, commit = (over + to for over, to in zip(link, disk, strict=True))
+    start, step, commit = streamed_parts(setup)
     return StreamedTraffic(
         start=start, step=step + borders.traffic, commit=commit, hidden_tokens=hidden_tokens(setup)
     )
 
 
-def _fetched(setup: Setup) -> tuple[list[int], list[int]]:
-    """(blocks that a step fetches, in order; bytes of each fetch). The process starts with the first fetch:
-    its block is there when a step begins.
-    """
-    order = fetches(len(setup.layouts), setup.two_passes)
-
-    def num_bytes(layout: ArenaLayout, weights_only: bool) -> int:
-        return layout.weights_read_bytes if weights_only else layout.total_bytes
-
-    return [block for block, _ in order], [
-        num_bytes(setup.layouts[block], weights_only) for block, weights_only in order
-    ]
-
-
-def _link_traffic(setup: Setup) -> Parts:
-    """Over the link: blocks to the device and back, and the shared part back at a commit."""
-    _, (first, *others) = _fetched(setup)
-    written = sum(layout.total_bytes for layout in setup.layouts)
-    return (
-        Traffic(host_to_device_bytes=first),
-        Traffic(host_to_device_bytes=sum(others), device_to_host_bytes=written),
-        Traffic(device_to_host_bytes=setup.shared.total_bytes),
-    )
+def _unit_traffic(setup: Setup) -> Parts:
+    """What the units move between the store and the device."""
+    on_disk = setup.settings.tier == "disk"
+    first, step, commit = Moved(), Moved(), Moved()
+    last = len(setup.units) - 1
+    for index, unit in enumerate(setup.units):
+        if index in setup.stay:
+            first += Moved(sum(piece.num_bytes for piece in unit.pieces))
+            commit += _rewritten(unit.pieces, on_disk, fetched=False)
+            continue
+        passes = (index < last) + (2 if setup.two_passes else 1)
+        step += Moved(passes * unit.weights_bytes)
+        step += _rewritten([piece for _, piece in unit.chunks()], on_disk, fetched=True)
+    return first, step, commit
 
 
-def _disk_traffic(setup: Setup) -> Parts:
-    """Blocks rest on the disk: each fetch reads it, and each step writes every block's file."""
-    (first_block, *blocks), (first, *others) = _fetched(setup)
-    shared_file = file_bytes([setup.shared])
-    return (
-        Traffic(disk_read_bytes=shared_file + first + _header_bytes(setup, [first_block])),
-        Traffic(
-            disk_read_bytes=sum(others) + _header_bytes(setup, blocks),
-            disk_written_bytes=file_bytes(setup.layouts),
-        ),
-        Traffic(disk_written_bytes=shared_file),
-    )
+def streamed_parts(setup: Setup) -> tuple[Traffic, Traffic, Traffic]:
+    """(start, step, commit) without what moves at the borders."""
+    units, unified, shared = _unit_traffic(setup), setup.profile.unified, setup.shared
+    if setup.settings.tier == "disk":
+        on_disk = [Traffic(disk_read_bytes=m.read, disk_written_bytes=m.written) for m in units]
+        # A durable file is read again for its digest.
+        whole = sum(layout.total_bytes for layout in setup.layouts)
+        on_disk[0] += Traffic(disk_read_bytes=file_bytes([shared]))
+        on_disk[2] += Traffic(
+            disk_read_bytes=whole, disk_written_bytes=file_bytes([shared]) + _header_bytes(setup)
+        )
+    else:
+        files = file_bytes([*setup.layouts, shared])
+        on_disk = [Traffic(disk_read_bytes=files), Traffic(), Traffic(disk_written_bytes=files)]
+    link = [Traffic(host_to_device_bytes=m.read, device_to_host_bytes=m.written) for m in units]
+    link[2] += Traffic(device_to_host_bytes=shared.total_bytes)
+    start, step, commit = on_disk if unified else [a + b for a, b in zip(on_disk, link, strict=True)]
+    return start, step, commit
 
 
-def _host_tier_disk_traffic(setup: Setup) -> Parts:
-    """Blocks rest in host memory: they are read once, and written where they are committed."""
-    files = file_bytes([*setup.layouts, setup.shared])
-    return Traffic(disk_read_bytes=files), Traffic(), Traffic(disk_written_bytes=files)
+class Moved(NamedTuple):
+    """Bytes that come to the device, and that go from it."""
+
+    read: int = 0
+    written: int = 0
+
+    def __add__(self, other: object) -> Moved:
+        assert isinstance(other, Moved)
+        return Moved(self.read + other.read, self.written + other.written)
 
 
-def _header_bytes(setup: Setup, blocks: Sequence[int]) -> int:
-    return sum(len(setup.layouts[block].header()) for block in blocks)
+def _rewritten(pieces: Sequence[Piece], on_disk: bool, fetched: bool) -> Moved:
+    """Rows that are written back; `fetched`: and that came before."""
+    moved = Moved()
+    for piece in pieces:
+        for field in piece.fields:
+            pages = field.pages
+            moved += Moved(read=pages.num_bytes if fetched else 0)
+            if on_disk:  # pages that hold other rows too are read and written again
+                edges = PAGE * len(pages.edges)
+                moved += Moved(edges, pages.whole.stop - pages.whole.start + edges)
+            else:
+                moved += Moved(written=pages.stop - pages.start)
+    return moved
+
+
+def _header_bytes(setup: Setup) -> int:
+    return sum(len(layout.header()) for layout in setup.layouts)
 
 
 def hidden_tokens(setup: Setup) -> int | None:
     """Tokens of a step from which on compute hides the moving of blocks; None: the profile lacks a rate.
 
-    Every block must then compute for as long as the next one is fetched and the last one written. A forward
-    pass makes 2 operations per weight and token, a backward pass 4 and its recomputation 2, or 4 with
-    recompute within the block. A link carries both directions at once, a disk one after the other.
+    Every unit must then compute for as long as the next one is fetched and the last one updated. A forward
+    pass makes 2 operations per weight and token, a backward pass 4 and its recomputation 2. A link carries
+    both directions at once, a disk one after the other.
     """
     profile, rate = setup.profile, setup.profile.device.peak_tflops
-    weights = sum(layout.weights_read_bytes for layout in setup.layouts)
-    whole = sum(layout.total_bytes for layout in setup.layouts)
+    moving = [unit for index, unit in enumerate(setup.units) if index not in setup.stay]
+    weights = sum(unit.weights_bytes for unit in moving)
+    whole = sum(unit.num_bytes for unit in moving)
     forward_s, backward_s = [0.0], [0.0]
     if setup.settings.tier == "disk":
         read_rate, write_rate = profile.disk_rates
         if read_rate is None or write_rate is None:
             return None
         forward_s.append(weights / read_rate)
-        backward_s.append(whole / read_rate + whole / write_rate)
+        backward_s.append((weights + whole) / read_rate + whole / write_rate)
     if not profile.unified:
         into, out = profile.link_rates
         assert into is not None and out is not None, "the profile checks that there is a link"
@@ -117,7 +135,7 @@ def hidden_tokens(setup: Setup) -> int | None:
     if rate is None:
         return None
     forward_per_token_s = 2 * sum(layout.num_parameters for layout in setup.layouts) / (rate * 1e12)
-    backward_per_token_s = forward_per_token_s * (4 if setup.settings.recompute else 3)
+    backward_per_token_s = forward_per_token_s * 3
     return round(max(max(forward_s) / forward_per_token_s, max(backward_s) / backward_per_token_s))
 
 

@@ -189,7 +189,7 @@ class Attempt:
             self.borders = open_borders(plan, self.model, self.device, self.run.path)
             opened.callback(self.borders.close)
             units = units_of(self.model, plan.settings, self.layouts)
-            stay = spread(len(units), plan.settings.stay)
+            stay = spread(len(units), plan.settings.resident_layers)
             prefetch = plan.recipe.offload.prefetch
             self.units = UnitStream(self.stream.block_store, units, self.device, stay, prefetch)
             opened.callback(self.units.close)

@@ -32,7 +32,7 @@ from lowmem.blocks import optim
 from lowmem.blocks.arena import HasSlots, bind, parameter_views, unbind
 from lowmem.blocks.borders import RANDOM_STATE_BYTES, Borders
 from lowmem.blocks.unit import Unit
-from lowmem.blocks.unit_stream import GRADIENTS, Update
+from lowmem.blocks.unit_stream import GRADIENTS, Update, gathers_by_block
 from lowmem.objectives.base import Batch, Kept, Objective
 from lowmem.planning.settings import COMPUTE_DTYPE
 from lowmem.training.attempt import Attempt
@@ -277,11 +277,6 @@ class StreamedStep:
             torch.manual_seed(part.seed)
             h, cond, _ = self.objective.enter(part.batch)
             backward_from((h, self.borders.get((len(self.units), index))), (cond, part.cond_grad))
-
-
-def gathers_by_block(grad_clip: float | None) -> bool:
-    """Whether the gradients of a block gather before any of them is used: their norm clips them."""
-    return grad_clip is not None
 
 
 class RandomStates:
