@@ -158,7 +158,7 @@ def loop(
         loss = whole(**batch_of(job, step))["loss"]
         backward(loss)
         update()
-        meter.step(float(loss))
+        meter.step(float(loss.detach()))
         del loss
 
 
@@ -200,16 +200,17 @@ def plain(job: Job, meter: Meter) -> None:
 def update_in_backward(parameter: nn.Parameter, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
     """AdamW for one parameter as soon as its gradient is whole."""
     count = torch.zeros(())
-    rates = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS, "weight_decay": decay_of(parameter)}
+    rates: Any = {"lr": LR, "beta1": BETAS[0], "beta2": BETAS[1], "eps": EPS}
+    rates |= {"weight_decay": decay_of(parameter), "amsgrad": False, "maximize": False}
 
     @torch.no_grad()
     def hook(p: Tensor) -> None:
         assert p.grad is not None
-        state = [exp_avg], [exp_avg_sq], [], [count]
-        adamw([p], [p.grad], *state, fused=True, amsgrad=False, maximize=False, **rates)  # type: ignore[arg-type]
+        state: Any = [exp_avg], [exp_avg_sq], [], [count]
+        adamw([p], [p.grad], *state, fused=True, **rates)
         p.grad = None
 
-    parameter.register_post_accumulate_grad_hook(hook)
+    parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def in_backward(job: Job, meter: Meter) -> None:
@@ -225,7 +226,7 @@ def mapped(job: Job, meter: Meter) -> None:
     parameters = dict(whole.named_parameters())
     sizes = [p.numel() for p in parameters.values() for _ in range(3)]  # weight and moments side by side
     flat = torch.from_file(str(Path(job.folder, "mapped")), shared=True, size=sum(sizes))
-    parts = iter(flat.split(sizes))
+    parts = iter(torch.split(flat, sizes))
     views = {name: [next(parts).view(p.shape) for _ in range(3)] for name, p in parameters.items()}
     whole.load_state_dict({name: view[0] for name, view in views.items()}, assign=True)
     whole.draw()
@@ -250,8 +251,10 @@ def fsdp2_offload(job: Job, meter: Meter) -> None:
 
 def alone() -> None:
     """A process group of this process alone, over no network."""
+    from torch.distributed import HashStore  # type: ignore[attr-defined]
+
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -268,14 +271,20 @@ def bnb8(job: Job, meter: Meter) -> None:
 
     for p in whole.parameters():
         optimizer = bnb.optim.AdamW8bit([p], lr=LR, betas=BETAS, eps=EPS, weight_decay=decay_of(p))
-        p.register_post_accumulate_grad_hook(functools.partial(hook, optimizer=optimizer))
+        step = functools.partial(hook, optimizer=optimizer)
+        p.register_post_accumulate_grad_hook(step)  # type: ignore[no-untyped-call]
     loop(job, meter, whole)
 
 
 def deepspeed(job: Job, meter: Meter, stage: int, device: str) -> None:
+    """ZeRO-3 makes its optimizer's state with a step on zero gradients: its count is one ahead of plain's."""
+    builders = importlib.import_module("deepspeed.ops.op_builder")
+    if device == "nvme" and not builders.AsyncIOBuilder().is_compatible(verbose=False):
+        raise RuntimeError("DeepSpeed's async_io cannot be compiled here: install libaio-dev")
     alone()
-    engine_of = importlib.import_module("deepspeed").initialize
-    whole = Whole(job).drawn()
+    library, whole = importlib.import_module("deepspeed"), Whole(job).drawn()
+    if stage == 3:  # a parameter that is used outside its own module's forward
+        library.zero.register_external_parameter(whole, whole.model.tokens.weight)
     offload = {"device": device, "nvme_path": job.folder}
     zero = {
         "stage": stage,
@@ -291,13 +300,8 @@ def deepspeed(job: Job, meter: Meter, stage: int, device: str) -> None:
     cpu_adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
     groups = decay_groups(whole.parameters())
     optimizer = cpu_adam(groups, lr=LR, betas=BETAS, eps=EPS, adamw_mode=True)
-    engine = engine_of(model=whole, optimizer=optimizer, config=config)[0]
+    engine = library.initialize(model=whole, optimizer=optimizer, config=config)[0]
     loop(job, meter, engine, engine.step, engine.backward)
-
-
-def build_cpu_adam(job: Job, meter: Meter) -> None:
-    """Compiles DeepSpeed's kernel before anything is measured."""
-    importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load()
 
 
 def projecting_groups(whole: Whole, **settings: Any) -> list[dict[str, Any]]:
@@ -429,7 +433,6 @@ ARMS: dict[str, Callable[[Job, Meter], None]] = {
     "lowmem-layers": lambda job, meter: lowmem(job, meter, "disk", job.layers),
     "lowmem-8bit": functools.partial(lowmem, tier="disk", optimizer="adamw8bit"),
     "lowmem-auto": functools.partial(lowmem, tier="auto", num_blocks="auto"),
-    "build-cpu-adam": build_cpu_adam,
 }
 
 
@@ -439,7 +442,7 @@ def main() -> None:
     meter = Meter(job)
     try:
         ARMS[job.arm](job, meter)
-        found = meter.result() if meter.losses else {}
+        found = meter.result()
     except Exception as problem:
         lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
         found = {"why": f"{type(problem).__name__}: {lines[0] if lines else ''}"}
