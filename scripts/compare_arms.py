@@ -206,8 +206,7 @@ def update_in_backward(parameter: nn.Parameter, exp_avg: Tensor, exp_avg_sq: Ten
     @torch.no_grad()
     def hook(p: Tensor) -> None:
         assert p.grad is not None
-        state: Any = [exp_avg], [exp_avg_sq], [], [count]
-        adamw([p], [p.grad], *state, fused=True, **rates)
+        adamw([p], [p.grad], [exp_avg], [exp_avg_sq], [], [count], fused=True, **rates)
         p.grad = None
 
     parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
@@ -357,7 +356,7 @@ def hf_trainer(job: Job, meter: Meter) -> None:
 
     class InOrder(transformers.Trainer):  # type: ignore[misc, name-defined]
         def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(rows)  # type: ignore[arg-type]
+            return torch.utils.data.SequentialSampler(rows)
 
     class AtStep(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
         def on_step_end(self, *_: Any, **__: Any) -> None:
