@@ -1,0 +1,64 @@
+"""The comparison of arms: they run, their losses agree, one that cannot run says why. It measures nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_bench import SCRIPTS, script
+
+EXACT = ["plain", "mapped", "in-backward", "lowmem-disk"]
+
+
+def test_the_quick_comparison_has_a_row_for_every_arm_and_the_exact_ones_have_the_losses_of_plain(
+    tmp_path: Path,
+) -> None:
+    absent = "galore" if importlib.util.find_spec("galore_torch") is None else "apollo"
+    out, shown, scratch = tmp_path / "compare.json", tmp_path / "compare.txt", tmp_path / "runs"
+    command = [sys.executable, str(SCRIPTS / "compare"), "--quick", "--arms", *EXACT, absent]
+    where = ["--run-dir", str(scratch), "--out", str(out), "--table", str(shown)]
+    done = subprocess.run([*command, *where], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    rows = {row["arm"]: row for row in content["rows"]}
+    assert list(rows) == [*EXACT, absent]
+    assert rows[absent]["why"] == f"not installed: pip install {absent}-torch"
+    for arm in EXACT:
+        assert "why" not in rows[arm], rows[arm]
+        losses = rows[arm]["runs"][0]["losses"]
+        assert losses == pytest.approx(rows["plain"]["runs"][0]["losses"], rel=1e-6)
+        assert rows[arm]["losses_equal"] and len(set(losses)) == 4, "they change from step to step"
+        assert rows[arm]["anonymous_peak_bytes"] > 2**26 and rows[arm]["tokens_per_s"] > 0
+    assert rows["plain"]["of_plain"] == 1
+    # The last write of the last step may come after the measured steps.
+    state_bytes = 12 * rows["plain"]["parameters"]
+    assert rows["lowmem-disk"]["per_step"]["wchar"] > 0.6 * state_bytes > rows["mapped"]["per_step"]["wchar"]
+    assert shown.read_text() == done.stdout and f"{absent}: not installed" in done.stdout
+    assert not scratch.exists(), "no scratch is left"
+
+
+def test_the_search_finds_the_largest_number_that_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = script("compare", monkeypatch).most
+    for answer in (0, 1, 2, 7, 8, 9, 15):
+        assert most(lambda number, answer=answer: number <= answer, 4, 256) == answer
+    assert most(lambda number: True, 4, 100) >= 100 - 100 // 16
+    assert 190 <= most(lambda number: number <= 200, 8, 256) <= 200
+
+
+def test_a_run_that_takes_too_long_is_ended_and_a_stale_lock_of_a_build_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = script("compare", monkeypatch)
+    lock = tmp_path / "py" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["compare", "--quick", "--run-dir", str(tmp_path / "runs")])
+    runs = compare.Runs(compare.arguments())
+    assert importlib.util.find_spec("deepspeed") is None or str(lock) in runs.barred["deepspeed-2-cpu"]
+    late = runs("plain", compare.SIZES["tiny"], None, 1, timeout_s=0.2)
+    assert late["why"] == "not done after 0.2 s"
