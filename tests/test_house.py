@@ -26,7 +26,7 @@ FLOORS = [
     {"training"},
     {"inference"},
     {"job", "terminal"},
-    {"cli", "runtime_probe", "__init__"},
+    {"cli", "runtime_probe", "floor_probe", "__init__"},
     {"__main__"},
 ]
 # The order within a floor, where one package imports from another there.

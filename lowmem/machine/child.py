@@ -17,6 +17,7 @@ import torch
 from lowmem.errors import LowmemError
 
 T = TypeVar("T")
+_here = True  # whether the last call was made in this process
 LEFT_BEHIND = "torch._dynamo"  # what a plan imports: where it is imported already, a child saves nothing
 
 
@@ -26,7 +27,9 @@ def in_child(call: Callable[[], T]) -> T:
     The result comes back pickled. Errors of lowmem are raised here; any other failure of the child makes the
     call be repeated here, where it shows itself with its traceback.
     """
-    if not _forks():
+    global _here
+    _here = not _forks()
+    if _here:
         return call()
     reading, writing = os.pipe()
     child = os.fork()
@@ -38,11 +41,17 @@ def in_child(call: Callable[[], T]) -> T:
         content = answer.read()
     os.waitpid(child, 0)
     if not content:
+        _here = True
         return call()
     result, error = pickle.loads(content)  # noqa: S301  (our own child wrote it)
     if error is not None:
         raise error
     return result  # type: ignore[no-any-return]
+
+
+def compiler_stays() -> bool:
+    """Whether what a plan imports stays in this process, because the call is made here."""
+    return _here
 
 
 def _forks() -> bool:

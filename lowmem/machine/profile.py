@@ -21,7 +21,7 @@ Gib = Annotated[float, Field(ge=0, le=2**20)]  # up to 1 PiB
 Memory = Annotated[float, Field(ge=2**-10, le=2**20)]  # from 1 MiB on
 Rate = Annotated[float, Field(ge=1e-6, le=1e6)]  # from 1 KiB/s to 1 PiB/s; 10^12 to 10^18 operations/s
 # What process and driver take before the first tensor.
-RUNTIME_FLOOR_GIB = {"cpu": 0.241, "mps": 0.241, "cuda": 0.45}
+RUNTIME_FLOOR_GIB = {"cpu": 0.162, "mps": 0.162, "cuda": 0.45}
 
 
 class DeviceSpec(Section):

@@ -52,8 +52,8 @@ class _Again:
         made: list[Tensor] = []
 
         def keep(tensor: Tensor) -> None:
-            # The graph that is built here is never gone through, so it need keep nothing. With a tensor of its
-            # own in it, it would hold itself for ever.
+            # The graph that is built here is never gone through, so it need keep nothing. With a tensor of
+            # its own in it, it would hold itself for ever.
             made.append(tensor.detach())
             if len(made) == self._count:
                 raise _Enough

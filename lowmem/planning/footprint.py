@@ -13,6 +13,9 @@ from lowmem.blocks.borders import BorderBytes, border_bytes
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.blocks.stream import staging_bytes
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
+from lowmem.machine.child import compiler_stays
+from lowmem.machine.floor import measured_floor_bytes
+from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
 from lowmem.planning.duration import Duration, Work, has_rates
 from lowmem.planning.passes import Pass, PassCounter
@@ -22,6 +25,7 @@ from lowmem.planning.traffic import StreamedTraffic, streamed_traffic
 from lowmem.schema import Section
 from lowmem.units import MIB, from_gib
 
+COMPILER_BYTES = 72 * MIB  # of torch's compiler, which bitsandbytes imports; measured
 BITSANDBYTES_BYTES = 44 * MIB  # that importing bitsandbytes takes on the host; measured
 CPU_BFLOAT16_BYTES = 20 * MIB  # of kernels that a CPU makes at run time for bf16 products; measured
 # of a process that uses CUDA on the host: libraries and driver; a typical value, not measured here
@@ -203,7 +207,7 @@ def _device_categories(
         "borders": borders.device + (borders.host if profile.unified else 0),
         "shared_part": shared.total_bytes + (setup.gradient_bytes + setup.copy_bytes) * shared.numel,
         "staging": _staging(setup).device,
-        "runtime_floor": profile.runtime_floor_bytes + _cpu_runtime_bytes(setup),
+        "runtime_floor": _floor_bytes(setup.profile) + _cpu_runtime_bytes(setup),
     }
     return {**categories, "data": data_bytes} if profile.unified else categories
 
@@ -231,12 +235,24 @@ def _streaming_categories(setup: Setup) -> dict[str, int]:
     }
 
 
+def _floor_bytes(profile: Profile) -> int:
+    """What a process takes before its first tensor.
+
+    The profile may say it; else on a CPU it is measured with the packages here.
+    """
+    measured = None
+    if profile.device.runtime_gib is None and profile.device.type == "cpu":
+        measured = measured_floor_bytes()
+    return profile.runtime_floor_bytes if measured is None else measured
+
+
 def _cpu_runtime_bytes(setup: Setup) -> int:
     """What a CPU's runtime takes beyond its floor under these settings."""
     if setup.profile.device.type != "cpu":
         return 0
     eight_bit, bf16 = setup.settings.optimizer == "adamw8bit", setup.settings.precision == "bfloat16"
-    return BITSANDBYTES_BYTES * eight_bit + CPU_BFLOAT16_BYTES * bf16
+    compiler = COMPILER_BYTES if eight_bit or compiler_stays() else 0
+    return BITSANDBYTES_BYTES * eight_bit + CPU_BFLOAT16_BYTES * bf16 + compiler
 
 
 def _host_categories(setup: Setup, borders: BorderBytes, data_bytes: int) -> dict[str, int]:

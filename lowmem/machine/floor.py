@@ -1,0 +1,80 @@
+"""What a process that trains takes before it holds any of the model, measured once for the packages here.
+
+It is a constant of one build. With the CUDA build of torch the import alone takes twice what it takes with
+the CPU build. So a child process imports what training imports, computes a little, and says what it holds.
+The figure is kept in the user's cache folder, under the versions that it was measured with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from lowmem.units import MIB
+
+PROBE = ("-m", "lowmem.floor_probe")
+LIMIT_S = 120
+FIELD = "anonymous_bytes"
+MOST_BYTES = 1 << 34  # a kept figure beyond this was not written by us
+NAME = "runtime-floor.json"
+
+
+@functools.cache
+def measured_floor_bytes(cache: Path | None = None) -> int | None:
+    """Anonymous bytes of such a process on a CPU, rounded up to MiB; None where it cannot be measured.
+
+    `cache`: the folder of the kept figure; None: the user's own.
+    """
+    path, build = (cache or _cache_folder()) / NAME, _build()
+    kept = _read(path, build)
+    if kept is not None:
+        return kept
+    try:
+        done = subprocess.run(
+            [sys.executable, *PROBE],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=LIMIT_S,
+            check=True,
+        )
+        measured = -(-int(done.stdout) // MIB) * MIB
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    with contextlib.suppress(OSError):  # it is measured again next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"build": build, FIELD: measured}), encoding="utf-8")
+        temporary.replace(path)
+    return measured
+
+
+def _read(path: Path, build: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["build"] == build and 0 < kept[FIELD] < MOST_BYTES:
+            return int(kept[FIELD])
+    return None
+
+
+def _build() -> str:
+    """What the figure depends on: the interpreter and the packages that training imports."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    parts = [sys.executable, sys.version, platform.machine(), str(os.cpu_count())]
+    for name in ("torch", "numpy", "pydantic", "psutil", "lowmem"):
+        with contextlib.suppress(PackageNotFoundError):
+            parts.append(f"{name} {version(name)}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lowmem"
