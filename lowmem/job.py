@@ -40,7 +40,7 @@ def _machine(profile: str | os.PathLike[str] | None) -> Profile:
 
 def _plan_on(machine: Profile, recipe: Recipe, folder: Path | None) -> Plan:
     spec = describe_data(recipe.data, recipe.train.seq_len)
-    return make_plan(model_builder(recipe, spec), recipe, machine, folder, spec.host_bytes)
+    return make_plan(model_builder(recipe, spec), recipe, machine, folder, spec.host_bytes, spec.num_test)
 
 
 def largest_models(

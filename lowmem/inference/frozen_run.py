@@ -21,12 +21,12 @@ from lowmem.models import model_builder
 from lowmem.models.base import BlockModel, BuildModel
 from lowmem.noise import block_of, boundaries, sampler_grid
 from lowmem.objectives.base import Batch, Entered, Objective
-from lowmem.planning.plan import Plan, read_plan
+from lowmem.planning.evaluation import Evaluation
+from lowmem.planning.plan import Plan, evaluation_of, read_plan
 from lowmem.planning.run_data import spec_of
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
 from lowmem.training.open_run import open_stream
 
-TOGETHER = 8  # batches that wait at one border
 Item = TypeVar("Item")
 ModelT = TypeVar("ModelT", bound=BlockModel)
 ObjectiveT = TypeVar("ObjectiveT", bound=Objective[Any, Any])
@@ -68,7 +68,7 @@ class FrozenRun:
     def _open(
         self, run: RunDir, plan: Plan, build_model: BuildModel, state: RunState, for_drawing: bool
     ) -> None:
-        self.plan = plan
+        self.plan, self._build_model, self._sizes = plan, build_model, plan.predicted.evaluation
         self.device = training_device(plan.profile)
         self.dtype = COMPUTE_DTYPE[plan.settings.precision]
         with torch.device("meta"):
@@ -91,6 +91,21 @@ class FrozenRun:
         """The model and its objective, as the kinds that the caller knows them to be."""
         assert isinstance(self.model, model) and isinstance(self.objective, objective)
         return self.model, self.objective
+
+    def size_for(self, num_test: int) -> Evaluation:
+        """How an evaluation on so many test samples is cut to stay in the budget."""
+        sizes = self.sized()
+        config = self.plan.recipe.eval
+        if sizes.num_samples != min(num_test, (config.num_batches or num_test) * config.batch_size):
+            self._sizes = evaluation_of(self.plan, self._build_model, num_test)
+        return self.sized()
+
+    def sized(self) -> Evaluation:
+        """How an evaluation is cut: as it was planned, or as `size_for` has found since."""
+        if self._sizes is None:  # a plan from before evaluations were planned
+            self._sizes = evaluation_of(self.plan, self._build_model, None)
+        assert self._sizes is not None, "what can be opened has an evaluation"
+        return self._sizes
 
     @property
     def blocks(self) -> range:
@@ -123,25 +138,35 @@ class FrozenRun:
         """`leave` of each item's h after all layers of a model trained end to end, joined along the first
         dimension.
 
-        Where blocks stream, several items pass a block before the next one is fetched.
+        Where blocks stream, several items pass a block before the next one is fetched. An item is a
+        micro-batch.
         """
         out: list[Tensor] = []
-        size = 1 if self.stream.resident else TOGETHER
-        for start in range(0, len(items), size):
-            group = items[start : start + size]
+        sizes = self.sized()
+        size = 1 if self.stream.resident else max(sizes.walk_size // sizes.micro_batch_size, 1)
+        for start, stop in spans(len(items), size):
+            group = items[start:stop]
             entered = [enter(item) for item in group]
             passed = [each.h for each in entered]
+            entered = [each._replace(h=each.h.new_empty(0)) for each in entered]
             for _, layers in self.walk(self.blocks):
-                pairs = zip(passed, entered, strict=True)
-                passed = [self.objective.through(layers, h, each.cond, each.kept) for h, each in pairs]
+                for i, each in enumerate(entered):
+                    passed[i] = self.objective.through(layers, passed[i], each.cond, each.kept)
             out += [leave(*each) for each in zip(group, passed, entered, strict=True)]
         return torch.cat(out)
 
     def losses(self, batches: Sequence[Batch]) -> Tensor:
-        """Loss per sample, over all batches, of a model trained end to end."""
-        objective = self.objective
+        """Loss per sample, over all batches, of a model trained end to end; computed micro-batch by
+        micro-batch.
+        """
+        objective, size = self.objective, self.sized().micro_batch_size
+        parts = [
+            {name: value[start:stop] for name, value in batch.items()}
+            for batch in batches
+            for start, stop in spans(len(next(iter(batch.values()))), size)
+        ]
         return self.whole(
-            batches,
+            parts,
             objective.enter,
             lambda batch, h, entered: objective.leave(h, entered.cond, entered.kept, batch),
         )
@@ -191,6 +216,11 @@ class _Passing:
     def __iter__(self) -> Iterator[nn.Module]:
         for _, layers in self._frozen.walk(self._blocks):
             yield from layers
+
+
+def spans(count: int, size: int) -> list[tuple[int, int]]:
+    """`count` things in order, `size` at a time: (first, end) of each part."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def initial_noise(shape: Sequence[int], sigma_max: float) -> Tensor:
