@@ -313,7 +313,7 @@ def eval_(
     """Evaluate a run's last commit on its test data."""
     from lowmem.inference.evaluate import evaluate_run
 
-    metrics = evaluate_run(run, data)
+    metrics = evaluate_run(run, data, lambda line: _say(line, sys.stderr))
     if as_json:
         _say_json(metrics)
         return

@@ -17,11 +17,13 @@ from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views, unbin
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.errors import ResumeError
 from lowmem.machine.detect import training_device
+from lowmem.machine.heap import give_back_freed
 from lowmem.models import model_builder
 from lowmem.models.base import BlockModel, BuildModel
 from lowmem.noise import block_of, boundaries, sampler_grid
 from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.evaluation import Evaluation
+from lowmem.planning.footprint import without_headroom
 from lowmem.planning.plan import Plan, evaluation_of, read_plan
 from lowmem.planning.run_data import spec_of
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
@@ -36,7 +38,7 @@ def open_run(run_dir: str | os.PathLike[str], for_drawing: bool = False) -> Froz
     """A run's last commit, opened from its folder alone: neither its data nor the network are used.
 
     `for_drawing`: a causal model needs every block for every token, so blocks that were trained alone stay on
-    the device. A model trained end to end that did not fit there streams for every token too. Raises
+    the device if the budget holds them all. Other models stream for every token. Raises
     ResumeError if the folder holds no run, StoreError if a file is damaged.
     """
     run = RunDir(run_dir)
@@ -52,7 +54,7 @@ class FrozenRun:
     """
 
     def __init__(self, run: RunDir, plan: Plan, build_model: BuildModel, for_drawing: bool = False) -> None:
-        """`for_drawing`: blocks that every draw needs stay on the device."""
+        """`for_drawing`: blocks that every draw needs stay on the device, if the budget holds them."""
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as opened:  # closes what is open if a later step fails
             opened.callback(run.let_go)
@@ -77,9 +79,24 @@ class FrozenRun:
         self.objective = self.model.make_objective(plan.noise)
         self.slices = self.model.block_slices(plan.settings.num_blocks)
         self.layouts, self.shared_layout = layouts_of(self.model, plan.settings)
+        if self.device.type == "cpu":
+            give_back_freed()  # the plan counts on it
         independent = plan.recipe.method == "diffusion_blocks"
-        resident = for_drawing and independent and self.objective.draws_with_all_blocks
+        together = for_drawing and independent and self.objective.draws_with_all_blocks
+        resident = together and self._all_blocks_fit()
         self.stream = open_stream(run, plan, self.model, state.files, resident)
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that the plan's budget leaves for activations."""
+        return without_headroom(self.plan.budget.device_bytes) - self.sized().base_bytes
+
+    def _all_blocks_fit(self) -> bool:
+        """Whether the budget holds all blocks, and one call, where a draw is quicker with all of them."""
+        sizes, copies = self.sized(), COMPUTE_DTYPE[self.plan.settings.precision].itemsize
+        blocks = sum(layout.total_bytes + copies * layout.numel for layout in self.layouts)
+        held = sizes.by_category["weights"] + sizes.by_category["optimizer_state"]
+        return self.room_bytes + held - blocks >= sizes.by_category["activations"]
 
     def __enter__(self) -> FrozenRun:
         return self
@@ -170,6 +187,12 @@ class FrozenRun:
             objective.enter,
             lambda batch, h, entered: objective.leave(h, entered.cond, entered.kept, batch),
         )
+
+    def each_alone(self) -> list[Iterable[nn.Module]]:
+        """The layers of each block, within `on_device` of all blocks."""
+        if self.stream.resident:
+            return [[self.model.layers[i] for i in part] for part in self.slices]
+        return [_Passing(self, [block]) for block in self.blocks]
 
     @contextlib.contextmanager
     def on_device(self, blocks: Sequence[int]) -> Iterator[Iterable[nn.Module]]:

@@ -48,9 +48,19 @@ class Evaluation(Section):
     layer_calls: int  # samples, once for each layer that they pass
     seconds: float | None = None  # None: the profile lacks a rate, or the samples are not known
 
+    @property
+    def is_split(self) -> bool:
+        """Whether the recipe's evaluation batches are cut to stay in the budget."""
+        return self.micro_batch_size < min(self.batch_size, self.num_samples or self.batch_size)
+
+    @property
+    def base_bytes(self) -> int:
+        """Of the peak, what does not depend on the micro-batch."""
+        return self.peak_bytes - self.by_category["activations"]
+
     def line(self) -> str:
         """The prediction as a line for the plan's table."""
-        whole = "" if self.micro_batch_size >= self.batch_size else f" of {self.batch_size}"
+        whole = f" of {self.batch_size}" if self.is_split else ""
         time = "time unknown" if self.seconds is None else f"about {format_seconds(self.seconds)}"
         size = f"micro-batch {self.micro_batch_size}{whole}"
         return f"evaluation  {format_bytes(self.peak_bytes)}, {size}, {time}"
