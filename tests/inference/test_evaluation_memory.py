@@ -64,7 +64,11 @@ def opened(folder: Path, **overrides: Any) -> tuple[Plan, Dataset]:
     build = model_builder(recipe, spec)
 
     def built() -> Any:
-        return build()
+        model = build()
+        for module in model.modules():
+            if getattr(module, "zero", False):  # gates and read-outs that would start at zero
+                module.zero = False
+        return model
 
     plan = make_plan(built, recipe, load_profile("cpu-4gib"), folder, num_test=spec.num_test)
     first_weights(folder, built, plan)
@@ -74,10 +78,6 @@ def opened(folder: Path, **overrides: Any) -> tuple[Plan, Dataset]:
 def cut(folder: Path, data: Dataset, size: int, walk: int, said: list[str] | None = None) -> dict[str, Any]:
     """The figures of the run in `folder` where the plan has cut its evaluation so."""
     with open_run(folder) as frozen, torch.no_grad():
-        torch.manual_seed(0)
-        for parameter in frozen.model.parameters():  # the shared part
-            if not parameter.is_meta and not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.5)
         sizes = frozen.size_for(data.num_test)
         changed = {"micro_batch_size": size, "walk_size": walk}
         frozen._sizes = sizes.model_copy(update=changed)
@@ -103,7 +103,7 @@ def test_the_figures_do_not_depend_on_how_the_evaluation_is_cut(
     """
     _, data = opened(tmp_path, method=method, **MODELS[name])
     whole = numbers(cut(tmp_path, data, 40, 10**6))
-    walked = numbers(cut(tmp_path, data, 8, 16))
+    walked = numbers(cut(tmp_path, data, 4, 8))
     assert len(whole) == len(walked) > 1
     assert walked == pytest.approx(whole, rel=1e-5, abs=1e-5)
 
