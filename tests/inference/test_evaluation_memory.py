@@ -98,7 +98,7 @@ def numbers(tree: Any) -> list[float]:
 def test_the_figures_do_not_depend_on_how_the_evaluation_is_cut(
     tmp_path: Path, name: str, method: str
 ) -> None:
-    """To six digits: a matrix product of fewer rows may add up in another order. The draws are the same to
+    """To five digits: a matrix product of fewer rows may add up in another order. The draws are the same to
     the bit, or the figures would differ in their first digits.
     """
     _, data = opened(tmp_path, method=method, **MODELS[name])
