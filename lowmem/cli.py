@@ -308,7 +308,7 @@ def eval_(
     """Evaluate a run's last commit on its test data."""
     from lowmem.inference.evaluate import evaluate_run
 
-    metrics = evaluate_run(run, data)
+    metrics = evaluate_run(run, data, lambda line: say(line, sys.stderr))
     if as_json:
         say_json(metrics)
         return

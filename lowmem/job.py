@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def _machine(profile: str | os.PathLike[str] | None) -> Profile:
 
 def _plan_on(machine: Profile, recipe: Recipe, folder: Path | None) -> Plan:
     spec = describe_data(recipe.data, recipe.train.seq_len)
-    return make_plan(model_builder(recipe, spec), recipe, machine, folder, spec.host_bytes)
+    return make_plan(model_builder(recipe, spec), recipe, machine, folder, spec.host_bytes, spec.num_test)
 
 
 def largest_models(
@@ -156,13 +157,21 @@ def train_plan(
     trainer = Trainer(model_builder(plan.recipe, spec_of(plan)), plan, folder, listeners, notices)
     state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
     if state.metrics is None:
-        _evaluate(plan, folder, data.unaugmented())
+        _evaluate(plan, folder, data.unaugmented(), listeners)
 
 
-def _evaluate(plan: Plan, folder: Path, data: Dataset) -> RunState:
-    """Commits the finished run's metrics, under the lock: no other process may be writing to the folder."""
+def _evaluate(plan: Plan, folder: Path, data: Dataset, listeners: Sequence[Listener]) -> RunState:
+    """Commits the finished run's metrics, under the lock: no other process may be writing to the folder.
+
+    Listeners are told how far it is (event `evaluating`).
+    """
+
+    def say(line: str) -> None:
+        for listener in listeners:
+            listener({"event": "evaluating", "time": time.time(), "message": line})
+
     with Monitor(plan.profile.unified) as monitor:
-        metrics = evaluate_on(folder, data)
+        metrics = evaluate_on(folder, data, say)
     run = RunDir(folder)
     run.acquire()
     try:

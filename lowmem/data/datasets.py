@@ -34,6 +34,7 @@ class DataSpec:
     seq_len: int | None = None  # tokens
     # Held in memory during training. Texts and folders of images stay on disk and count as 0.
     host_bytes: int = field(default=0, compare=False)
+    num_test: int | None = field(default=None, compare=False)  # samples of the test part, where known
 
 
 class Dataset:

@@ -28,7 +28,7 @@ class DigitsData(ImageSource):
     augment: AugmentConfig = AugmentConfig()
 
     def _open(self) -> ImageSet:
-        return ImageSet((1, 8, 8), 10, _load, _mark, HELD_BYTES)
+        return ImageSet((1, 8, 8), 10, _load, _mark, HELD_BYTES, num_test=NUM_TEST)
 
     def augmentation(self) -> Augment | None:
         return self.augment.made()

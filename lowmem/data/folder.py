@@ -82,6 +82,7 @@ class ImageFolderData(SquareImages):
             lambda: (load("train"), load("test")),
             mark,
             class_names=classes,
+            num_test=counts["test"],
             warnings=left_out.lines(root),
         )
 

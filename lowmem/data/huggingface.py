@@ -112,6 +112,7 @@ class HuggingfaceImages(HuggingfaceSource, SquareImages):
             lambda: (load("train"), load("test")),
             mark,
             class_names=self._names(splits["train"]),
+            num_test=counts["test"],
         )
 
     def _names(self, split: Any) -> list[str] | None:

@@ -72,7 +72,14 @@ class IdxImagesData(PixelImages):
             fingerprint.num_items = sum(counts.values())
 
         held_bytes = sum(math.prod(shape) for shape in shapes.values())
-        return ImageSet(image_shape, num_classes, lambda: (load("train"), load("test")), mark, held_bytes)
+        return ImageSet(
+            image_shape,
+            num_classes,
+            lambda: (load("train"), load("test")),
+            mark,
+            held_bytes,
+            num_test=counts["test"],
+        )
 
     def _find(self, part: str, kind: str) -> Path:
         where = f"data.path: {printable(self.path)}"

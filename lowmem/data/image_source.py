@@ -44,7 +44,12 @@ class ImageSource(DataSection):
 
     def describe(self, seq_len: int | None, tokenizer: Tokenizer | None) -> DataSpec:
         images = self.open()
-        return DataSpec(images.image_shape, images.num_classes, host_bytes=images.host_bytes)
+        return DataSpec(
+            images.image_shape,
+            images.num_classes,
+            host_bytes=images.host_bytes,
+            num_test=images.num_test,
+        )
 
     def load(self, seq_len: int | None, tokenizer: Tokenizer | None, augmented: bool) -> Dataset:
         augment = self.augmentation() if augmented else None

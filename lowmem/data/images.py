@@ -48,6 +48,7 @@ class ImageSet:
     mark: Callable[[Fingerprint], None]
     host_bytes: int = 0  # held in memory once both parts are loaded
     class_names: list[str] | None = None
+    num_test: int | None = None  # of them, in the test part
     warnings: tuple[str, ...] = ()  # what lies there and is not used, a line each
 
 

@@ -69,7 +69,8 @@ class LatentArraysData(DeclaredImages):
                 fingerprint.file(f"{part} labels", where[part])
             fingerprint.num_items = sum(counts.values())
 
-        return ImageSet((channels, height, width), num_classes, lambda: (train, test), mark)
+        shape = channels, height, width
+        return ImageSet(shape, num_classes, lambda: (train, test), mark, num_test=counts["test"])
 
 
 def _map(path: Path) -> Array:

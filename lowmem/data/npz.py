@@ -89,7 +89,12 @@ class NpzImagesData(PixelImages):
             fingerprint.num_items = sum(counts.values())
 
         return ImageSet(
-            (channels, height, width), num_classes, lambda: (load("train"), load("test")), mark, held_bytes
+            (channels, height, width),
+            num_classes,
+            lambda: (load("train"), load("test")),
+            mark,
+            held_bytes,
+            num_test=counts["test"],
         )
 
 

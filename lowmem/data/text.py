@@ -125,8 +125,10 @@ class TextConfig(DataSection):
 
     def describe(self, seq_len: int | None, tokenizer: Tokenizer | None) -> DataSpec:
         length = _required(seq_len)
-        vocab_size = self.declared_vocab_size or self.open(length, tokenizer).vocab_size
-        return DataSpec(vocab_size=vocab_size, seq_len=length)
+        if self.declared_vocab_size:
+            return DataSpec(vocab_size=self.declared_vocab_size, seq_len=length)
+        data = self.open(length, tokenizer)
+        return DataSpec(vocab_size=data.vocab_size, seq_len=length, num_test=data.num_test)
 
     def load(self, seq_len: int | None, tokenizer: Tokenizer | None, augmented: bool) -> TextDataset:
         return self.open(_required(seq_len), tokenizer)

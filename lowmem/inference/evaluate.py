@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,19 +14,22 @@ from lowmem.data.config import TextConfig
 from lowmem.data.datasets import Dataset, DataSpec, describe_data, load_data
 from lowmem.errors import ConfigError
 from lowmem.files import printable
-from lowmem.inference.frozen_run import open_run
+from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.inference.kinds import kind_of
+from lowmem.inference.progress import Say, shown_progress
 from lowmem.planning.plan import Plan
 from lowmem.planning.run_data import own_data, spec_of, tokenizer_of
 from lowmem.recipe import with_data
 
 
-def evaluate_run(run_dir: str | os.PathLike[str], data: Sequence[str] | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run_dir: str | os.PathLike[str], data: Sequence[str] | None = None, say: Say | None = None
+) -> dict[str, Any]:
     """Metrics of a run's last commit on its test data.
 
     They hold `metric`, `value`, `per_block`, `levels`, and for discrete targets `sigma_max_ce`. `data` are
     `key=value` overrides of the recipe's data section, to evaluate on other data; text is read with the run's
-    own tokenizer.
+    own tokenizer. `say` is given a line now and then while a long evaluation runs.
 
     Raises ResumeError if the folder holds no run, StoreError if a file is torn, DataError if the data cannot
     be read, ConfigError if the other data are not of the shape, classes or vocabulary that the run was
@@ -33,13 +37,19 @@ def evaluate_run(run_dir: str | os.PathLike[str], data: Sequence[str] | None = N
     """
     with open_run(run_dir) as frozen, torch.no_grad():
         data_set = _other_data(frozen.plan, data) if data else own_data(frozen.plan)
-        return kind_of(frozen).evaluate(frozen, data_set)
+        return _evaluated(frozen, data_set, say)
 
 
-def evaluate_on(run_dir: str | os.PathLike[str], data: Dataset) -> dict[str, Any]:
+def evaluate_on(run_dir: str | os.PathLike[str], data: Dataset, say: Say | None = None) -> dict[str, Any]:
     """Metrics of a run's last commit on data that are open already."""
     with open_run(run_dir) as frozen, torch.no_grad():
-        return kind_of(frozen).evaluate(frozen, data)
+        return _evaluated(frozen, data, say)
+
+
+def _evaluated(frozen: FrozenRun, data: Dataset, say: Say | None) -> dict[str, Any]:
+    kind = kind_of(frozen)
+    with shown_progress(frozen, data.num_test, say) if say else contextlib.nullcontext():
+        return kind.evaluate(frozen, data)
 
 
 def _other_data(plan: Plan, overrides: Sequence[str]) -> Dataset:

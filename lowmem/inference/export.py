@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from lowmem.blocks.arena import Arena, ArenaLayout, parameter_views
+from lowmem.blocks.arena import SAFETENSORS_DTYPE, Arena, ArenaLayout, parameter_views
 from lowmem.blocks.stream import block_key
 from lowmem.errors import ConfigError
 from lowmem.inference.frozen_run import open_run
@@ -22,9 +22,10 @@ INDEX, RECIPE = "model.safetensors.index.json", "recipe.json"
 def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """Writes the last commit's weights, or their average where one is kept, to a new folder. Returns it.
 
-    Optimizer state is left out. One block is in memory at a time. Names are the model's own:
-    `build_model().load_state_dict` takes all files' tensors together. Raises ResumeError if the folder holds
-    no run, ConfigError if `out` exists or cannot be made.
+    Optimizer state is left out. Blocks that stay on the device in training are all in memory, else one at a
+    time; nothing is copied to be written. Names are the model's own: `build_model().load_state_dict` takes
+    all files' tensors together. Raises ResumeError if the folder holds no run, ConfigError if `out` exists or
+    cannot be made.
     """
     folder, where = Path(out), dict[str, str]()
     with open_run(run_dir) as frozen, torch.no_grad():
@@ -39,8 +40,7 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
         def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
             views = parameter_views(layout, Arena(layout, buffer).result)
             name = f"model-{number:05d}-of-{count:05d}.safetensors"
-            copies = {parameter: view.cpu().clone() for parameter, view in views.items()}
-            save_file(copies, folder / name, metadata={"format": "pt", "part": key})
+            _save(views, folder / name, key)
             where.update(dict.fromkeys(views, name))
 
         for block in frozen.blocks:
@@ -53,6 +53,22 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
         _write(folder / INDEX, index)
         _write(folder / RECIPE, frozen.plan.recipe.to_dict())
     return folder
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path, part: str) -> None:
+    """A safetensors file, written from the tensors themselves: there is room for no second copy."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt", "part": part}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = SAFETENSORS_DTYPE[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.cpu().flatten().view(torch.uint8).numpy().data)
 
 
 def _write(path: Path, content: dict[str, object]) -> None:

@@ -20,17 +20,19 @@ from lowmem.data.tokenizer import NO_FILES
 from lowmem.errors import DataError, ResumeError
 from lowmem.files import printable
 from lowmem.machine.detect import training_device
+from lowmem.machine.heap import give_back_freed
 from lowmem.models import model_builder
 from lowmem.models.base import BlockModel, BuildModel
 from lowmem.noise import block_of, boundaries, sampler_grid
 from lowmem.objectives.base import Batch, Entered, Objective
-from lowmem.planning.plan import Plan, read_plan
+from lowmem.planning.evaluation import Evaluation
+from lowmem.planning.footprint import without_headroom
+from lowmem.planning.plan import Plan, evaluation_of, read_plan
 from lowmem.planning.run_data import spec_of
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
 from lowmem.training.open_run import open_stream
 from lowmem.units import shown
 
-TOGETHER = 8  # batches that wait at one border
 Item = TypeVar("Item")
 ModelT = TypeVar("ModelT", bound=BlockModel)
 ObjectiveT = TypeVar("ObjectiveT", bound=Objective[Any, Any])
@@ -40,7 +42,7 @@ def open_run(run_dir: str | os.PathLike[str], for_drawing: bool = False) -> Froz
     """A run's last commit, opened from its folder alone: neither its data nor the network are used.
 
     `for_drawing`: a causal model needs every block for every token, so blocks that were trained alone stay on
-    the device. A model trained end to end that did not fit there streams for every token too. Raises
+    the device if the budget holds them all. Other models stream for every token. Raises
     ResumeError if the folder holds no run, StoreError if a file is damaged, DataError if it names data of
     this machine and no fingerprint of them.
     """
@@ -71,7 +73,7 @@ class FrozenRun:
     """
 
     def __init__(self, run: RunDir, plan: Plan, build_model: BuildModel, for_drawing: bool = False) -> None:
-        """`for_drawing`: blocks that every draw needs stay on the device."""
+        """`for_drawing`: blocks that every draw needs stay on the device, if the budget holds them."""
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as opened:  # closes what is open if a later step fails
             opened.callback(run.let_go)
@@ -87,7 +89,7 @@ class FrozenRun:
     def _open(
         self, run: RunDir, plan: Plan, build_model: BuildModel, state: RunState, for_drawing: bool
     ) -> None:
-        self.plan = plan
+        self.plan, self._build_model, self._sizes = plan, build_model, plan.predicted.evaluation
         self.device = training_device(plan.profile)
         self.dtype = COMPUTE_DTYPE[plan.settings.precision]
         with torch.device("meta"):
@@ -96,9 +98,24 @@ class FrozenRun:
         self.objective = self.model.make_objective(plan.noise)
         self.slices = self.model.block_slices(plan.settings.num_blocks)
         self.layouts, self.shared_layout = layouts_of(self.model, plan.settings)
+        if self.device.type == "cpu":
+            give_back_freed()  # the plan counts on it
         independent = plan.recipe.method == "diffusion_blocks"
-        resident = for_drawing and independent and self.objective.draws_with_all_blocks
+        together = for_drawing and independent and self.objective.draws_with_all_blocks
+        resident = together and self._all_blocks_fit()
         self.stream = open_stream(run, plan, self.model, state.files, resident)
+
+    @property
+    def room_bytes(self) -> int:
+        """Bytes that the plan's budget leaves for activations."""
+        return without_headroom(self.plan.budget.device_bytes) - self.sized().base_bytes
+
+    def _all_blocks_fit(self) -> bool:
+        """Whether the budget holds all blocks, and one call, where a draw is quicker with all of them."""
+        sizes, copies = self.sized(), COMPUTE_DTYPE[self.plan.settings.precision].itemsize
+        blocks = sum(layout.total_bytes + copies * layout.numel for layout in self.layouts)
+        held = sizes.by_category["weights"] + sizes.by_category["optimizer_state"]
+        return self.room_bytes + held - blocks >= sizes.by_category["activations"]
 
     def __enter__(self) -> FrozenRun:
         return self
@@ -110,6 +127,21 @@ class FrozenRun:
         """The model and its objective, as the kinds that the caller knows them to be."""
         assert isinstance(self.model, model) and isinstance(self.objective, objective)
         return self.model, self.objective
+
+    def size_for(self, num_test: int) -> Evaluation:
+        """How an evaluation on so many test samples is cut to stay in the budget."""
+        sizes = self.sized()
+        config = self.plan.recipe.eval
+        if sizes.num_samples != min(num_test, (config.num_batches or num_test) * config.batch_size):
+            self._sizes = evaluation_of(self.plan, self._build_model, num_test)
+        return self.sized()
+
+    def sized(self) -> Evaluation:
+        """How an evaluation is cut: as it was planned, or as `size_for` has found since."""
+        if self._sizes is None:  # a plan from before evaluations were planned
+            self._sizes = evaluation_of(self.plan, self._build_model, None)
+        assert self._sizes is not None, "what can be opened has an evaluation"
+        return self._sizes
 
     @property
     def blocks(self) -> range:
@@ -142,28 +174,44 @@ class FrozenRun:
         """`leave` of each item's h after all layers of a model trained end to end, joined along the first
         dimension.
 
-        Where blocks stream, several items pass a block before the next one is fetched.
+        Where blocks stream, several items pass a block before the next one is fetched. An item is a
+        micro-batch.
         """
         out: list[Tensor] = []
-        size = 1 if self.stream.resident else TOGETHER
-        for start in range(0, len(items), size):
-            group = items[start : start + size]
+        sizes = self.sized()
+        size = 1 if self.stream.resident else max(sizes.walk_size // sizes.micro_batch_size, 1)
+        for start, stop in spans(len(items), size):
+            group = items[start:stop]
             entered = [enter(item) for item in group]
             passed = [each.h for each in entered]
+            entered = [each._replace(h=each.h.new_empty(0)) for each in entered]
             for _, layers in self.walk(self.blocks):
-                pairs = zip(passed, entered, strict=True)
-                passed = [self.objective.through(layers, h, each.cond, each.kept) for h, each in pairs]
+                for i, each in enumerate(entered):
+                    passed[i] = self.objective.through(layers, passed[i], each.cond, each.kept)
             out += [leave(*each) for each in zip(group, passed, entered, strict=True)]
         return torch.cat(out)
 
     def losses(self, batches: Sequence[Batch]) -> Tensor:
-        """Loss per sample, over all batches, of a model trained end to end."""
-        objective = self.objective
+        """Loss per sample, over all batches, of a model trained end to end; computed micro-batch by
+        micro-batch.
+        """
+        objective, size = self.objective, self.sized().micro_batch_size
+        parts = [
+            {name: value[start:stop] for name, value in batch.items()}
+            for batch in batches
+            for start, stop in spans(len(next(iter(batch.values()))), size)
+        ]
         return self.whole(
-            batches,
+            parts,
             objective.enter,
             lambda batch, h, entered: objective.leave(h, entered.cond, entered.kept, batch),
         )
+
+    def each_alone(self) -> list[Iterable[nn.Module]]:
+        """The layers of each block, within `on_device` of all blocks."""
+        if self.stream.resident:
+            return [[self.model.layers[i] for i in part] for part in self.slices]
+        return [_Passing(self, [block]) for block in self.blocks]
 
     @contextlib.contextmanager
     def on_device(self, blocks: Sequence[int]) -> Iterator[Iterable[nn.Module]]:
@@ -210,6 +258,11 @@ class _Passing:
     def __iter__(self) -> Iterator[nn.Module]:
         for _, layers in self._frozen.walk(self._blocks):
             yield from layers
+
+
+def spans(count: int, size: int) -> list[tuple[int, int]]:
+    """`count` things in order, `size` at a time: (first, end) of each part."""
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def initial_noise(shape: Sequence[int], sigma_max: float) -> Tensor:

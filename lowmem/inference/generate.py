@@ -10,11 +10,12 @@ import torch
 
 from lowmem.data.config import LatentArraysData
 from lowmem.errors import ConfigError, DataError
-from lowmem.inference.frozen_run import FrozenRun, open_run
+from lowmem.inference.frozen_run import FrozenRun, open_run, spans
 from lowmem.inference.kinds import kind_of
-from lowmem.inference.sampling import Draw
+from lowmem.inference.sampling import Draw, rows_at_once
 from lowmem.planning.run_data import tokenizer_of
 from lowmem.reporting.output import check_output, write_output
+from lowmem.schedule import mix_seed
 from lowmem.units import shown
 
 NUM_TEXTS = 4  # where the caller does not say
@@ -76,10 +77,11 @@ def _text(frozen: FrozenRun, path: Path, num: int, seed: int, settings: TextSett
     assert tokenizer is not None and recipe.train.seq_len is not None and draw_tokens is not None
     rows = [tokenizer.encode(settings.prompt)] * num
     prompt = torch.tensor(rows, dtype=torch.long, device=frozen.device).view(num, -1)
-    draw = Draw(settings.temperature, settings.top_p, seed)
-    drawn = draw_tokens(frozen, prompt, settings.num_tokens or recipe.train.seq_len, draw)
-    texts = [
-        f"--- sample {index}, seed {seed}\n{tokenizer.decode(row)}\n"
-        for index, row in enumerate(drawn.tolist())
-    ]
+    wanted, drawn = settings.num_tokens or recipe.train.seq_len, list[list[int]]()
+    for start, stop in spans(num, rows_at_once(frozen, prompt.shape[1] + wanted)):
+        # rows beyond those that fit are a draw of their own
+        own_seed = seed if start == 0 else mix_seed(seed, "rows", start)
+        draw = Draw(settings.temperature, settings.top_p, own_seed)
+        drawn += draw_tokens(frozen, prompt[start:stop], wanted, draw).tolist()
+    texts = [f"--- sample {index}, seed {seed}\n{tokenizer.decode(row)}\n" for index, row in enumerate(drawn)]
     return write_output(path, "".join(texts).encode("utf-8", "replace"), "--out")

@@ -15,18 +15,10 @@ from lowmem.inference.frozen_run import FrozenRun, initial_noise
 from lowmem.models.base import BlockModel
 from lowmem.noise import euler_step
 from lowmem.objectives.images import ImageDenoising
-from lowmem.recipe import EvalConfig
+from lowmem.planning.evaluation import sampling_settings
 from lowmem.reporting.output import write_output
 
-# Where the recipe says auto: EDM's number of steps for small images, and the paper's guidance.
-NUM_STEPS, GUIDANCE = 18, 2.0
 GRID_SIDE, GRID_GAP = 32, 2  # pixels: smaller images are magnified to about that side; between images
-
-
-def sampling_settings(config: EvalConfig) -> tuple[int, float]:
-    """(steps of the chain, guidance)."""
-    num_steps = NUM_STEPS if config.num_steps == "auto" else config.num_steps
-    return num_steps, GUIDANCE if config.guidance == "auto" else config.guidance
 
 
 @torch.no_grad()
@@ -37,12 +29,13 @@ def sample(frozen: FrozenRun, labels: Tensor, num_steps: int, guidance: float, s
     D itself (paper, section 3.3). Guidance: D_none + guidance (D_class - D_none).
     """
     model, objective = frozen.parts(BlockModel, ImageDenoising)
-    sigma_max, size = objective.noise.sigma_max, frozen.plan.recipe.eval.batch_size
+    sigma_max, size = objective.noise.sigma_max, frozen.sized().micro_batch_size
     classes = torch.split(labels.to(frozen.device), size)
     torch.manual_seed(seed)
     image_shape = model.example_batch(1)["image"].shape[1:]
     start = initial_noise((len(labels), *image_shape), sigma_max).to(frozen.device)
     parts = list(torch.split(start, size))
+    del start
     schedule = dict(frozen.schedule(num_steps))
     for block, layers in frozen.walk_owners(list(schedule)):
         for sigma, following in schedule[block]:

@@ -101,7 +101,7 @@ def generate(
     model, objective = frozen.parts(CausalLm, TokenDenoising)
     generator = torch.Generator().manual_seed(mix_seed(draw.seed, "generate"))
     with frozen.on_device(frozen.blocks) as layers:
-        groups: list[Iterable[nn.Module]] = [[model.layers[i] for i in part] for part in frozen.slices]
+        groups = frozen.each_alone()
         sizes = [len(part) for part in frozen.slices]
         if model.whole:
             groups, sizes = [layers], [len(model.layers)]
@@ -121,6 +121,17 @@ def generate(
             fed = tokens.shape[1]
             tokens = torch.cat([tokens, draw.token(logits, generator)], dim=1)
     return tokens[:, 1:] if model.one_stream else tokens
+
+
+def rows_at_once(frozen: FrozenRun, length: int) -> int:
+    """Sequences of `length` tokens that one draw may hold in the plan's budget, at least 1."""
+    model, _ = frozen.model, frozen.objective
+    if not isinstance(model, CausalLm):
+        return frozen.sized().micro_batch_size  # a draw is the call of an evaluation
+    of_layer = 2 * length * model.head.in_features * model.head.weight.element_size()
+    # the caches of all layers, a longer one beside its old one, and the logits with what a draw makes of them
+    row = (len(model.layers) + 1) * of_layer + 8 * 4 * model.vocab_size
+    return max(frozen.room_bytes // row, 1)
 
 
 def _advance(

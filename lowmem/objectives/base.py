@@ -117,6 +117,10 @@ class Objective(ABC, Generic[ModelT, KeptT]):
         h, cond, kept = self.enter(batch)
         return self.leave(self.through(layers, h, cond, kept, recompute), cond, kept, batch)
 
+    def evaluation_call(self, layers: Iterable[nn.Module], batch: Batch) -> object:
+        """The call of an evaluation in blocks that takes most memory, for counting it."""
+        return self.block_loss(layers, batch, self.interval(0, 1))
+
     def counted(self) -> Objective[ModelT, KeptT]:
         """The objective whose passes stand for the average one, for counting memory and operations."""
         return self

@@ -123,13 +123,17 @@ class MaskedDenoising(Objective[MaskedModel, MaskedTokens]):
         return self.enter_interval(batch, Interval(0.0, 1.0))
 
     def enter_interval(self, batch: Batch, interval: Interval) -> Entered:
-        tokens = batch["tokens"]
+        kept = self.drawn(batch["tokens"], interval)
+        return Entered(*self.input(batch["tokens"], kept.mask, kept.t), kept)
+
+    def drawn(self, tokens: Tensor, interval: Interval) -> MaskedTokens:
+        """The levels and masks of tokens [B, L]."""
         size, length = len(tokens), interval.high - interval.low
         shift = torch.rand(1, device=tokens.device)
         t = interval.low + length * ((shift + torch.arange(size, device=tokens.device) / size) % 1)
         t = t.clamp(min=T_MIN)
         mask = torch.rand(tokens.shape, device=tokens.device) < self.masked_share(t)[:, None]
-        return Entered(*self.input(tokens, mask, t), MaskedTokens(mask, t, length))
+        return MaskedTokens(mask, t, length)
 
     def leave(self, h: Tensor, cond: Tensor, kept: MaskedTokens, batch: Batch) -> Tensor:
         loss = self.head_losses(self.model.output_part(h, cond), batch["tokens"])

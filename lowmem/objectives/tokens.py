@@ -132,6 +132,24 @@ class TokenDenoising(Objective[TokenModel, Kept]):
             denoised.append(logits.softmax(-1) @ table)
         return torch.cat(losses).view(tokens.shape), torch.cat(denoised).view_as(z)
 
+    @torch.no_grad()
+    def scored(
+        self, layers: Iterable[nn.Module], batch: Batch, tokens: Tensor, z: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy of `tokens` [B, L] and the cosine of D with their embeddings, means over a sequence
+        [B], and D [B, L, D].
+
+        `batch` is the clean context, z [B, L, D] is at levels sigma [B, L].
+        """
+        losses, denoised = self.predictions(self.features(layers, batch, z, sigma), tokens, z, sigma)
+        true = F.embedding(tokens, self.model.target_table())
+        return losses.mean(1), F.cosine_similarity(denoised, true, dim=-1).mean(1), denoised
+
+    def evaluation_call(self, layers: Iterable[nn.Module], batch: Batch) -> object:
+        tokens = batch["tokens"]
+        z = torch.randn(*tokens.shape, self.model.target_table().shape[1], device=tokens.device)
+        return self.scored(layers, batch, tokens, z, torch.ones(tokens.shape, device=tokens.device))
+
     def _chunked(self, features: Tensor, tokens: Tensor, z: Tensor | None, sigma: Tensor | None) -> Tensor:
         """Cross-entropy of each token, [B, L].
 

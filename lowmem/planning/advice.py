@@ -141,6 +141,15 @@ def advice_for(shortage: Shortage) -> str:
             "Free space, or give another --run-dir."
         )
     predicted, settings, profile = shortage.predicted, shortage.settings, shortage.profile
+    evaluation = predicted.evaluation
+    if evaluation and evaluation.peak_bytes > predicted.device_peak_bytes:
+        need, allowed = evaluation.peak_bytes, shortage.budget.device_bytes
+        return (
+            f"plan: the evaluation needs {format_bytes(need)} on the device, and "
+            f"{format_bytes(with_headroom(need) - need)} of headroom, with one sample at a time; "
+            f"profile {profile.name} allows {format_bytes(allowed)}. Try a lower eval.num_samples "
+            "or eval.num_batches."
+        )
     if shortage.pool == "device":
         need, allowed = predicted.device_peak_bytes, shortage.budget.device_bytes
         memory_gib, reserve_gib = profile.device.memory_gib, profile.device.reserve_gib

@@ -18,6 +18,7 @@ from lowmem.machine.floor import measured_floor_bytes
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
 from lowmem.planning.duration import Duration, Work, has_rates
+from lowmem.planning.evaluation import Evaluation
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.run_time import predict_time
 from lowmem.planning.settings import COMPUTE_DTYPE, Setup, file_bytes
@@ -43,9 +44,9 @@ class Budget(Section):
 
 
 class Predicted(Section):
-    """Peaks in bytes.
+    """Peaks in bytes: of training, and of the evaluation at its end.
 
-    `by_category` adds up to the device's peak; on unified memory that is also the host's peak.
+    `by_category` adds up to the device's peak in training; on unified memory that is also the host's peak.
     """
 
     device_peak_bytes: int
@@ -56,14 +57,21 @@ class Predicted(Section):
     block_peak_bytes: list[int]  # the device's peak while each block is visited
     traffic: StreamedTraffic | None = None  # None: the model does not stream within a step
     time: Duration | None = None  # None: the profile lacks a rate
+    evaluation: Evaluation | None = None  # None: not planned, as where training does not fit
+
+    @property
+    def run_peak_bytes(self) -> int:
+        """The device's peak in training or in the evaluation, whichever is higher."""
+        return max(self.device_peak_bytes, self.evaluation.peak_bytes if self.evaluation else 0)
 
     @property
     def device_needed_bytes(self) -> int:
-        return with_headroom(self.device_peak_bytes)
+        return with_headroom(self.run_peak_bytes)
 
     @property
     def host_needed_bytes(self) -> int:
-        return with_headroom(self.host_peak_bytes)
+        unified = self.host_by_category == self.by_category
+        return with_headroom(self.run_peak_bytes if unified else self.host_peak_bytes)
 
     def fits(self, budget: Budget) -> bool:
         """Whether the budget holds the peaks with headroom, and the files."""
@@ -80,6 +88,11 @@ def with_headroom(peak_bytes: int) -> int:
     The headroom is how far predictions were off when they were measured (`scripts/calibrate`).
     """
     return peak_bytes + max(round(HEADROOM_SHARE * peak_bytes), HEADROOM_BYTES)
+
+
+def without_headroom(budget_bytes: int) -> int:
+    """The highest predicted peak that a budget allows."""
+    return min(int(budget_bytes / (1 + HEADROOM_SHARE)), budget_bytes - HEADROOM_BYTES)
 
 
 def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_bytes: int = 0) -> Predicted:

@@ -139,6 +139,26 @@ class PassCounter:
         count = partial(self._count_streamed, layers, settings, *ends)
         return self._remembered(("streamed", ends), layers, settings, count)
 
+    @property
+    def objective(self) -> Objective[Any, Any]:
+        """The objective whose passes are counted."""
+        return self._objective
+
+    def evaluated(self, layers: range, settings: Settings, size: int) -> Pass:
+        """The largest call of an evaluation, on `size` samples."""
+        sized = settings.model_copy(update={"micro_batch_size": size, "during_backward": False})
+        return self._remembered(("evaluated",), layers, sized, lambda: self._count_evaluated(layers, sized))
+
+    @torch.no_grad()
+    def _count_evaluated(self, layers: range, settings: Settings) -> Pass:
+        with self._bound(layers, settings) as weights:
+            batch = self._model.example_batch(settings.micro_batch_size)
+            with LiveBytes(*weights, *batch.values(), in_heap=self._in_heap) as bytes_:
+                block = [self._model.layers[i] for i in layers]
+                whole = self._recipe.method == "end_to_end"
+                (self._objective.end_to_end_loss if whole else self._objective.evaluation_call)(block, batch)
+        return Pass(bytes_.peak, bytes_.work, Work())
+
     def _remembered(
         self, kind: tuple[object, ...], layers: range, settings: Settings, count: Callable[[], Pass]
     ) -> Pass:

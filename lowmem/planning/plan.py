@@ -20,11 +20,12 @@ from lowmem.data.identity import DataIdentity
 from lowmem.errors import BudgetError, ResumeError, StoreError
 from lowmem.machine.child import in_child
 from lowmem.machine.profile import Profile
-from lowmem.models.base import BuildModel, check_model
+from lowmem.models.base import BlockModel, BuildModel, check_model
 from lowmem.planning.advice import Shortage, advice_for
 from lowmem.planning.candidates import candidates_of, choices_of, settled
 from lowmem.planning.duration import Duration
-from lowmem.planning.footprint import Budget, Predicted, predict
+from lowmem.planning.evaluation import Evaluation, plan_evaluation
+from lowmem.planning.footprint import Budget, Predicted, predict, without_headroom
 from lowmem.planning.passes import PassCounter
 from lowmem.planning.settings import Settings, is_resident, setup_of
 from lowmem.planning.traffic import traffic_lines
@@ -90,7 +91,7 @@ class Plan(Section):
 
     def _notes(self) -> list[str]:
         budget, predicted, profile = self.budget, self.predicted, self.profile
-        headroom = format_bytes(predicted.device_needed_bytes - predicted.device_peak_bytes)
+        headroom = format_bytes(predicted.device_needed_bytes - predicted.run_peak_bytes)
         same = "   (the same memory as the device)" if profile.unified else ""
         no_time = (
             f"time: unknown, profile {profile.name} lacks device.peak_tflops or memory_gib_per_s: "
@@ -104,6 +105,7 @@ class Plan(Section):
             f"settings: {_settings_text(self.settings)}",
             *(traffic_lines(predicted.traffic) if predicted.traffic else []),
             *(predicted.time.lines() if predicted.time else [no_time]),
+            *([predicted.evaluation.line()] if predicted.evaluation else []),
             *(f"chosen: {choice}" for choice in self.choices if self.fits),
             f"{'fits' if self.fits else 'DOES NOT FIT'} with {headroom} of headroom, "
             "for what a prediction may be off by",
@@ -142,20 +144,31 @@ def _bar(used: int, allowed: int | None) -> str:
 
 
 def make_plan(
-    build_model: BuildModel, recipe: Recipe, profile: Profile, folder: Path | None = None, data_bytes: int = 0
+    build_model: BuildModel,
+    recipe: Recipe,
+    profile: Profile,
+    folder: Path | None = None,
+    data_bytes: int = 0,
+    num_test: int | None = None,
 ) -> Plan:
     """The plan of a recipe on a machine: the first candidate that fits, or, with `fits` false, the smallest.
 
     The best candidates have the fewest blocks, then the fastest tier, no recompute, the largest micro-batch.
     `folder`: where the run will be, whose free space is the disk's budget; None: unknown. `data_bytes`: what
-    the data hold in host memory. The model is built on the meta device, so nothing is allocated. Raises
-    ConfigError for a model or settings that cannot be trained.
+    the data hold in host memory; `num_test`: samples of their test part, if known. The model is built on
+    the meta device, so nothing is allocated. Raises ConfigError for a model or settings that cannot be
+    trained.
     """
-    return in_child(lambda: _made_plan(build_model, recipe, profile, folder, data_bytes))
+    return in_child(lambda: _made_plan(build_model, recipe, profile, folder, data_bytes, num_test))
 
 
 def _made_plan(
-    build_model: BuildModel, recipe: Recipe, profile: Profile, folder: Path | None, data_bytes: int
+    build_model: BuildModel,
+    recipe: Recipe,
+    profile: Profile,
+    folder: Path | None,
+    data_bytes: int,
+    num_test: int | None,
 ) -> Plan:
     with torch.device("meta"):
         model = build_model()
@@ -180,7 +193,33 @@ def _made_plan(
         )
 
     plan = _first_that_fits(candidates_of(recipe, profile, len(model.layers)), planned)
-    return _with_more_staying(plan, len(model.units()), planned)
+    plan = _with_more_staying(plan, len(model.units()), planned)
+    if not plan.fits:
+        return plan
+    evaluation = _evaluation_of(plan, model, counter, num_test)
+    predicted = plan.predicted.model_copy(update={"evaluation": evaluation})
+    return plan.model_copy(update={"predicted": predicted})
+
+
+def evaluation_of(plan: Plan, build_model: BuildModel, num_test: int | None) -> Evaluation | None:
+    """The evaluation of a plan, cut for so many test samples; None for an objective that has none."""
+    return in_child(lambda: _counted_evaluation(plan, build_model, num_test))
+
+
+def _counted_evaluation(plan: Plan, build_model: BuildModel, num_test: int | None) -> Evaluation | None:
+    with torch.device("meta"):
+        model = build_model()
+        objective = model.make_objective(plan.noise)
+    counter = PassCounter(model, objective, plan.recipe, in_heap=plan.profile.device.type == "cpu")
+    return _evaluation_of(plan, model, counter, num_test)
+
+
+def _evaluation_of(
+    plan: Plan, model: BlockModel, counter: PassCounter, num_test: int | None
+) -> Evaluation | None:
+    setup = setup_of(model, plan.recipe, plan.profile, plan.settings)
+    allowed = without_headroom(plan.budget.device_bytes)
+    return plan_evaluation(model, setup, counter, plan.predicted.by_category, allowed, num_test)
 
 
 def _budget(profile: Profile, folder: Path | None) -> Budget:

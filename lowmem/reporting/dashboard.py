@@ -59,7 +59,7 @@ class RunView:
         self.peak_bytes = 0  # on the device, at the end of a step
         self.disk_bytes = 0
         self.waited_s, self.computed_s = 0.0, 0.0
-        self.warning, self.advice, self.note = "", "", ""
+        self.warning, self.advice, self.note, self.evaluation = "", "", "", ""
         self._moments: deque[float] = deque(maxlen=RATE_STEPS)  # when the latest steps ended
 
     def feed(self, record: dict[str, Any]) -> None:
@@ -84,6 +84,8 @@ class RunView:
             self.computed_s = record["compute_s"]
         elif event == "warning":
             self.warning = record["message"]
+        elif event == "evaluating":
+            self.evaluation = record["message"]
         elif event == "commit":
             self.visits_done = record["visits_done"]
             self.disk_bytes = record.get("disk_bytes", 0)
@@ -107,6 +109,8 @@ class RunView:
         if self.computed_s:
             share = self.waited_s / self.computed_s
             lines.append(f"  waiting   {format_seconds(self.waited_s)} for blocks, {share:.1%} of compute")
+        if self.evaluation:
+            lines.append(f"  {self.evaluation}")
         if self.advice:
             lines += textwrap.wrap(
                 f"advice: {self.advice}", width, initial_indent="  ", subsequent_indent=" " * 10
@@ -191,6 +195,8 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
         due = time.monotonic() - printed > HEARTBEAT_S
         if record["event"] == "warning":
             print(f"warning: {shown(record['message'])}", file=sys.stderr, flush=True)
+        if record["event"] == "evaluating":
+            print(shown(record["message"]), file=sys.stderr, flush=True)
         if record["event"] == "trained" or (due and record["event"] in ("step", "visited")):
             printed = time.monotonic()
             print(view().summary(), file=sys.stderr, flush=True)

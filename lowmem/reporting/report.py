@@ -256,7 +256,11 @@ class Report:
             rows.append(("advice", content["stream"]["advice"]))
         evaluation = content["measured"]["evaluation_peak_bytes"]
         if evaluation:
-            rows.append(("evaluation", f" peak {format_bytes(evaluation)} on the device, after training"))
+            said = content["predicted"].get("evaluation")
+            by_plan = f" ({format_bytes(said['peak_bytes'])} by the plan)" if said else ""
+            rows.append(
+                ("evaluation", f" peak {format_bytes(evaluation)} on the device, after training{by_plan}")
+            )
         if content["metrics"]:
             rows.append(("result", _result_text(content["metrics"])))
         return [*rows, ("digest", content["digest"] or "-")]

@@ -203,7 +203,7 @@ def test_a_plan_fits_only_with_room_for_what_its_prediction_may_be_off_by() -> N
         load_profile("cpu-4gib"),
     )
     needed = plan.predicted.device_needed_bytes
-    assert needed - plan.predicted.device_peak_bytes == 32 * MIB
+    assert needed - plan.predicted.run_peak_bytes == 32 * MIB
     assert with_headroom(100 * 1024 * MIB) == 102 * 1024 * MIB
     for allowed, fits in ((needed, True), (needed - 1, False)):
         assert (

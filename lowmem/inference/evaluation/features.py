@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem.data.datasets import Dataset
+from lowmem.planning.evaluation import FEATURE_IMAGES
 from lowmem.schedule import mix_seed
 
 FEATURES = 64  # dimension of the space in which the Fréchet distance is taken
-FEATURE_IMAGES, FEATURE_STEPS, FEATURE_BATCH = 6000, 700, 64  # the feature network's training
+FEATURE_STEPS, FEATURE_BATCH = 700, 64  # the feature network's training
+AT_ONCE = 100  # images of which the network's activations exist at once
 REMEMBERED = 4  # feature networks of a process: a run needs one, a comparison a few
 
 
@@ -86,7 +88,7 @@ def training_images(data: Dataset, seed: int) -> tuple[Tensor, Tensor]:
 
 def features_of(network: FeatureNetwork, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
     """Features [N, 64], and the share of images that the network puts in the class of `labels`."""
-    features = torch.cat([network(part) for part in torch.split(images, 1000)])
+    features = torch.cat([network(part) for part in torch.split(images, AT_ONCE)])
     return features, float((network.head(features).argmax(-1) == labels).float().mean())
 
 

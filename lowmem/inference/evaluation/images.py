@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.data.datasets import Dataset
-from lowmem.inference.evaluation.common import test_batches
+from lowmem.inference.evaluation.common import parts_of, test_batches
 from lowmem.inference.evaluation.features import feature_network, features_of, frechet, training_images
 from lowmem.inference.frozen_run import FrozenRun
-from lowmem.inference.image_samples import sample, sampling_settings
+from lowmem.inference.image_samples import sample
 from lowmem.models.base import BlockModel
 from lowmem.noise import block_of, boundaries, sample_sigma, sigma_at
 from lowmem.objectives.base import Batch
 from lowmem.objectives.images import ImageDenoising
+from lowmem.planning.evaluation import sampling_settings
 from lowmem.schedule import mix_seed
 
 
@@ -30,15 +31,17 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     seed, config = mix_seed(recipe.train.seed, "evaluate"), recipe.eval
     num_steps, guidance = sampling_settings(config)
     network = feature_network(data)
+    real_features, _ = features_of(network, *training_images(data, 0))
+    frozen.size_for(data.num_test)
     tests = list(data.test_batches(config.batch_size))
     test, test_labels = (
         torch.from_numpy(np.concatenate([batch[name] for batch in tests])) for name in ("image", "label")
     )
     # classes in the shares that the test part has
     labels = test_labels[torch.arange(config.num_samples) % len(test_labels)]
-    made = sample(frozen, labels, num_steps, guidance, seed)
-    real_features, _ = features_of(network, *training_images(data, 0))
     test_features, test_right = features_of(network, test, test_labels)
+    del tests, test
+    made = sample(frozen, labels, num_steps, guidance, seed)
     made_features, made_right = features_of(network, made, labels)
     return {
         "metric": "frechet",
@@ -90,7 +93,9 @@ def _loss(
     losses = []
     for batch, sigma in zip(batches, sigmas, strict=True):
         y = objective.target(batch["image"])
-        losses.append(
-            objective.loss(objective.denoised(layers, batch, objective.noised(y, sigma), sigma), y, sigma)
-        )
+        z = objective.noised(y, sigma)  # drawn for the whole batch
+        for part in parts_of(frozen, batch):
+            rows = slice(part.start, part.stop)
+            denoised = objective.denoised(layers, part.batch, z[rows], sigma[rows])
+            losses.append(objective.loss(denoised, y[rows], sigma[rows]))
     return float(torch.cat(losses).mean())

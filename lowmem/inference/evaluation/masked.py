@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.data.datasets import Dataset
-from lowmem.inference.evaluation.common import test_batches
+from lowmem.inference.evaluation.common import parts_of, test_batches
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.models.base import BlockModel
+from lowmem.noise import Interval
 from lowmem.objectives.base import Batch
 from lowmem.objectives.masked import MaskedDenoising
+from lowmem.planning.evaluation import NUM_DRAWS
 from lowmem.schedule import mix_seed
 
-NUM_DRAWS = 4  # of t and masks, for each test window and block
 LOWEST_SHARE = 0.02  # of tokens masked, at the lowest of the levels reported
 
 
@@ -37,7 +38,7 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
         draws = []  # of the NELBO: a row for each draw, a column for each window
         for draw in range(NUM_DRAWS):
             torch.manual_seed(mix_seed("evaluate", block, draw))
-            draws.append(torch.cat([objective.block_loss(layers, batch, interval) for batch in batches]))
+            draws.append(torch.cat([_interval_loss(frozen, layers, batch, interval) for batch in batches]))
         part = torch.stack(draws).mean(0) / math.log(2)
         total = total + part
         bits = float(part.mean())
@@ -61,6 +62,28 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     }
 
 
+def _interval_loss(
+    frozen: FrozenRun, layers: Iterable[nn.Module], batch: Batch, interval: Interval
+) -> Tensor:
+    """[B]: `block_loss` without its gradients: drawn for the whole batch, computed part by part."""
+    _, objective = frozen.parts(BlockModel, MaskedDenoising)
+    kept = objective.drawn(batch["tokens"], interval)
+    losses = _losses(frozen, layers, batch["tokens"], kept.mask, kept.t, batch)
+    return kept.length * objective.weighted_mean(losses, kept.mask, kept.t)
+
+
+def _losses(
+    frozen: FrozenRun, layers: Iterable[nn.Module], context: Tensor, mask: Tensor, t: Tensor, batch: Batch
+) -> Tensor:
+    """Cross-entropy of each token [B, L] from the unmasked ones of `context` [B, L], part by part."""
+    _, objective = frozen.parts(BlockModel, MaskedDenoising)
+    found = []
+    for part in parts_of(frozen, batch):
+        rows = slice(part.start, part.stop)
+        found.append(objective.losses(layers, context[rows], mask[rows], t[rows], part.batch["tokens"]))
+    return torch.cat(found)
+
+
 def _alphas(block: int, num_blocks: int) -> list[float]:
     """The levels that a block is looked at: the middle of its interval, and both ends of the whole range."""
     top, bottom = [0.0] if block == 0 else [], [1 - LOWEST_SHARE] if block == num_blocks - 1 else []
@@ -79,7 +102,7 @@ def _cross_entropy(
         levels = torch.full((len(tokens),), t, device=tokens.device)
         mask = torch.rand(tokens.shape, device=tokens.device) < objective.masked_share(levels)[:, None]
         for place, context in enumerate((tokens, tokens.roll(1, 0))):
-            losses = objective.losses(layers, context, mask, levels, tokens)
+            losses = _losses(frozen, layers, context, mask, levels, batch)
             sums[place] += float((losses * mask).sum())
         count += float(mask.sum())
     return sums[0] / max(count, 1), sums[1] / max(count, 1)

@@ -9,72 +9,160 @@ top-p.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem.data.datasets import Dataset
-from lowmem.inference.evaluation.common import headline, test_batches
-from lowmem.inference.frozen_run import FrozenRun, initial_noise
+from lowmem.inference.evaluation.common import Draws, Part, Walks, headline, test_batches
+from lowmem.inference.frozen_run import FrozenRun
 from lowmem.models.base import BlockModel
 from lowmem.noise import euler_step, sigma_at
-from lowmem.objectives.base import Batch, mean_cosine
+from lowmem.objectives.base import mean_cosine
 from lowmem.objectives.tokens import HEALTH_ROWS, TokenDenoising
 from lowmem.recipe import NoiseConfig
 from lowmem.schedule import mix_seed
 
+Figures = defaultdict[tuple[str, int, str], list[Tensor]]  # (what, which, figure) -> a value per sequence
+
 
 def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
-    batches, recipe = test_batches(frozen, data), frozen.plan.recipe
+    recipe = frozen.plan.recipe
     if recipe.method == "end_to_end":
-        return {**headline(frozen.losses(batches)), "per_block": []}
+        return {**headline(frozen.losses(test_batches(frozen, data))), "per_block": []}
     num_steps = len(frozen.blocks) if recipe.eval.num_steps == "auto" else recipe.eval.num_steps
-    return evaluate_blocks(frozen, batches, num_steps)
+    return evaluate_blocks(frozen, data, num_steps)
 
 
-def evaluate_blocks(frozen: FrozenRun, batches: list[Batch], num_steps: int) -> dict[str, Any]:
-    """All figures of a model in blocks, in one pass over the blocks; the chain takes `num_steps` steps."""
+def evaluate_blocks(frozen: FrozenRun, data: Dataset, num_steps: int) -> dict[str, Any]:
+    """All figures of a model in blocks; the chain takes `num_steps` steps."""
     _, objective = frozen.parts(BlockModel, TokenDenoising)
-    noise, num_blocks = objective.noise, len(frozen.blocks)
-    schedule, table = dict(frozen.schedule(num_steps)), objective.model.target_table()
-    torch.manual_seed(mix_seed(frozen.plan.recipe.train.seed, "evaluate"))
-    shapes = [(*batch["tokens"].shape, table.shape[1]) for batch in batches]
-    top_noise = [initial_noise(shape, noise.sigma_max).to(frozen.device) for shape in shapes]
-    top_levels = [_full(batch, noise.sigma_max) for batch in batches]
-    mean_features, chain = [torch.zeros_like(z) for z in top_noise], _Chain(frozen, batches, top_noise)
-    per_block, levels = [], []
-    for block, layers in frozen.walk(frozen.blocks):
-        # a plain predictor from pure noise
-        alone = []
-        for total, batch, z, level in zip(mean_features, batches, top_noise, top_levels, strict=True):
-            features = objective.features(layers, batch, z, level)
-            alone.append(objective.predictions(features, batch["tokens"], z, level)[0].mean(1))
-            total += features / num_blocks
-        per_block.append({"block": block, "sigma_max_ce": float(torch.cat(alone).mean())})
-        # the paper's sampler, given the true clean context: this block's share of the way down
-        for sigma, following in schedule.get(block, []):
-            chain.step(block, layers, sigma, following)
-        for sigma in _levels(block, num_blocks, noise):
-            levels.append({"sigma": sigma, "block": block, **_oracle(frozen, layers, batches, sigma)})
-    # The head is linear: the mean of the blocks' features gives the mean of their logits, and that is the
-    # mean of their log-probabilities once renormalised.
-    joint = [
-        objective.predictions(features.to(frozen.dtype), batch["tokens"], z, level)[0].mean(1)
-        for features, batch, z, level in zip(mean_features, batches, top_noise, top_levels, strict=True)
-    ]
-    figures = headline(torch.cat(joint))
+    walks = _Walks(frozen, data, num_steps)
+    for number, parts in enumerate(walks.groups):
+        walks.walk(number, parts)
+    figures = {name: float(torch.cat(values).mean()) for name, values in walks.figures.items()}
+
+    def row(what: str, which: int, names: dict[str, str]) -> dict[str, float]:
+        return {name: figures[what, which, figure] for name, figure in names.items()}
+
+    joint = headline(torch.cat(walks.figures["joint", 0, "ce"]))
+    of_level = {"ce": "ce", "ce_shuffled": "ce_shuffled", "cosine": "cosine"}
+    of_call = {**of_level, "oracle_ce": "oracle_ce", "oracle_cosine": "oracle_cosine"}
     return {
-        **figures,
-        "sigma_max_ce": figures["value"],
-        "per_block": per_block,
-        "levels": levels,
+        **joint,
+        "sigma_max_ce": joint["value"],
+        "per_block": [
+            {"block": block, "sigma_max_ce": figures["alone", block, "ce"]} for block in frozen.blocks
+        ],
+        "levels": [
+            {"sigma": sigma, "block": block, **row("level", i, of_level)}
+            for i, (block, sigma) in enumerate(walks.levels)
+        ],
         "num_steps": num_steps,
-        "chain": chain.calls,
-        "table_cosine": mean_cosine(table[:HEALTH_ROWS]),
+        "chain": [
+            {"sigma": sigma, "block": block, **row("chain", i, of_call)}
+            for i, (block, sigma, _) in enumerate(walks.calls)
+        ],
+        "table_cosine": mean_cosine(objective.model.target_table()[:HEALTH_ROWS]),
     }
+
+
+class _Walks:
+    """Groups of the test part pass the blocks; every group leaves its figures of each sequence."""
+
+    def __init__(self, frozen: FrozenRun, data: Dataset, num_steps: int) -> None:
+        _, self._objective = frozen.parts(BlockModel, TokenDenoising)
+        self._frozen, self._noise, num_blocks = frozen, self._objective.noise, len(frozen.blocks)
+        self.groups, self.figures = Walks(frozen, data), Figures(list)
+        self.calls = [(b, *call) for b, calls in frozen.schedule(num_steps) for call in calls]
+        self.levels = [(b, sigma) for b in frozen.blocks for sigma in _levels(b, num_blocks, self._noise)]
+        row = frozen.plan.recipe.train.seq_len or 1, self._objective.target_shape()[1]
+        seed = mix_seed(frozen.plan.recipe.train.seed, "evaluate")
+        num_sites = 1 + len(self.calls) + len(self.levels)
+        self._draws = Draws(seed, row, self.groups.sizes, num_sites)
+
+    def walk(self, group: int, parts: list[Part]) -> None:
+        objective, device, sigma_max = self._objective, self._frozen.device, self._noise.sigma_max
+        self._draws.go_to(group, 0)
+        scale = math.sqrt(1 + sigma_max**2)
+        top = [(self._draws.rows(len(part)) * scale).to(device) for part in parts]
+        z, mean_features, site = list(top), [torch.zeros_like(each) for each in top], 0
+        for block, layers in self._frozen.walk(self._frozen.blocks):
+            # a plain predictor from pure noise
+            for part, noise, total in zip(parts, top, mean_features, strict=True):
+                features = objective.features(layers, part.batch, noise, _full(part, sigma_max))
+                self._predicted("alone", block, part, features, noise)
+                total += features / len(self._frozen.blocks)
+            # the paper's sampler, given the true clean context: this block's share of the way down
+            for i, (owner, sigma, following) in enumerate(self.calls):
+                if owner == block:
+                    self._draws.go_to(group, site := site + 1)
+                    for place, part in enumerate(parts):
+                        z[place] = self._chain(i, layers, part, z[place], sigma, following)
+            for i, (owner, sigma) in enumerate(self.levels):
+                if owner == block:
+                    self._draws.go_to(group, site := site + 1)
+                    for part in parts:
+                        self._oracle(i, layers, part, sigma)
+        # The head is linear: the mean of the blocks' features gives the mean of their logits, and that is the
+        # mean of their log-probabilities once renormalised.
+        for part, noise, total in zip(parts, top, mean_features, strict=True):
+            self._predicted("joint", 0, part, total.to(self._frozen.dtype), noise)
+
+    def _predicted(self, what: str, which: int, part: Part, features: Tensor, z: Tensor) -> None:
+        """Cross-entropy at sigma_max from features [B, L, D]."""
+        level = _full(part, self._noise.sigma_max)
+        losses = self._objective.predictions(features, part.batch["tokens"], z, level)[0]
+        self.figures[what, which, "ce"].append(losses.mean(1))
+
+    def _chain(
+        self,
+        which: int,
+        layers: Iterable[nn.Module],
+        part: Part,
+        z: Tensor,
+        sigma: float,
+        following: float | None,
+    ) -> Tensor:
+        """A call on the chain's own z, beside one on the oracle's z at the same level. Returns the next z."""
+        true = self._call(layers, part, self._true_z(part, sigma), sigma)[:2]
+        shuffled = self._call(layers, part, z, sigma, shuffle=True)[0]
+        ce, cosine, denoised = self._call(layers, part, z, sigma)
+        found = {"ce": ce, "ce_shuffled": shuffled, "cosine": cosine}
+        self._keep("chain", which, {**found, "oracle_ce": true[0], "oracle_cosine": true[1]})
+        return z if following is None else euler_step(z, denoised, sigma, following)
+
+    def _oracle(self, which: int, layers: Iterable[nn.Module], part: Part, sigma: float) -> None:
+        """On z made from the true tokens: with the true clean context, and with another sequence's."""
+        z = self._true_z(part, sigma)
+        ce, cosine = self._call(layers, part, z, sigma)[:2]
+        shuffled = self._call(layers, part, z, sigma, shuffle=True)[0]
+        self._keep("level", which, {"ce": ce, "ce_shuffled": shuffled, "cosine": cosine})
+
+    def _call(
+        self, layers: Iterable[nn.Module], part: Part, z: Tensor, sigma: float, shuffle: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`shuffle`: every sequence is given another one's clean context."""
+        context = part.shuffled("tokens") if shuffle else part.batch
+        return self._objective.scored(layers, context, part.batch["tokens"], z, _full(part, sigma))
+
+    def _true_z(self, part: Part, sigma: float) -> Tensor:
+        clean = F.embedding(part.batch["tokens"], self._objective.model.target_table())
+        return clean + sigma * self._draws.rows(len(part)).to(clean.device)
+
+    def _keep(self, what: str, which: int, found: dict[str, Tensor]) -> None:
+        for name, value in found.items():
+            self.figures[what, which, name].append(value)
+
+
+def _full(part: Part, sigma: float) -> Tensor:
+    tokens = part.batch["tokens"]
+    return torch.full(tokens.shape, sigma, device=tokens.device)
 
 
 def _levels(block: int, num_blocks: int, noise: NoiseConfig) -> list[float]:
@@ -84,74 +172,3 @@ def _levels(block: int, num_blocks: int, noise: NoiseConfig) -> list[float]:
     top = [noise.sigma_max] if block == 0 else []
     bottom = [noise.sigma_min] if block == num_blocks - 1 else []
     return [*top, sigma_at(1 - (block + 0.5) / num_blocks, noise), *bottom]
-
-
-class _Chain:
-    """The paper's sampler on its own z, with the figures of each call beside the oracle's z at the same
-    level.
-    """
-
-    def __init__(self, frozen: FrozenRun, batches: list[Batch], top_noise: list[Tensor]) -> None:
-        self._frozen, self._batches, self._z = frozen, batches, top_noise
-        self.calls: list[dict[str, float]] = []
-
-    def step(self, block: int, layers: Iterable[nn.Module], sigma: float, following: float | None) -> None:
-        frozen, batches = self._frozen, self._batches
-        own, shuffled = (_call(frozen, layers, batches, self._z, sigma, shuffle) for shuffle in (False, True))
-        oracle = _call(frozen, layers, batches, _true_z(frozen, batches, sigma), sigma)
-        figures = {"ce": own.ce, "ce_shuffled": shuffled.ce, "cosine": own.cosine}
-        figures |= {"oracle_ce": oracle.ce, "oracle_cosine": oracle.cosine}
-        self.calls.append({"sigma": sigma, "block": block, **figures})
-        if following is not None:
-            pairs = zip(self._z, own.denoised, strict=True)
-            self._z = [euler_step(z, denoised, sigma, following) for z, denoised in pairs]
-
-
-class _Call(NamedTuple):
-    """One call of a block on all test batches."""
-
-    ce: float
-    cosine: float  # of the denoised estimate with the true token's embedding
-    denoised: list[Tensor]
-
-
-def _call(
-    frozen: FrozenRun,
-    layers: Iterable[nn.Module],
-    batches: list[Batch],
-    noisy: list[Tensor],
-    sigma: float,
-    shuffle: bool = False,
-) -> _Call:
-    """`shuffle`: every sequence is given another one's clean context."""
-    _, objective = frozen.parts(BlockModel, TokenDenoising)
-    table = objective.model.target_table()
-    losses, cosines, estimates = [], [], []
-    for batch, z in zip(batches, noisy, strict=True):
-        tokens, level = batch["tokens"], _full(batch, sigma)
-        context = {"tokens": tokens.roll(1, 0)} if shuffle else batch
-        features = objective.features(layers, context, z, level)
-        loss, denoised = objective.predictions(features, tokens, z, level)
-        losses.append(loss.mean(1))
-        cosines.append(F.cosine_similarity(denoised, F.embedding(tokens, table), dim=-1).mean(1))
-        estimates.append(denoised)
-    return _Call(float(torch.cat(losses).mean()), float(torch.cat(cosines).mean()), estimates)
-
-
-def _oracle(
-    frozen: FrozenRun, layers: Iterable[nn.Module], batches: list[Batch], sigma: float
-) -> dict[str, float]:
-    """On z made from the true tokens: with the true clean context, and with another sequence's."""
-    z = _true_z(frozen, batches, sigma)
-    true, shuffled = (_call(frozen, layers, batches, z, sigma, shuffle) for shuffle in (False, True))
-    return {"ce": true.ce, "ce_shuffled": shuffled.ce, "cosine": true.cosine}
-
-
-def _true_z(frozen: FrozenRun, batches: list[Batch], sigma: float) -> list[Tensor]:
-    _, objective = frozen.parts(BlockModel, TokenDenoising)
-    y = [F.embedding(batch["tokens"], objective.model.target_table()) for batch in batches]
-    return [clean + sigma * torch.randn_like(clean) for clean in y]
-
-
-def _full(batch: Batch, sigma: float) -> Tensor:
-    return torch.full(batch["tokens"].shape, sigma, device=batch["tokens"].device)

@@ -1,0 +1,217 @@
+"""Predicts what evaluating a run takes, and picks the micro-batches with which that stays in the budget.
+
+An evaluation holds no gradients. Its largest call is counted as training's passes are (see `passes`). Beside
+it lie the samples that wait while the blocks pass, and what is kept of every sample to the end. The first
+micro-batch that fits is taken, the whole evaluation batch first; then as many samples for each walk over the
+blocks as fit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from math import ceil
+from typing import Any, NamedTuple
+
+from lowmem.models.base import BlockModel
+from lowmem.objectives.base import Objective
+from lowmem.objectives.images import ImageDenoising
+from lowmem.objectives.labels import LabelDenoising
+from lowmem.objectives.masked import MaskedDenoising
+from lowmem.objectives.recurrent import RecurrentDenoising
+from lowmem.objectives.tokens import TokenDenoising
+from lowmem.planning.duration import has_rates, moving_s, pass_s
+from lowmem.planning.passes import Pass, PassCounter
+from lowmem.planning.settings import Setup
+from lowmem.recipe import EvalConfig
+from lowmem.schema import Section
+from lowmem.units import format_bytes, format_seconds
+
+TOGETHER = 8  # evaluation batches that pass the blocks of a model trained end to end in one walk, at most
+NUM_STEPS, GUIDANCE = 18, 2.0  # of images, where the recipe says auto: EDM's steps, and the paper's guidance
+NUM_DRAWS = 4  # of t and masks, for each test window and block of a masked model
+ITERATIONS = (1, 2, 4, 8, 16, 32)  # at which a recurrent model is looked at
+FEATURE_IMAGES = 6000  # training images at most that the feature space of generated images is made from
+NETWORK_BYTES = 64 * 200 * 4  # for each pixel: the activations of the feature network's training, 64 images
+NORMALS = 16  # torch draws normal numbers in groups of so many: whole groups may be drawn apart
+
+
+class Evaluation(Section):
+    """What the evaluation at a run's end is predicted to take, and how it is cut to fit."""
+
+    peak_bytes: int  # on the device
+    by_category: dict[str, int]  # adds up to the peak
+    micro_batch_size: int  # samples of one call
+    walk_size: int  # samples that pass the blocks in one walk over them
+    batch_size: int  # of the recipe; micro-batches are parts of it
+    num_samples: int | None  # test samples; None: not known before the data are read
+    layer_calls: int  # samples, once for each layer that they pass
+    seconds: float | None = None  # None: the profile lacks a rate, or the samples are not known
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the recipe's evaluation batches are cut to stay in the budget."""
+        return self.micro_batch_size < min(self.batch_size, self.num_samples or self.batch_size)
+
+    @property
+    def base_bytes(self) -> int:
+        """Of the peak, what does not depend on the micro-batch."""
+        return self.peak_bytes - self.by_category["activations"]
+
+    def line(self) -> str:
+        """The prediction as a line for the plan's table."""
+        whole = f" of {self.batch_size}" if self.is_split else ""
+        time = "time unknown" if self.seconds is None else f"about {format_seconds(self.seconds)}"
+        size = f"micro-batch {self.micro_batch_size}{whole}"
+        return f"evaluation  {format_bytes(self.peak_bytes)}, {size}, {time}"
+
+
+class Demand(NamedTuple):
+    """What one kind of evaluation asks for; bytes are of one sample unless said otherwise."""
+
+    passes: float  # of a test sample through one block, or through the model where it is trained end to end
+    walk_bytes: int  # while the blocks pass
+    held_bytes: int  # of every test sample, to the end
+    fixed_bytes: int = 0  # beside the calls, in all
+    least_bytes: int = 0  # that a phase without the model's calls takes, in all
+    drawn: float = 0.0  # passes of generated samples, in all
+    row: int = NORMALS  # normal numbers that are drawn at once for a sample
+
+
+def sampling_settings(config: EvalConfig) -> tuple[int, float]:
+    """(steps of the chain, guidance) with which images are made."""
+    num_steps = NUM_STEPS if config.num_steps == "auto" else config.num_steps
+    return num_steps, GUIDANCE if config.guidance == "auto" else config.guidance
+
+
+def plan_evaluation(
+    model: BlockModel,
+    setup: Setup,
+    counter: PassCounter,
+    training: dict[str, int],
+    allowed_bytes: int,
+    num_test: int | None,
+) -> Evaluation | None:
+    """The evaluation of a run of `setup`; None for an objective that has none.
+
+    `training`: the plan's bytes by category. `allowed_bytes`: the highest peak that the budget holds.
+    `num_test`: samples of the test part, None if not known. Where nothing fits, the smallest is returned.
+    """
+    config = setup.recipe.eval
+    batches = TOGETHER if num_test is None else ceil(num_test / config.batch_size)
+    batches = min(config.num_batches or batches, batches)
+    most = batches * config.batch_size
+    num_samples = most if num_test is None else min(most, num_test)
+    known = num_samples if num_test is not None or config.num_batches else None
+    demand = _demand(model, setup, counter, num_samples)
+    if demand is None:
+        return None
+    layers = (
+        range(len(model.layers)) if setup.end_to_end else model.block_slices(setup.settings.num_blocks)[0]
+    )
+    base = _base(setup, training)
+    held = demand.held_bytes * num_samples + demand.fixed_bytes
+    for size in _sizes(min(config.batch_size, num_samples), demand.row):
+        taken = counter.evaluated(layers, setup.settings, size)
+        room = allowed_bytes - sum(base.values()) - held - taken.peak_bytes
+        most_walked = num_samples if not setup.end_to_end else min(num_samples, TOGETHER * config.batch_size)
+        walk = min(most_walked, max(room, 0) // max(demand.walk_bytes, 1) // size * size)
+        if walk >= size or size == 1:
+            break
+    walk = max(walk, size)
+    kept = held + demand.walk_bytes * walk
+    categories = {**base, "activations": max(taken.peak_bytes + kept, demand.least_bytes)}
+    total = demand.passes * num_samples + demand.drawn
+    return Evaluation(
+        peak_bytes=sum(categories.values()),
+        by_category=categories,
+        micro_batch_size=size,
+        walk_size=walk,
+        batch_size=config.batch_size,
+        num_samples=known,
+        layer_calls=round(total * len(layers)),
+        seconds=None if known is None else _seconds(setup, taken, total / size, ceil(num_samples / walk)),
+    )
+
+
+def _sizes(most: int, row: int) -> Iterator[int]:
+    """Micro-batches, largest first: the whole batch, then powers of two.
+
+    Where several are drawn one after the other, each holds whole groups of normal numbers: they are then the
+    numbers that the whole batch would have drawn.
+    """
+    yield most
+    for exponent in itertools.count(most.bit_length() - 1, -1):
+        size = 1 << max(exponent, 0)
+        if size < most and (size * row % NORMALS == 0 or size == 1):
+            yield size
+        if exponent <= 0:
+            return
+
+
+def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
+    """Bytes by category that do not depend on the micro-batch: training's, without what updates need."""
+    gone = {"gradients", "activations", "borders"}
+    kept = {name: num_bytes for name, num_bytes in training.items() if name not in gone}
+    snapshot = setup.shared.total_bytes if setup.profile.unified else 0  # of the shared part, for a commit
+    kept["staging"] -= snapshot
+    kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel
+    return kept
+
+
+def _seconds(setup: Setup, taken: Pass, calls: float, walks: int) -> float | None:
+    if not has_rates(setup.profile):
+        return None
+    moved = 0 if setup.resident else walks * sum(layout.total_bytes for layout in setup.layouts)
+    return calls * pass_s(taken.work, setup.profile) + moving_s(
+        moved, 0, setup.profile, setup.settings.tier == "disk"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The kinds of targets
+
+
+def _demand(model: BlockModel, setup: Setup, counter: PassCounter, num_samples: int) -> Demand | None:
+    """What the evaluation of the objective's kind asks for; `lowmem.inference.kinds` names the same kinds."""
+    objective: Objective[Any, Any] = counter.objective
+    config, num_blocks = setup.recipe.eval, setup.settings.num_blocks
+    levels = num_blocks + 2  # the middle of each block's, and both ends
+    steps = num_blocks if config.num_steps == "auto" else config.num_steps
+    item = sum(v.numel() * v.element_size() for v in model.example_batch(1).values())
+    if isinstance(objective, ImageDenoising):
+        return _images(model, config, item, num_samples, 3 * levels)
+    if isinstance(objective, MaskedDenoising):
+        return Demand(NUM_DRAWS * num_blocks + 2 * levels, 0, item)
+    waits = 0
+    if setup.streams:
+        waits = sum(counter.waiting(setup.settings)) // setup.settings.micro_batch_size
+    if isinstance(objective, TokenDenoising):
+        length, (_, dim) = item // 8, objective.target_shape()
+        if isinstance(objective, RecurrentDenoising):
+            loops = sum(ITERATIONS)
+            counted = objective.fixed_iterations or objective.iterations
+            passes = (loops + objective.iterations) / counted if setup.end_to_end else loops + 1
+            return Demand(passes, waits, item, row=length * dim)
+        if setup.end_to_end:
+            return Demand(1, waits, item)
+        # the noise at the top, the chain's z and the mean of the features; tokens, and another's
+        return Demand(num_blocks + 2 * levels + 3 * steps, 12 * length * dim + 2 * item, 0, row=length * dim)
+    if isinstance(objective, LabelDenoising):
+        num_classes, dim = objective.target_shape()
+        if setup.end_to_end:
+            return Demand(1, waits, item + 12 * num_classes)
+        guided = 2 if config.guidance not in ("auto", 1) else 1
+        passes = num_blocks + 2 * levels + steps * (2 * guided + 2)
+        return Demand(passes, item + 8 * dim + 4 * num_classes, 0, row=dim)
+    return None
+
+
+def _images(model: BlockModel, config: EvalConfig, item: int, num_samples: int, losses: int) -> Demand:
+    """Made images exist three times at most: as parts, joined, and clamped."""
+    num_steps, guidance = sampling_settings(config)
+    made = 3 * config.num_samples * item
+    drawn = config.num_samples * num_steps * (1 if guidance == 1 else 2)
+    _, height, width = model.example_batch(1)["image"].shape[1:]
+    network = NETWORK_BYTES * height * width + 2 * FEATURE_IMAGES * item + num_samples * item
+    return Demand(losses, 0, item, made, network, float(drawn))
