@@ -88,6 +88,9 @@ class Piece:
         """Of a buffer that holds all of it."""
         return sum(field.pages.num_bytes for field in self.fields)
 
+    def field(self, name: str) -> Field:
+        return next(field for field in self.fields if field.name == name)
+
     def parts(self, buffer: Tensor) -> Iterator[tuple[Field, Tensor]]:
         """Each field with its pages in a buffer [num_bytes]."""
         start = 0
@@ -105,9 +108,13 @@ class Piece:
 class Unit:
     """One unit of a block: its pieces in the block, and its parameters in flat vectors of its own."""
 
-    def __init__(self, key: str, layout: ArenaLayout, names: Collection[str]) -> None:
-        """`key`: of the block; `names`: of the unit's parameters."""
-        self.key, self.layout = key, layout
+    def __init__(
+        self, key: str, layout: ArenaLayout, names: Collection[str], computes: str = "weights"
+    ) -> None:
+        """`key`: of the block; `names`: of the unit's parameters. `computes`: what passes use, the weights or
+        their average ("ema").
+        """
+        self.key, self.layout, self._computes = key, layout, computes
         self.pieces: list[Piece] = []
         self.slots: list[ParameterSlot] = []  # in the unit's own flat vectors: its pieces, one after another
         self.starts: list[int] = []  # of each piece in those
@@ -128,8 +135,8 @@ class Unit:
 
     @property
     def weights_bytes(self) -> int:
-        """Of a buffer that holds the pages of its weights."""
-        return sum(piece.fields[0].pages.num_bytes for piece in self.pieces)
+        """Of a buffer that holds the pages of what passes use."""
+        return sum(piece.field(self._computes).pages.num_bytes for piece in self.pieces)
 
     @property
     def num_bytes(self) -> int:
@@ -140,14 +147,15 @@ class Unit:
         """The pages of each piece's weights in a buffer [weights_bytes]."""
         start = 0
         for piece in self.pieces:
-            pages = piece.fields[0].pages
+            pages = piece.field(self._computes).pages
             yield pages, buffer[start : start + pages.num_bytes]
             start += pages.num_bytes
 
     def weights(self, buffer: Tensor) -> list[Tensor]:
         """The weights of each piece in a buffer [weights_bytes]."""
-        dtype = self.layout.weights_dtype
-        return [pages.of(part, dtype) for pages, part in self.weights_pages(buffer)]
+        dtypes = [piece.field(self._computes).dtype for piece in self.pieces]
+        parts = self.weights_pages(buffer)
+        return [pages.of(part, dtype) for dtype, (pages, part) in zip(dtypes, parts, strict=True)]
 
     def views(self, pieces: Sequence[Tensor]) -> dict[str, Tensor]:
         """Each parameter's view, in a flat vector for each piece."""

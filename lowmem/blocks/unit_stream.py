@@ -57,7 +57,8 @@ class UnitBytes(NamedTuple):
 
     weights: int
     state: int
-    staging: int  # weights that are fetched, and chunks of rows
+    fetched: int  # weights that come beside those in compute
+    chunks: int  # of rows, for updates
 
 
 def unit_bytes(units: Sequence[Unit], stay: frozenset[int], prefetch: bool) -> UnitBytes:
@@ -68,7 +69,8 @@ def unit_bytes(units: Sequence[Unit], stay: frozenset[int], prefetch: bool) -> U
     return UnitBytes(
         weights=sum(unit.weights_bytes for unit in kept) + slot,
         state=sum(unit.num_bytes - unit.weights_bytes for unit in kept),
-        staging=(slots - 1) * slot + CHUNKS * chunk_bytes(moving) if moving else 0,
+        fetched=max(slots - 1, 0) * slot,
+        chunks=CHUNKS * chunk_bytes(moving) if moving else 0,
     )
 
 
@@ -99,8 +101,9 @@ class UnitStream:
         device: torch.device,
         stay: frozenset[int],
         prefetch: bool,
+        updates: bool = True,
     ) -> None:
-        """`stay`: the units that are on the device all the time."""
+        """`stay`: the units that are on the device all the time. `updates`: they will be updated."""
         self.store, self.units, self.device, self.stay = store, units, device, stay
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
         self._prefetch_on = prefetch
@@ -114,7 +117,8 @@ class UnitStream:
                 # Made here and not on a thread: there the allocator could hand out memory that a kernel on
                 # the default stream still uses.
                 self._slots.fill()
-                self._chunks.fill()
+                if updates:
+                    self._chunks.fill()
                 self._wait_for_kernels()
         self._kept: dict[int, list[Tensor]] = {}  # a buffer for each piece of a unit that stays
         self._last = {unit.key: index for index, unit in reversed(list(enumerate(units)))}

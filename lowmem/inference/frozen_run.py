@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views, unbind
 from lowmem.blocks.run_dir import RunDir, RunState
+from lowmem.blocks.unit_stream import UnitStream
 from lowmem.data.text import TextConfig
 from lowmem.data.tokenizer import NO_FILES
 from lowmem.errors import DataError, ResumeError
@@ -29,7 +30,7 @@ from lowmem.planning.evaluation import Evaluation
 from lowmem.planning.footprint import without_headroom
 from lowmem.planning.plan import Plan, evaluation_of, read_plan
 from lowmem.planning.run_data import spec_of
-from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of
+from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of, units_of
 from lowmem.training.open_run import open_stream
 from lowmem.units import shown
 
@@ -83,6 +84,8 @@ class FrozenRun:
             run.check_files(state)
             self._open(run, plan, build_model, state, for_drawing)
             opened.callback(self.stream.close)
+            if self.units is not None:
+                opened.callback(self.units.close)
             self._bind(self.shared_layout, self.stream.load_shared())
             self._closing = opened.pop_all()
 
@@ -104,6 +107,11 @@ class FrozenRun:
         together = for_drawing and independent and self.objective.draws_with_all_blocks
         resident = together and self._all_blocks_fit()
         self.stream = open_stream(run, plan, self.model, state.files, resident)
+        self.units: UnitStream | None = None  # of a model that was trained end to end and does not fit whole
+        if not (independent or self.stream.resident):
+            units = units_of(self.model, plan.settings, self.layouts, frozen=True)
+            prefetch, store = plan.recipe.offload.prefetch, self.stream.block_store
+            self.units = UnitStream(store, units, self.device, frozenset(), prefetch, updates=False)
 
     @property
     def room_bytes(self) -> int:
@@ -155,6 +163,21 @@ class FrozenRun:
                     self.stream.prefetch(blocks[position + 1])
                 yield block, layers
 
+    def passed(self) -> Iterator[Iterable[nn.Module]]:
+        """All layers in order, as many at a time as are on the device."""
+        if self.units is None:
+            yield from (layers for _, layers in self.walk(self.blocks))
+            return
+        for index, run in enumerate(self.model.units()):
+            unit = self.units.units[index]
+            weights = [piece.to(self.dtype) for piece in self.units.load(index)]
+            bind(self.model, unit.views(weights), None)
+            if index + 1 < len(self.units.units):
+                self.units.prefetch(index + 1)
+            yield [self.model.layers[layer] for layer in run]
+            unbind(self.model, unit)
+            self.units.release(index)
+
     def walk_owners(self, blocks: Sequence[int]) -> Iterator[tuple[int, Iterable[nn.Module]]]:
         """Each block with the layers that serve its levels: its own, or all of them in a model trained end to
         end.
@@ -185,7 +208,7 @@ class FrozenRun:
             entered = [enter(item) for item in group]
             passed = [each.h for each in entered]
             entered = [each._replace(h=each.h.new_empty(0)) for each in entered]
-            for _, layers in self.walk(self.blocks):
+            for layers in self.passed():
                 for i, each in enumerate(entered):
                     passed[i] = self.objective.through(layers, passed[i], each.cond, each.kept)
             out += [leave(*each) for each in zip(group, passed, entered, strict=True)]
@@ -250,13 +273,15 @@ class FrozenRun:
 
 
 class _Passing:
-    """Layers that come block by block whenever they are gone through."""
+    """Layers that come as they pass the device, whenever they are gone through."""
 
     def __init__(self, frozen: FrozenRun, blocks: Sequence[int]) -> None:
         self._frozen, self._blocks = frozen, blocks
 
     def __iter__(self) -> Iterator[nn.Module]:
-        for _, layers in self._frozen.walk(self._blocks):
+        frozen = self._frozen
+        every = frozen.units is not None and len(self._blocks) == len(frozen.blocks)
+        for layers in frozen.passed() if every else (part for _, part in frozen.walk(self._blocks)):
             yield from layers
 
 

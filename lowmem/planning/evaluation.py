@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Any, NamedTuple
 
+from lowmem.blocks.unit_stream import unit_bytes
 from lowmem.models.base import BlockModel
 from lowmem.objectives.base import Objective
 from lowmem.objectives.images import ImageDenoising
@@ -156,6 +157,12 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     snapshot = setup.shared.total_bytes if setup.profile.unified else 0  # of the shared part, for a commit
     kept["staging"] -= snapshot
     kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel
+    if setup.streams:  # no layer stays, and none is updated
+        trained = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch)
+        frozen = unit_bytes(setup.units, frozenset(), setup.recipe.offload.prefetch)
+        kept["weights"] += frozen.weights - trained.weights
+        kept["optimizer_state"] = 0
+        kept["staging"] += frozen.fetched - trained.fetched - trained.chunks
     return kept
 
 

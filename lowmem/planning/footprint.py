@@ -202,7 +202,8 @@ def _staging(setup: Setup) -> Staging:
         num_blocks=len(setup.layouts),
     )
     if setup.streams:
-        slots = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch).staging
+        taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch)
+        slots = taken.fetched + taken.chunks
     snapshot_and_ring = setup.shared.total_bytes + ring
     if setup.profile.unified:
         return Staging(slots + snapshot_and_ring, slots + snapshot_and_ring)

@@ -62,14 +62,16 @@ def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout]
     return blocks, layout(named_shared_parameters(model))
 
 
-def units_of(model: BlockModel, settings: Settings, layouts: Sequence[ArenaLayout]) -> list[Unit]:
-    """The model's units, in order. `layouts`: of the blocks."""
-    units = []
+def units_of(
+    model: BlockModel, settings: Settings, layouts: Sequence[ArenaLayout], frozen: bool = False
+) -> list[Unit]:
+    """The model's units, in order. `layouts`: of the blocks. `frozen`: to evaluate what is trained."""
+    computes, units = "ema" if frozen and settings.ema else "weights", []
     for block, layers in enumerate(model.block_slices(settings.num_blocks)):
         for run in model.units():
             if run.start in layers:
                 names = {name for name, _ in named_layer_parameters(model, run)}
-                units.append(Unit(block_key(block), layouts[block], names))
+                units.append(Unit(block_key(block), layouts[block], names, computes))
     return units
 
 
