@@ -13,7 +13,7 @@ from conftest import recipe_with
 
 def train_short(folder: str, overrides: dict[str, Any], die_at: tuple[str, int] | None = None) -> None:
     """Trains to the end. With `die_at` it kills itself, as `kill -9` does, at that call of fsync, or of write
-    to a block's file (0 is the first).
+    to a block's file (0 is the first). With moment -1 it writes beside the folder how many calls there were.
     """
     import torch
 
@@ -25,9 +25,9 @@ def train_short(folder: str, overrides: dict[str, Any], die_at: tuple[str, int] 
     from lowmem.training.trainer import Trainer
 
     torch.set_num_threads(1)
+    calls = iter(range(1_000_000))
     if die_at is not None:
         call, moment = die_at
-        calls = iter(range(1_000_000))
 
         def count(name: str) -> None:
             if name == call and next(calls) == moment:
@@ -51,3 +51,5 @@ def train_short(folder: str, overrides: dict[str, Any], die_at: tuple[str, int] 
     plan = read_plan(run) if run.exists() else make_plan(build, recipe, load_profile("cpu-4gib"))
     data = load_data(recipe.data, recipe.train.seq_len)
     Trainer(build, plan, folder).fit(lambda step: data.batch(0, step, recipe.train.batch_size))
+    if die_at is not None and die_at[1] < 0:
+        Path(f"{folder}.count").write_text(str(next(calls)))

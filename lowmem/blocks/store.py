@@ -135,11 +135,15 @@ class DiskStore(Store):
         files: Mapping[str, FileRecord],
         ring: Ring | None = None,
         paces: tuple[Pace, Pace] | None = None,
+        checked: bool = False,
     ) -> None:
-        """`paces`: the least time of reads and of writes, to play a slower disk."""
+        """`paces`: the least time of reads and of writes, to play a slower disk. `checked`: this process has
+        just written `files`, or has read them whole and found them to be what was committed.
+        """
         self.run_dir, self.layouts, self.ring, self.files = run_dir, layouts, ring, dict(files)
         self._requests = ChunkRequests()
-        self._verified = set[str]()  # files that this process has written, or whose digest it has checked
+        # files that this process has written, or whose digest it has checked
+        self._verified = {record.name for record in files.values()} if checked else set[str]()
         self._begun = dict[str, str]()  # the files that are being written in pages
         self._first_digest = dict[str, bytes]()  # of the first chunk of each block's last durable write
         self._read_pace, self._write_pace = paces or (Pace(), Pace())

@@ -88,6 +88,7 @@ class Attempt:
         self.units: UnitStream | None = None  # where a model that is trained end to end streams
         self.borders: Borders | None = None  # where a model that is trained end to end streams
         self.visit: Visit | None = None  # under way
+        self._checked = False  # whether the content of the committed files is known to be right
         self._closing = contextlib.ExitStack()
 
     @property
@@ -136,6 +137,7 @@ class Attempt:
             blocks = [BlockRecord(block=block) for block in range(len(self.layouts))]
             state = RunState(files=files, blocks=blocks)
             run.commit(state)
+            self._checked = True
             return state
         self._check(state)
         run.remove_leftovers(state)
@@ -156,6 +158,7 @@ class Attempt:
         rate = self.frozen.profile.disk.read_gib_per_s
         if state.visits_done < self.queue.num_visits and (rate is None or rate >= SLOWEST_CHECKED):
             check_contents(run, state)
+            self._checked = True
 
     def _open_stream(self, opened: contextlib.ExitStack) -> None:
         """The shared part stays on the device. Blocks come and go, unless they all fit."""
@@ -167,7 +170,7 @@ class Attempt:
             pid=os.getpid(),
             environment=read_environment(),
         )
-        self.stream = open_stream(self.run, plan, self.model, state.files)
+        self.stream = open_stream(self.run, plan, self.model, state.files, checked=self._checked)
         opened.callback(self.stream.close)
         self.recorder.write("staging", **self.stream.facts())
         whole = plan.recipe.method == "end_to_end"

@@ -33,16 +33,22 @@ from lowmem.planning.settings import is_resident, layouts_of
 
 
 def open_stream(
-    run: RunDir, plan: Plan, model: BlockModel, files: dict[str, FileRecord], resident: bool = False
+    run: RunDir,
+    plan: Plan,
+    model: BlockModel,
+    files: dict[str, FileRecord],
+    resident: bool = False,
+    checked: bool = False,
 ) -> BlockStream:
     """Opens the run's blocks at the plan's tier; `resident`: with all of them on the device.
 
-    `files`: the committed ones, by key. Raises ProfileError if this machine lacks the profile's device.
+    `files`: the committed ones, by key; `checked`: see `DiskStore`. Raises ProfileError if this machine lacks
+    the profile's device.
     """
     layouts, shared_layout = layouts_of(model, plan.settings)
     profile, device = plan.profile, training_device(plan.profile)
     ring, paces = _open_ring(plan, device, layouts), _paces(plan, profile.disk_rates)
-    disk = DiskStore(run, layouts_by_key(layouts, shared_layout), files, ring, paces)
+    disk = DiskStore(run, layouts_by_key(layouts, shared_layout), files, ring, paces, checked)
     in_ram = plan.settings.tier == "host" and not profile.unified
     return BlockStream(
         HostStore(disk) if in_ram else disk,

@@ -131,7 +131,7 @@ def test_a_run_removes_only_files_that_carry_its_identity(run: RunDir) -> None:
         (run.path / name).write_bytes(b"theirs")
     own = [
         run.file_name("block-7", 0),
-        run.file_name("shared", 9),
+        run.file_name("shared", 0),
         f".state.json.{run.identity}-{'0' * 16}.tmp",
     ]
     for name in own:

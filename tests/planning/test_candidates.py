@@ -50,7 +50,7 @@ def test_a_model_trained_end_to_end_is_near_first_then_without_recompute_then_wi
     away = [
         (count, tier, recompute, borders)
         for tier in ("host", "disk")
-        for recompute in (False, True)
+        for recompute in (False,)  # a layer that streams is made again from its border in any case
         for borders in ("device", "host", "disk")
         for count in (2, 3)
     ]
