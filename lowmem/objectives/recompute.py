@@ -52,11 +52,12 @@ class _Again:
         made: list[Tensor] = []
 
         def keep(tensor: Tensor) -> Tensor:
-            # Detached: a tensor that the call returns would else hold the graph that holds it.
-            made.append(tensor.detach())
+            # Detached: an operation's result that its own node holds would else never be freed.
+            kept = tensor.detach()
+            made.append(kept)
             if len(made) == self._count:
                 raise _Enough
-            return tensor
+            return kept
 
         states = None if self._states is None else _random_states(self._arguments)
         if self._states is not None:
