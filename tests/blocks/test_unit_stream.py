@@ -540,14 +540,17 @@ def test_files_of_the_next_visit_survive_the_commit_of_the_last_and_go_at_the_ne
 def test_close_writes_the_files_that_a_commit_waits_for_to_their_end(
     tmp_path: Path, in_ram: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting, real = Setting(tmp_path / "run"), os.fsync
-
-    def slow(handle: int) -> None:
-        time.sleep(0.05)
-        real(handle)
-
+    setting = Setting(tmp_path / "run")
     with opened(setting, in_ram) as stream:
-        monkeypatch.setattr(os, "fsync", slow)
+        submit = stream._writer.submit
+
+        def behind(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            """The writer has other work yet when a file is to be ended."""
+            if call == stream.store.end:
+                submit(time.sleep, 0.05)
+            return submit(call, *arguments)
+
+        monkeypatch.setattr(stream._writer, "submit", behind)
         make_step(setting, stream, 1, durable=True)
         files: dict[str, Future[FileRecord]] = stream.take_written()
         assert not files["block-0"].done()

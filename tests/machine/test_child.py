@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -125,10 +126,19 @@ def test_a_child_computes_after_its_parent_has_started_a_team_of_threads() -> No
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("OMP_NUM_THREADS", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=30
-    )
-    assert done.stdout == f"{float(2 << 20)}\n", done.stderr
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            answer, _ = process.communicate(timeout=30)
+        finally:  # a child that waits would outlive its parent
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert answer == f"{float(2 << 20)}\n"
 
 
 def test_with_another_thread_alive_nothing_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
