@@ -28,7 +28,7 @@ def forwards(folder: Path, recipe: Recipe, build: BuildModel, num_blocks: int | 
     def counted() -> BlockModel:
         model = build()
         for index, layer in enumerate(model.layers):
-            layer.register_forward_hook(counter(index))
+            layer.register_forward_pre_hook(counter(index))  # also a forward that is cut short
         return model
 
     def counter(index: int) -> Callable[..., None]:
