@@ -8,6 +8,7 @@ and one more copy of every block in RAM.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -122,7 +123,7 @@ class Store(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Ends the store's threads and frees its memory."""
+        """Ends the store's threads and frees its memory. Removes files that were begun and not ended."""
 
 
 class DiskStore(Store):
@@ -249,7 +250,7 @@ class DiskStore(Store):
             with self._from_device(buffer[part]) as chunk, self._write_pace(chunk.numel()):
                 self._requests.write(path, skipped + pages.first + part.start, chunk)
 
-        with refusals_of(path, StoreError), removed_if_it_fails(path):
+        with refusals_of(path, StoreError):  # not removed if it fails: other units are read from it meanwhile
             all_in_chunks(self._writers, whole, write)
             for pages, buffer in parts:
                 for edge in pages.edges:
@@ -307,6 +308,9 @@ class DiskStore(Store):
     def close(self) -> None:
         self._readers.shutdown(wait=True)
         self._writers.shutdown(wait=True)
+        for name in self._begun.values():  # never whole, so no commit names it, and the disk may be full
+            with contextlib.suppress(OSError):
+                (self.run_dir.path / name).unlink(missing_ok=True)
         if self.ring is not None:
             self.ring.close()
 

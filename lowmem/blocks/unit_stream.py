@@ -107,12 +107,14 @@ class UnitStream:
         self.store, self.units, self.device, self.stay = store, units, device, stay
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
         self._prefetch_on = prefetch
+        self._pools = list[SlotPool]()
         moving = [unit for index, unit in enumerate(units) if index not in stay]
         if moving:
             slot_bytes = max(unit.weights_bytes for unit in moving)
             slots, size = num_weights_slots(prefetch, len(moving)), chunk_bytes(moving)
             self._slots = SlotPool(slots, lambda: self._buffer(slot_bytes))
             self._chunks = SlotPool(CHUNKS, lambda: self._buffer(size))
+            self._pools = [self._slots, self._chunks]
             if device.type == "cuda":
                 # Made here and not on a thread: there the allocator could hand out memory that a kernel on
                 # the default stream still uses.
@@ -124,6 +126,7 @@ class UnitStream:
         self._last = {unit.key: index for index, unit in reversed(list(enumerate(units)))}
         self._rewritten: set[int] = set()  # units whose newest rows are in a file that is being written
         self._waiting: deque[Iterator[None]] = deque()  # updates under way, in their order
+        self._failed: BaseException | None = None  # what an update has met: every later call meets it too
         self._updated: dict[int, Future[Any]] = {}  # of each unit, its last update
         self._reads: dict[int, Future[Tensor]] = {}
         self._written: dict[str, Future[FileRecord]] = {}  # durable files that no commit has named yet
@@ -195,9 +198,15 @@ class UnitStream:
 
     def advance(self) -> None:
         """Goes on with the updates as far as their chunks have come. Raises StoreError."""
+        if self._failed is not None:
+            raise self._failed
         while self._waiting:
-            if next(self._waiting[0], ENDED) is not ENDED:
-                return  # it waits for a chunk
+            try:
+                if next(self._waiting[0], ENDED) is not ENDED:
+                    return  # it waits for a chunk
+            except BaseException as problem:
+                self._failed = problem
+                raise
             self._waiting.popleft()
 
     def finish(self) -> None:
@@ -313,11 +322,18 @@ class UnitStream:
     # --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ends the threads and frees the memory. Updates that are under way stop where they are."""
-        for thread in (self._reader, self._chunk_reader, self._writer):
+        """Ends the threads and frees the memory. Updates that are under way stop where they are.
+
+        What is being written is written to its end: a commit may be waiting for it.
+        """
+        for thread in (self._reader, self._chunk_reader):
             thread.shutdown(wait=True, cancel_futures=True)
+        self._writer.shutdown(wait=True)
+        self._failed = None
         for held in (self._waiting, self._kept, self._reads, self._updated, self._written):
             held.clear()
+        for pool in self._pools:
+            pool.clear()
 
     def _buffer(self, num_bytes: int) -> Tensor:
         if self.device.type == "cpu":

@@ -39,8 +39,8 @@ def in_child(call: Callable[[], T]) -> T:
     os.close(writing)
     with os.fdopen(reading, "rb") as answer:
         content = answer.read()
-    os.waitpid(child, 0)
-    if not content:
+    _, killed = os.waitpid(child, 0)
+    if killed or not content:
         _here = True
         return call()
     result, error = pickle.loads(content)  # noqa: S301  (our own child wrote it)
@@ -64,6 +64,8 @@ def _answer(call: Callable[[], T], writing: int) -> None:
     """In the child: sends the result, or an error of lowmem, or nothing, and ends."""
     content = b""
     try:
+        # The parent's team of OpenMP threads is not copied: the child would wait for it for ever.
+        torch.set_num_threads(1)
         try:
             content = pickle.dumps((call(), None))
         except LowmemError as error:

@@ -1,5 +1,6 @@
-"""Prints how many threads a stream adds to a process beside its own: the argument is the run folder.
+"""Prints how many threads the streams of blocks and of units add to a process beside its own.
 
+The argument is the run folder.
 A process of its own, because a team of OpenMP threads that some other test has started would hide them.
 """
 
@@ -12,9 +13,13 @@ import threading
 import torch
 
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks.optim import Step
 from lowmem.blocks.run_dir import RunDir
 from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import BlockStream, block_key
+from lowmem.blocks.unit import Unit
+from lowmem.blocks.unit_stream import UnitStream, Update
+from lowmem.recipe import OptimizerConfig
 
 BLOCKS = [ArenaLayout([("weight", (1024, 2048))], "adamw") for _ in range(3)]
 SHARED = ArenaLayout([("table", (1024, 1024))], "adamw")
@@ -23,6 +28,22 @@ LAYOUTS = {**{block_key(b): layout for b, layout in enumerate(BLOCKS)}, "shared"
 
 def threads_not_of_python() -> int:
     return len(os.listdir("/proc/self/task")) - len(threading.enumerate())
+
+
+def train_units(stream: UnitStream, first_visit: int) -> None:
+    """Three steps, each of which ends a visit."""
+    grads = torch.ones(max(layout.numel for layout in BLOCKS))
+    for step in range(1, 4):
+        for unit in reversed(range(len(BLOCKS))):
+            stream.load(unit)
+            stream.prefetch(unit - 1 if unit else len(BLOCKS) - 1)
+            the_step = Step(step, 1e-3, OptimizerConfig())
+            given = lambda rows: grads[: rows.stop - rows.start]  # noqa: E731
+            stream.update(Update(unit, given, the_step, first_visit + step, True, [], lambda: None))
+            stream.release(unit)
+        stream.finish()
+        for file in stream.take_written().values():
+            file.result()
 
 
 def main() -> None:
@@ -42,7 +63,17 @@ def main() -> None:
         stream.prefetch((block + 1) % len(BLOCKS))
         stream.store({block: buffer}, shared, visit + 1, lambda files: None, wait=False)
     stream.finish()
+    units = [Unit(block_key(block), layout, {"weight"}) for block, layout in enumerate(BLOCKS)]
+    on_disk = DiskStore(run, LAYOUTS, store.files)
+    streams = [
+        UnitStream(each, units, torch.device("cpu"), frozenset({0}), True) for each in (store, on_disk)
+    ]
+    for number, unit_stream in enumerate(streams, start=1):
+        train_units(unit_stream, 100 * number)
     print(threads_not_of_python() - before)
+    for unit_stream in streams:
+        unit_stream.close()
+    on_disk.close()
     stream.close()
     first.close()
 

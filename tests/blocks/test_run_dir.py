@@ -136,10 +136,23 @@ def test_a_run_removes_only_files_that_carry_its_identity(run: RunDir) -> None:
     ]
     for name in own:
         (run.path / name).write_bytes(b"")
-    run.commit(state_with(add_file(run, "block-0", 2)))
+    run.commit(state_with(add_file(run, "block-0", 2), visits_done=9))
     left = set(names_in(run.path))
     assert foreign <= left and not left & set(own)
     assert all((run.path / name).read_bytes() == b"theirs" for name in foreign)
+
+
+def test_files_of_later_visits_survive_a_commit_and_go_when_the_run_goes_on(run: RunDir) -> None:
+    """They are being written while the visit before is committed; a process that begins finds them torn."""
+    for key, visits in (("block-0", 0), ("block-0", 2), ("shared", 12)):
+        add_file(run, key, visits)
+    state = commit_visit(run, 1)
+    expected = {run.file_name("block-0", 1), run.file_name("block-0", 2), run.file_name("shared", 12)}
+    assert {name for name in names_in(run.path) if name.endswith(".safetensors")} == expected
+    run.remove_leftovers(state)
+    assert [name for name in names_in(run.path) if name.endswith(".safetensors")] == [
+        run.file_name("block-0", 1)
+    ]
 
 
 def test_leftovers_of_a_run_without_a_commit_are_removed_when_it_begins_again(run: RunDir) -> None:

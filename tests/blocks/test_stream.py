@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import RING_CHUNKS, Ring
 from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
+from lowmem.blocks.unit import Pages
 from lowmem.errors import StoreError
 from lowmem.files import is_temporary
 
@@ -313,35 +315,43 @@ def test_an_error_of_the_writer_reaches_the_next_call_and_costs_no_slot(
     assert commits == []
 
 
-def test_a_kept_block_gives_its_slot_back_only_when_its_write_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As block 0 does, which ends a step and begins the next one while it is still being written."""
-    events: list[str] = []
-    released = threading.Event()
+def written_already(stream: BlockStream, block: int, visits_done: int) -> dict[str, Future[FileRecord]]:
+    """The block's file as units write it: page by page, before the visit is stored."""
+    key, store, buffer = block_key(block), stream.block_store, stream.load(block)
+    buffer[: BLOCKS[block].total_bytes].copy_(fill(block, visits_done))
+    store.begin(key, visits_done)
+    store.write_pages(key, [(Pages(0, BLOCKS[block].total_bytes), buffer[: BLOCKS[block].total_bytes])])
+    stream.release(block, buffer)
+    file = Future[FileRecord]()
+    file.set_result(store.end(key, visits_done))
+    return {key: file}
+
+
+def test_a_commit_waits_for_files_that_are_being_written_already_and_names_them(tmp_path: Path) -> None:
+    commits: list[dict[str, FileRecord]] = []
     with open_stream(tmp_path) as stream:
-        write, give = stream.block_store.write, stream._slots.give
+        written = written_already(stream, 1, 1)
+        later = Future[FileRecord]()
+        both = {block_key(0): later, **written}
+        stream.store({}, SHARED_BUFFER, 1, commits.append, wait=False, written=both)
+        time.sleep(0.05)
+        assert commits == []
+        later.set_result(stream.block_store.files[block_key(0)])
+        stream.finish()
+        expected = {key: stream.block_store.files[key] for key in ("block-0", "block-1", "shared")}
+        assert commits == [expected]
+        assert expected["block-1"].name == "block-0001.000001.safetensors"
 
-        def write_after_the_release(*args: Any) -> FileRecord:
-            assert released.wait(60)
-            record = write(*args)
-            events.append("written")
-            return record
 
-        def recorded_give(slot: Tensor) -> None:
-            events.append("slot free")
-            give(slot)
-
-        monkeypatch.setattr(stream.block_store, "write", write_after_the_release)
-        monkeypatch.setattr(stream._slots, "give", recorded_give)
-        buffer = stream.load(0)
-        buffer[: BLOCKS[0].total_bytes].copy_(fill(0, 1))
-        stream.write_back(0, buffer, 1, durable=True, keep=True)
-        stream.release(0, buffer)
-        events.append("released")
-        released.set()
-        assert holds(stream.load(0), 0, 1)
-    assert events == ["released", "written", "slot free"]
+def test_a_file_that_could_not_be_written_is_never_committed(tmp_path: Path) -> None:
+    commits: list[object] = []
+    with open_stream(tmp_path) as stream:
+        failed = Future[FileRecord]()
+        failed.set_exception(StoreError("the disk is full"))
+        stream.store({}, SHARED_BUFFER, 1, commits.append, wait=False, written={block_key(0): failed})
+        with pytest.raises(StoreError, match="the disk is full"):
+            stream.finish()
+    assert commits == []
 
 
 def test_a_commit_is_on_the_disk_in_order_files_folder_state_move_folder(
@@ -366,12 +376,14 @@ def test_a_commit_is_on_the_disk_in_order_files_folder_state_move_folder(
     with open_stream(tmp_path) as stream:
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(os, "replace", replace)
-        buffer = stream.load(1)
-        buffer[0] ^= 1
-        stream.write_back(1, buffer, 1, durable=True)
+        written = written_already(stream, 1, 1)
         other = stream.load(2)
         other[0] ^= 1
-        stream.store({2: other}, SHARED_BUFFER, 1, lambda files: run.commit(RunState(files=files)), wait=True)
+
+        def committed(files: dict[str, FileRecord]) -> None:
+            run.commit(RunState(visits_done=1, files=files))
+
+        stream.store({2: other}, SHARED_BUFFER, 1, committed, wait=True, written=written)
     folder = tmp_path.name
     assert events == [
         "sync block-0001.000001.safetensors",
