@@ -103,7 +103,8 @@ def recipe_of(job: Job, tier: str, num_blocks: int | str, optimizer: str) -> Rec
         "data": {"name": "custom"},
         "train": {"num_steps": job.all_steps, "precision": job.precision, "recompute": True, **batch, **rate},
         "optimizer": update,
-        "offload": {"tier": tier},
+        # Only `lowmem-auto` may keep layers in memory that its budget has room for.
+        "offload": {"tier": tier, "resident_layers": "auto" if tier == "auto" else 0},
     }
     return recipe_from_dict(raw, "compare")
 

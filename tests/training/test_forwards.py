@@ -33,8 +33,7 @@ def forwards(folder: Path, recipe: Recipe, build: BuildModel, num_blocks: int | 
 
     def counter(index: int) -> Callable[..., None]:
         def count(layer: nn.Module, *_: Any) -> None:
-            if not next(layer.parameters()).is_meta:  # a plan counts what a pass would take
-                calls[index] += 1
+            calls[index] += 1
 
         return count
 
@@ -43,7 +42,9 @@ def forwards(folder: Path, recipe: Recipe, build: BuildModel, num_blocks: int | 
     if num_blocks is not None:
         settings = plan.settings.model_copy(update={"num_blocks": num_blocks})
         plan = plan.model_copy(update={"settings": settings})
-    Trainer(counted, plan, folder).fit(batches)
+    trainer = Trainer(counted, plan, folder)
+    calls.clear()  # a plan counts what a pass would take
+    trainer.fit(batches)
     layers = range(len(build().layers))
     assert all(calls[layer] % (STEPS * PARTS) == 0 for layer in layers)
     return [calls[layer] // (STEPS * PARTS) for layer in layers]
