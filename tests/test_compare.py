@@ -14,6 +14,7 @@ from test_bench import SCRIPTS, script
 EXACT = ["plain", "mapped", "in-backward", "lowmem-disk"]
 
 
+@pytest.mark.slow  # six processes that import torch
 def test_the_quick_comparison_has_a_row_for_every_arm_and_the_exact_ones_have_the_losses_of_plain(
     tmp_path: Path,
 ) -> None:
