@@ -132,11 +132,6 @@ class ArenaLayout:
         return self.numel * self.weights_dtype.itemsize
 
     @property
-    def weights_read_bytes(self) -> int:
-        """Bytes to read where the weights alone are needed: they lie first."""
-        return round_up(self.weights_bytes, PAGE)
-
-    @property
     def state_bytes(self) -> int:
         return self.total_bytes - self.weights_bytes
 

@@ -43,7 +43,6 @@ from lowmem.files import refusals_of
 from lowmem.units import MIB
 
 DIGEST_PIECE = 1 * MIB  # read at once for a digest, on each thread
-NO_DIGEST = "0" * 64  # of a working copy: equal to no digest, so that the next durable write makes a file
 
 
 class Store(ABC):
@@ -64,12 +63,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
+    def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
         """Writes the block's bytes to a new file, which is on the disk when this returns.
 
         Returns its record; a block whose bytes have not changed keeps its file. The file counts only once a
-        commit names it. Without `durable` the bytes are a working copy, which a later write of the same visit
-        replaces: no commit may name it. Kernels that write the buffer must have finished. Raises StoreError.
+        commit names it. Kernels that write the buffer must have finished. Raises StoreError.
         """
 
     @abstractmethod
@@ -177,30 +175,26 @@ class DiskStore(Store):
                 raise StoreError(f"{path}: its data differ from what was committed; {BACK}")
             self._verified.add(record.name)
 
-    def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
-        if durable and self._unchanged(key, buffer):
+    def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
+        if self._unchanged(key, buffer):
             return self.files[key]
         name, header = self.run_dir.file_name(key, visits_done), self.layouts[key].header()
         path = self.run_dir.path / name
         began = time.perf_counter()
-        # Nobody else's file is overwritten; a working copy of this store's own may be.
-        new = 0 if name in self._verified else os.O_EXCL
-        with refusals_of(path, StoreError):
-            open_file(path, os.O_WRONLY | os.O_CREAT | new).close()  # each request opens a handle of its own
+        with refusals_of(path, StoreError):  # nobody's file is overwritten
+            open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL).close()
         with refusals_of(path, StoreError), removed_if_it_fails(path):
             head = aligned_buffer(len(header))
             head.numpy()[:] = memoryview(header)
             self._requests.write(path, 0, head)
-            digests = self._write_data(path, len(header), buffer, durable)
-            if durable:  # here and not at the commit: the disk is done with it while the next block trains
-                with open_file(path, os.O_WRONLY) as file:
-                    os.fsync(file.fileno())
+            digests = self._write_data(path, len(header), buffer)
+            # Here and not at the commit: the disk is done with it while the next block trains.
+            with open_file(path, os.O_WRONLY) as file:
+                os.fsync(file.fileno())
         num_bytes = len(header) + buffer.numel()
         self._count_written(num_bytes, time.perf_counter() - began)
         self._verified.add(name)
-        digest = NO_DIGEST
-        if durable:
-            self._first_digest[key], digest = digests[0], whole_digest(digests)
+        self._first_digest[key], digest = digests[0], whole_digest(digests)
         header_digest = hashlib.sha256(header).hexdigest()
         self.files[key] = FileRecord(name=name, num_bytes=num_bytes, header=header_digest, digest=digest)
         return self.files[key]
@@ -398,13 +392,13 @@ class DiskStore(Store):
 
         return in_chunks(self._readers, buffer.numel(), read_chunk)
 
-    def _write_data(self, path: Path, position: int, buffer: Tensor, digested: bool) -> list[bytes]:
-        """Writes `buffer` at `position`; returns the chunks' digests, empty ones if none are wanted."""
+    def _write_data(self, path: Path, position: int, buffer: Tensor) -> list[bytes]:
+        """Writes `buffer` at `position`; returns the chunks' digests."""
 
         def write_chunk(part: slice) -> bytes:
             with self._from_device(buffer[part]) as chunk, self._write_pace(chunk.numel()):
                 self._requests.write(path, position + part.start, chunk)
-                return chunk_digest(chunk) if digested else b""
+                return chunk_digest(chunk)
 
         return in_chunks(self._writers, buffer.numel(), write_chunk)
 
@@ -454,9 +448,8 @@ class HostStore(Store):
     def end(self, key: str, visits_done: int) -> FileRecord:
         return self.disk.write(key, self._copy_of(key), visits_done)
 
-    def write(self, key: str, buffer: Tensor, visits_done: int, durable: bool = True) -> FileRecord:
-        copy = self.take_over(key, buffer)
-        return self.disk.write(key, copy, visits_done) if durable else self.files[key]
+    def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
+        return self.disk.write(key, self.take_over(key, buffer), visits_done)
 
     def take_over(self, key: str, buffer: Tensor) -> Tensor:
         copy = self._copies.get(key)

@@ -82,29 +82,28 @@ class BlockStream:
         self._residents: dict[int, Tensor] = {}
         self._reader = ThreadPoolExecutor(1, "lowmem-reader")
         self._writer = ThreadPoolExecutor(1, "lowmem-writer")
-        self._reads: dict[tuple[int, bool], Future[Tensor]] = {}  # prefetched, by (block, weights only)
+        self._reads: dict[int, Future[Tensor]] = {}  # prefetched
         self._writes: dict[int, Future[Any]] = {}  # the last write of each block
         self._commit: Future[None] | None = None  # the last visit's
 
     # --------------------------------------------------------------------------------------------------------
     # Store -> device
 
-    def load(self, block: int, weights_only: bool = False) -> Tensor:
+    def load(self, block: int) -> Tensor:
         """Returns a buffer on the device that begins with the block's newest bytes (uint8).
 
         Waits for reads and writes of the block that are under way, and raises the StoreError that either met.
-        `weights_only`: for a pass without an update; the bytes behind the weights are then undefined.
         """
         with self._exposed():
             if self.resident:
                 return self._load_resident(block)
-            read = self._reads.pop((block, weights_only), None) or self._start_read(block, weights_only)
+            read = self._reads.pop(block, None) or self._start_read(block)
             return read.result()
 
-    def prefetch(self, block: int, weights_only: bool = False) -> None:
-        """Starts to fetch a block for the `load` with the same arguments that will come."""
-        if self.prefetch_on and (block, weights_only) not in self._reads:
-            self._reads[block, weights_only] = self._start_read(block, weights_only)
+    def prefetch(self, block: int) -> None:
+        """Starts to fetch a block for the `load` that will come."""
+        if self.prefetch_on and block not in self._reads:
+            self._reads[block] = self._start_read(block)
 
     def load_shared(self) -> Tensor:
         """Returns the shared part's newest bytes (uint8, [total_bytes]) in a new buffer on the device.
@@ -126,7 +125,7 @@ class BlockStream:
             self._residents[block] = buffer
         return self._residents[block]
 
-    def _start_read(self, block: int, weights_only: bool) -> Future[Tensor]:
+    def _start_read(self, block: int) -> Future[Tensor]:
         if self._fills:
             # Here and not on the reader's thread: there the allocator could hand out memory that a kernel on
             # the default stream still uses. And not before the first block is asked for: where units stream,
@@ -134,15 +133,13 @@ class BlockStream:
             self._slots.fill()
             self._wait_for_kernels()
             self._fills = False
-        return self._reader.submit(self._read, block, weights_only)
+        return self._reader.submit(self._read, block)
 
-    def _read(self, block: int, weights_only: bool) -> Tensor:
+    def _read(self, block: int) -> Tensor:
         self._wait_for_write(block)
-        layout = self.layouts[block]
-        num_bytes = layout.weights_read_bytes if weights_only else layout.total_bytes
         slot = self._slots.take()
         try:
-            self.block_store.read(block_key(block), slot[:num_bytes])
+            self.block_store.read(block_key(block), slot[: self.layouts[block].total_bytes])
         except BaseException:
             self._slots.give(slot)
             raise
