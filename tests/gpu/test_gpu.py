@@ -14,7 +14,7 @@ from conftest import recipe_with
 from gpu_common import SHORT, needs_cuda, record, train
 
 from lowmem.blocks.arena import Arena, ArenaLayout
-from lowmem.blocks.optim import update
+from lowmem.blocks.optim import Step, update
 from lowmem.blocks.run_dir import RunDir
 from lowmem.data.datasets import describe_data, load_data
 from lowmem.machine.monitor import Monitor
@@ -86,7 +86,7 @@ def test_the_8_bit_step_follows_a_float_reference(profile: Profile) -> None:
     for step in range(1, 51):
         grads = torch.randn_like(start) * 0.01
         for arena in arenas.values():
-            update(arena.layout, arena.weights, grads.clone(), arena.state, step, 1e-3, config)
+            update(arena, grads.clone(), Step(step, 1e-3, config))
     moved = (arenas["adamw"].weights - start).norm()
     error = (arenas["adamw8bit"].weights - arenas["adamw"].weights).norm() / moved
     record("8-bit AdamW against fp32, 50 steps", relative_error=float(error))
