@@ -21,7 +21,7 @@ from lowmem.objectives.labels import LabelDenoising
 from lowmem.objectives.masked import MaskedDenoising
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.objectives.tokens import TokenDenoising
-from lowmem.planning.duration import has_rates, moving_s, pass_s
+from lowmem.planning.duration import Work, has_rates, moving_s, pass_s
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.settings import Setup
 from lowmem.recipe import EvalConfig
@@ -113,7 +113,7 @@ def plan_evaluation(
     base = _base(setup, training)
     held = demand.held_bytes * num_samples + demand.fixed_bytes
     for size in _sizes(min(config.batch_size, num_samples), demand.row):
-        taken = counter.evaluated(layers, setup.settings, size)
+        taken = _counted(model, setup, counter, layers, size)
         room = allowed_bytes - sum(base.values()) - held - taken.peak_bytes
         most_walked = num_samples if not setup.end_to_end else min(num_samples, TOGETHER * config.batch_size)
         walk = min(most_walked, max(room, 0) // max(demand.walk_bytes, 1) // size * size)
@@ -133,6 +133,20 @@ def plan_evaluation(
         layer_calls=round(total * len(layers)),
         seconds=None if known is None else _seconds(setup, taken, total / size, ceil(num_samples / walk)),
     )
+
+
+def _counted(model: BlockModel, setup: Setup, counter: PassCounter, layers: range, size: int) -> Pass:
+    """The largest call, over `layers`.
+
+    Without gradients a layer's activations are gone when the next one computes. So of a deep model that
+    streams layer by layer, the first two layers tell the rest.
+    """
+    alike = setup.streams and len({tuple(p.shape for p in layer.parameters()) for layer in model.layers}) == 1
+    if not alike or len(model.units()) != len(layers) or len(layers) <= 2:
+        return counter.evaluated(layers, setup.settings, size)
+    one, two = (counter.evaluated(range(count), setup.settings, size) for count in (1, 2))
+    more = {kind: count * (len(layers) - 1) for kind, count in (two.work - one.work).items()}
+    return two._replace(work=one.work + Work(more))
 
 
 def _sizes(most: int, row: int) -> Iterator[int]:
