@@ -17,7 +17,7 @@ from lowmem.data.text import load_tokenizer
 from lowmem.data.tokenizer import Tokenizer, characters
 from lowmem.errors import DataError, ResumeError
 from lowmem.planning.plan import Plan, read_plan
-from lowmem.units import format_bytes
+from lowmem.units import counted, format_bytes
 
 Notice = tuple[str, dict[str, Any]]  # a telemetry record: event and fields
 NEEDED = ("image_shape", "num_classes", "vocab_size", "class_names", "tokenizer")  # by the model's weights
@@ -88,7 +88,7 @@ def _change(trained: DataIdentity, found: DataIdentity) -> str:
 
 
 def _words(identity: DataIdentity) -> str:
-    kept = f"{identity.num_items} items of {format_bytes(identity.num_bytes)}"
+    kept = f"{counted(identity.num_items, 'item')} of {format_bytes(identity.num_bytes)}"
     return f"{kept} (fingerprint {identity.fingerprint[:12]})"
 
 
