@@ -98,7 +98,7 @@ def test_a_run_does_not_go_on_with_another_text(here: Path, changed: str) -> Non
     before = {path: path.read_bytes() for path in (here / "stopped").iterdir()}
     Path("own.txt").write_text(changed)
     with pytest.raises(
-        ResumeError, match="data changed: found 1 items of .* or give --accept-data"
+        ResumeError, match="data changed: found 1 item of .* or give --accept-data"
     ) as caught:
         go_on(here / "stopped")
     assert "\n" not in str(caught.value)
@@ -141,7 +141,7 @@ def test_a_finished_run_is_sampled_and_exported_without_its_text(here: Path) -> 
 
 def test_a_finished_run_is_not_evaluated_on_a_changed_text_without_a_word(here: Path) -> None:
     Path("own.txt").write_text("z" + TEXT)
-    with pytest.raises(DataError, match="found 1 items .* trained on 1 items .* --data path=FILE"):
+    with pytest.raises(DataError, match="found 1 item .* trained on 1 item .* --data path=FILE"):
         evaluate_run(here / "finished")
 
 
@@ -205,7 +205,7 @@ def test_a_foreign_run_is_not_evaluated_on_a_file_of_this_machine_of_another_con
     (here / "secret").write_text(SECRET)
     run = here / "finished"
     changed(run, lambda plan: plan["recipe"]["data"].update(path=str(here / "secret")))
-    assert "found 1 items of 2.1 KiB" in refusal_of(evaluate_run, run)
+    assert "found 1 item of 2.1 KiB" in refusal_of(evaluate_run, run)
     (here / "secret").unlink()
     os.mkfifo(here / "secret")  # to open it would wait for ever
     assert "a pipe or a device" in refusal_of(evaluate_run, run)
