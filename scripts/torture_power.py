@@ -7,6 +7,7 @@ cut leaves is that, plus any part of what came later: these are the states that 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -46,7 +47,7 @@ class Disk:
 
         def fsync(handle: int) -> None:
             plain_fsync(handle)
-            with self._lock:
+            with self._lock, contextlib.suppress(FileNotFoundError):
                 path = Path(os.readlink(f"/proc/self/fd/{handle}"))
                 if path == self.folder:
                     self._names = self._listed()
@@ -87,8 +88,10 @@ class Disk:
         """Keeps the states that a power cut at this moment may leave."""
         with self._lock:
             self.count += 1
-            for state in self._states():
-                self._keep(state)
+            # Where another thread removes a file meanwhile, its own cut follows.
+            with contextlib.suppress(FileNotFoundError):
+                for state in self._states():
+                    self._keep(state)
 
     def _states(self) -> Iterator[Entries]:
         now = self._listed()
