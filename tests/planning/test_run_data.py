@@ -97,9 +97,7 @@ def test_a_run_goes_on_with_the_same_text_wherever_it_lies(runs: Path, here: Pat
 def test_a_run_does_not_go_on_with_another_text(here: Path, changed: str) -> None:
     before = {path: path.read_bytes() for path in (here / "stopped").iterdir()}
     Path("own.txt").write_text(changed)
-    with pytest.raises(
-        ResumeError, match="data changed: found 1 item of .* or give --accept-data"
-    ) as caught:
+    with pytest.raises(ResumeError, match="data changed: found 1 item of .* or give --accept-data") as caught:
         go_on(here / "stopped")
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in (here / "stopped").iterdir()} == before
