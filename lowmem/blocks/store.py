@@ -140,6 +140,7 @@ class DiskStore(Store):
         just written `files`, or has read them whole and found them to be what was committed.
         """
         self.run_dir, self.layouts, self.ring, self.files = run_dir, layouts, ring, dict(files)
+        self._headers = {key: layout.header() for key, layout in layouts.items()}
         self._requests = ChunkRequests()
         # files that this process has written, or whose digest it has checked
         self._verified = {record.name for record in files.values()} if checked else set[str]()
@@ -153,23 +154,17 @@ class DiskStore(Store):
         self._moved, self._taken = Traffic(), TransferTimes()
 
     def read(self, key: str, buffer: Tensor) -> None:
-        record, header = self.files[key], self.layouts[key].header()
+        record, header = self.files[key], self._headers[key]
         path, source = self.run_dir.path / record.name, self.run_dir.file_path(record.name)
         whole = buffer.numel() == self.layouts[key].total_bytes
         # The digest covers all of the data, so a read of the weights alone cannot check it, and must not
         # mark the file as checked either. Whatever is committed was read whole before it was trained.
         verify = whole and record.name not in self._verified
-        head = aligned_buffer(len(header))
         began = time.perf_counter()
         with refusals_of(path, StoreError):
-            found = _size_of(source)
-            if found != record.num_bytes:
-                raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {BACK}")
-            self._requests.read(source, 0, head)
+            self._check_header(key)
             digests = self._read_data(source, len(header), buffer, verify)
-        self._count_read(len(header) + buffer.numel(), time.perf_counter() - began)
-        if bytes(head.numpy()) != header:
-            raise StoreError(f"{path}: its header is not that of this run's block; {BACK}")
+        self._count_read(buffer.numel(), time.perf_counter() - began)
         if verify:
             if whole_digest(digests) != record.digest:
                 raise StoreError(f"{path}: its data differ from what was committed; {BACK}")
@@ -178,29 +173,19 @@ class DiskStore(Store):
     def write(self, key: str, buffer: Tensor, visits_done: int) -> FileRecord:
         if self._unchanged(key, buffer):
             return self.files[key]
-        name, header = self.run_dir.file_name(key, visits_done), self.layouts[key].header()
+        name, began = self.run_dir.file_name(key, visits_done), time.perf_counter()
         path = self.run_dir.path / name
-        began = time.perf_counter()
-        with refusals_of(path, StoreError):  # nobody's file is overwritten
-            open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL).close()
+        self._create(path, key)
         with refusals_of(path, StoreError), removed_if_it_fails(path):
-            head = aligned_buffer(len(header))
-            head.numpy()[:] = memoryview(header)
-            self._requests.write(path, 0, head)
-            digests = self._write_data(path, len(header), buffer)
+            digests = self._write_data(path, len(self._headers[key]), buffer)
             # Here and not at the commit: the disk is done with it while the next block trains.
-            with open_file(path, os.O_WRONLY) as file:
-                os.fsync(file.fileno())
-        num_bytes = len(header) + buffer.numel()
-        self._count_written(num_bytes, time.perf_counter() - began)
-        self._verified.add(name)
-        self._first_digest[key], digest = digests[0], whole_digest(digests)
-        header_digest = hashlib.sha256(header).hexdigest()
-        self.files[key] = FileRecord(name=name, num_bytes=num_bytes, header=header_digest, digest=digest)
-        return self.files[key]
+            _sync(path)
+        self._count_written(buffer.numel(), time.perf_counter() - began)
+        self._first_digest[key] = digests[0]
+        return self._recorded(key, name, whole_digest(digests))
 
     def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
-        record, header = self.files[key], self.layouts[key].header()
+        record, header = self.files[key], self._headers[key]
         name = self._begun[key] if rewritten else record.name
         if name not in self._verified:
             self._check(key)
@@ -218,22 +203,16 @@ class DiskStore(Store):
         name = self.run_dir.file_name(key, visits_done)
         if self._begun.get(key) == name:
             return
-        path, header = self.run_dir.path / name, self.layouts[key].header()
-        with refusals_of(path, StoreError):
-            open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL).close()
-        with refusals_of(path, StoreError), removed_if_it_fails(path):
+        path = self.run_dir.path / name
+        self._create(path, key)
+        with refusals_of(path, StoreError), removed_if_it_fails(path), open_file(path, os.O_WRONLY) as file:
             # Padding is never written, and is zero in every file.
-            with open_file(path, os.O_WRONLY) as file:
-                os.truncate(file.fileno(), len(header) + self.layouts[key].total_bytes)
-            head = aligned_buffer(len(header))
-            head.numpy()[:] = memoryview(header)
-            self._requests.write(path, 0, head)
-        self._count_written(len(header))
+            os.truncate(file.fileno(), len(self._headers[key]) + self.layouts[key].total_bytes)
         self._begun[key] = name
         self._verified.add(name)
 
     def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
-        path, skipped = self.run_dir.path / self._begun[key], len(self.layouts[key].header())
+        path, skipped = self.run_dir.path / self._begun[key], len(self._headers[key])
         began, whole = time.perf_counter(), list[tuple[Pages, Tensor]]()
         for pages, buffer in parts:
             inner = pages.whole
@@ -256,17 +235,13 @@ class DiskStore(Store):
         )
 
     def end(self, key: str, visits_done: int) -> FileRecord:
-        name, header = self._begun.pop(key), self.layouts[key].header()
-        path, began = self.run_dir.path / name, time.perf_counter()
+        name, began = self._begun.pop(key), time.perf_counter()
+        path = self.run_dir.path / name
         with refusals_of(path, StoreError):
-            with open_file(path, os.O_WRONLY) as file:
-                os.fsync(file.fileno())
+            _sync(path)
             self._count_written(0, time.perf_counter() - began)
-            digest = self._digest_of(path, len(header), self.layouts[key].total_bytes)
-        header_digest = hashlib.sha256(header).hexdigest()
-        num_bytes = len(header) + self.layouts[key].total_bytes
-        self.files[key] = FileRecord(name=name, num_bytes=num_bytes, header=header_digest, digest=digest)
-        return self.files[key]
+            digest = self._digest_of(path, key)
+        return self._recorded(key, name, digest)
 
     def take_over(self, key: str, buffer: Tensor) -> Tensor:
         return buffer
@@ -322,23 +297,52 @@ class DiskStore(Store):
 
     def _check(self, key: str) -> None:
         """Looks at a file's size, header and digest before it is read in pages. Raises StoreError."""
-        record, header = self.files[key], self.layouts[key].header()
+        record = self.files[key]
         path, source = self.run_dir.path / record.name, self.run_dir.file_path(record.name)
         with refusals_of(path, StoreError):
-            found = _size_of(source)
-            if found != record.num_bytes:
-                raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {BACK}")
-            head = aligned_buffer(len(header))
-            self._requests.read(source, 0, head)
-            if bytes(head.numpy()) != header:
-                raise StoreError(f"{path}: its header is not that of this run's block; {BACK}")
-            self._count_read(len(header))
-            if self._digest_of(source, len(header), self.layouts[key].total_bytes) != record.digest:
+            self._check_header(key)
+            if self._digest_of(source, key) != record.digest:
                 raise StoreError(f"{path}: its data differ from what was committed; {BACK}")
         self._verified.add(record.name)
 
-    def _digest_of(self, path: Path, position: int, num_bytes: int) -> str:
+    def _check_header(self, key: str) -> None:
+        """Raises OSError, or StoreError unless the newest file has the right size and header."""
+        record, header = self.files[key], self._headers[key]
+        path, source = self.run_dir.path / record.name, self.run_dir.file_path(record.name)
+        found = _size_of(source)
+        if found != record.num_bytes:
+            raise StoreError(f"{path}: expected {record.num_bytes} bytes, found {found} bytes; {BACK}")
+        head = aligned_buffer(len(header))
+        self._requests.read(source, 0, head)
+        self._count_read(len(header))
+        if bytes(head.numpy()) != header:
+            raise StoreError(f"{path}: its header is not that of this run's block; {BACK}")
+
+    def _create(self, path: Path, key: str) -> None:
+        """Makes a new file that begins with the block's header. Nobody's file is overwritten."""
+        with refusals_of(path, StoreError):
+            open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL).close()
+        with refusals_of(path, StoreError), removed_if_it_fails(path):
+            head = aligned_buffer(len(self._headers[key]))
+            head.numpy()[:] = memoryview(self._headers[key])
+            self._requests.write(path, 0, head)
+        self._count_written(head.numel())
+
+    def _recorded(self, key: str, name: str, digest: str) -> FileRecord:
+        """The record of a file that is on the disk, which is now the block's newest."""
+        header = self._headers[key]
+        self._verified.add(name)
+        self.files[key] = FileRecord(
+            name=name,
+            num_bytes=len(header) + self.layouts[key].total_bytes,
+            header=hashlib.sha256(header).hexdigest(),
+            digest=digest,
+        )
+        return self.files[key]
+
+    def _digest_of(self, path: Path, key: str) -> str:
         """The digest of a file's data, read again a piece at a time."""
+        position, num_bytes = len(self._headers[key]), self.layouts[key].total_bytes
 
         def digest(part: slice) -> bytes:
             summed, piece = xxhash.xxh3_128(), aligned_buffer(DIGEST_PIECE)
@@ -481,6 +485,11 @@ class HostStore(Store):
     def close(self) -> None:
         self.disk.close()
         self._copies.clear()
+
+
+def _sync(path: Path) -> None:
+    with open_file(path, os.O_WRONLY) as file:
+        os.fsync(file.fileno())
 
 
 def _size_of(path: Path) -> int:

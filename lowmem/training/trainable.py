@@ -32,13 +32,10 @@ class Trainable:
         default_factory=dict
     )  # parameters not yet updated in this step
 
-    def bind(self, model: nn.Module, frozen: bool = False) -> None:
-        """`frozen`: for a pass without gradients."""
+    def bind(self, model: nn.Module) -> None:
         self._refresh(slice(None))
         layout = self.arena.layout
-        if frozen:
-            bind(model, parameter_views(layout, self.compute), None)
-        elif self.grads is None:
+        if self.grads is None:
             bind(model, parameter_views(layout, self.compute), self._on_gradient)
         else:
             self.grads.zero_()
