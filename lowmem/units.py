@@ -10,6 +10,7 @@ from typing import Any
 
 GIB = 1024**3
 MIB = 1024**2
+PAGE = 4096  # bytes: alignment of buffers, of files' data, and of unbuffered reads and writes
 
 
 def from_gib(gib: float) -> int:

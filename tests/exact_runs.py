@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import BlockStream
+from lowmem.machine.device import CPU
 from lowmem.machine.profile import load_profile
 from lowmem.models.base import BlockModel, BuildModel
 from lowmem.models.causal_lm import CausalLm
@@ -134,7 +135,7 @@ def through_ram(monkeypatch: pytest.MonkeyPatch) -> None:
 
         layouts, shared = layouts_of(model, plan.settings)
         store = HostStore(DiskStore(run, layouts_by_key(layouts, shared), files, checked=checked))
-        return BlockStream(store, layouts, shared, torch.device("cpu"), False, plan.recipe.offload.prefetch)
+        return BlockStream(store, layouts, shared, CPU, False, plan.recipe.offload.prefetch)
 
     monkeypatch.setattr(attempt_module, "open_stream", opened)
 

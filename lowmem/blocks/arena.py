@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lowmem.units import round_up
+from lowmem.machine.device import Device
+from lowmem.units import PAGE, round_up
 
-PAGE = 4096  # bytes: alignment of buffers, of files' data, and of unbuffered reads and writes
 ALIGNMENT = 256  # bytes: alignment of each state field in a buffer
 GROUP_SIZE = 256  # elements that share one absmax of 8-bit state; parameters are aligned to it
 MIN_8BIT_NUMEL = 4096  # smaller parameters keep fp32 state, as in bitsandbytes
@@ -273,3 +273,8 @@ def aligned_buffer(num_bytes: int) -> Tensor:
     whole = torch.from_numpy(np.zeros(num_bytes + PAGE, dtype=np.uint8))
     first = -whole.data_ptr() % PAGE
     return whole[first : first + num_bytes]
+
+
+def device_buffer(device: Device, num_bytes: int) -> Tensor:
+    """A slot (uint8, [num_bytes]) in the memory that compute reads, on a page. See `Device.buffer`."""
+    return device.buffer(num_bytes) if device.copies else aligned_buffer(num_bytes)

@@ -25,15 +25,16 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lowmem.blocks.arena import PAGE, aligned_buffer
+from lowmem.blocks.arena import aligned_buffer
 from lowmem.blocks.block_file import REFUSED_DIRECT
 from lowmem.blocks.order import Place, border_calls
-from lowmem.blocks.staging import IN, OUT
+from lowmem.blocks.staging import Ring
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.files import open_regular, refusals_of
+from lowmem.machine.device import Device, Mark
 from lowmem.recipe import Tier
-from lowmem.units import round_up
+from lowmem.units import PAGE, round_up
 
 AT_HAND = 2  # tensors that went out last and are still on the device
 AHEAD = 2  # tensors that are fetched before they are asked for
@@ -191,13 +192,18 @@ class AwayBorders(Borders):
     """
 
     def __init__(
-        self, num_blocks: int, parts: int, two_passes: bool, device: torch.device, folder: Path | None
+        self,
+        num_blocks: int,
+        parts: int,
+        two_passes: bool,
+        device: Device,
+        folder: Path | None,
+        ring: Ring | None,
     ) -> None:
+        """`ring`: what carries them to a device of its own and from it."""
         super().__init__(num_blocks, parts, two_passes)
-        self._device = device
+        self._device, self._ring = device, ring
         self._thread = ThreadPoolExecutor(1, "lowmem-borders")
-        on_cuda = device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in (IN, OUT)] if on_cuda else []  # type: ignore[no-untyped-call]
         self._path = None if folder is None else folder / f".borders-{secrets.token_hex(8)}.tmp"
         self._file = None if self._path is None else _open_unnamed(self._path)
         self._away: _Slots | None = None  # made at the first put, which tells the tensors' size
@@ -220,10 +226,9 @@ class AwayBorders(Borders):
             self._away = _Slots(h, 1 if self._file is not None else (self.num_blocks + 1) * self.parts)
         away = self._away
         self._traffic += Traffic(
-            device_to_host_bytes=away.num_bytes if self._streams else 0,
             disk_written_bytes=away.slot_bytes if self._file is not None else 0,
         )
-        self._at_hand.append((place, h, self._thread.submit(self._out, away, place, h, self._now())))
+        self._at_hand.append((place, h, self._thread.submit(self._out, away, place, h, self._device.mark())))
         # What is pushed out must have arrived: its memory on the device is freed now.
         if len(self._at_hand) > AT_HAND:
             self._waited(self._at_hand.pop(0)[2])
@@ -252,18 +257,11 @@ class AwayBorders(Borders):
         away = self._away
         assert away is not None, "a step begins with a put"
         # Made here and not on the thread: its memory belongs to the CUDA stream that computes.
-        target = torch.empty_like(away.like, device=self._device)
+        target = torch.empty_like(away.like, device=self._device.torch)
         self._traffic += Traffic(
-            host_to_device_bytes=away.num_bytes if self._streams else 0,
             disk_read_bytes=away.slot_bytes if self._file is not None else 0,
         )
-        return self._thread.submit(self._in, away, place, target, self._now())
-
-    def _now(self) -> torch.cuda.Event | None:
-        """The point that compute has reached. A copy that waits for it may read what compute has put, and
-        overwrite what compute has freed.
-        """
-        return torch.cuda.current_stream(self._device).record_event() if self._streams else None
+        return self._thread.submit(self._in, away, place, target, self._device.mark())
 
     def _waited(self, future: Future[T]) -> T:
         start = time.perf_counter()
@@ -274,36 +272,34 @@ class AwayBorders(Borders):
     # --------------------------------------------------------------------------------------------------------
     # On the thread: one call after another, so the file needs only one slot
 
-    def _out(self, away: _Slots, place: Place, h: Tensor, ready: torch.cuda.Event | None) -> None:
+    def _out(self, away: _Slots, place: Place, h: Tensor, made: Mark) -> None:
         index, flat = self._index(place), h.flatten().view(torch.uint8)
         slot = away.slot(index)
-        self._copy(slot[: len(flat)], flat, ready, OUT)
+        self._device.wait(made)
+        if self._ring is None:
+            slot[: len(flat)].copy_(flat)
+        else:
+            for part in self._ring.parts(len(flat)):
+                with self._ring.from_device(flat[part]) as chunk:
+                    slot.numpy()[part] = chunk.numpy()
         if self._file is not None and self._path is not None:
             with refusals_of(self._path, StoreError):
                 self._check(os.pwrite(self._file, slot.numpy().data, index * away.slot_bytes), away)
 
-    def _in(self, away: _Slots, place: Place, target: Tensor, ready: torch.cuda.Event | None) -> Tensor:
+    def _in(self, away: _Slots, place: Place, target: Tensor, freed: Mark) -> Tensor:
         index, flat = self._index(place), target.flatten().view(torch.uint8)
         slot = away.slot(index)
         if self._file is not None and self._path is not None:
             with refusals_of(self._path, StoreError):
                 self._check(os.preadv(self._file, [slot.numpy().data], index * away.slot_bytes), away)
-        self._copy(flat, slot[: len(flat)], ready, IN)
+        self._device.wait(freed)  # compute has used what lay in the target's memory before
+        if self._ring is None:
+            flat.copy_(slot[: len(flat)])
+        else:
+            for part in self._ring.parts(len(flat)):
+                with self._ring.to_device(flat[part]) as chunk:
+                    chunk.numpy()[:] = slot.numpy()[part]
         return target
-
-    def _copy(self, target: Tensor, source: Tensor, ready: torch.cuda.Event | None, way: int) -> None:
-        """Copies, and returns when the bytes are there.
-
-        `ready`: when compute has made the source, or no longer uses what lay in the target's memory before.
-        """
-        if ready is None:
-            target.copy_(source)
-            return
-        stream = self._streams[way]
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
-        stream.synchronize()
 
     def _index(self, place: Place) -> int:
         return place[0] * self.parts + place[1]

@@ -24,21 +24,28 @@ from torch import Tensor
 from lowmem.blocks.arena import GROUP_SIZE, Arena, Group
 from lowmem.recipe import OptimizerConfig
 from lowmem.schedule import mix_seed
-from lowmem.units import MIB
 
-SLICE_NUMEL = 1024 * 1024  # elements updated at once: bounds the kernel's temporaries
-# Temporaries of the 8-bit kernel for one slice of that size, measured on a CPU (about nine fp32 copies).
-SLICE_WORKSPACE_BYTES = 38 * MIB
+# Elements updated at once, by kind of device: it bounds the temporaries. On a card it is enough that the host
+# starts kernels faster than they end.
+SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024}
+# Temporaries of the 8-bit kernel for each element, measured on a CPU (about nine fp32 copies). CUDA has none.
+EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0}
 ODDS_NUMEL = 256 * 1024  # elements whose rounding is drawn at once
 
 
-def workspace_bytes(numel: int, quantized: bool, weights_dtype: torch.dtype, grads_dtype: torch.dtype) -> int:
+def workspace_bytes(
+    numel: int,
+    quantized: bool,
+    weights_dtype: torch.dtype,
+    grads_dtype: torch.dtype,
+    device_kind: str = "cpu",
+) -> int:
     """The largest temporaries, in bytes, of an update of `numel` elements of one group."""
-    numel = min(numel, SLICE_NUMEL)
+    numel = min(numel, SLICE_NUMEL[device_kind])
     kept_in_bf16 = weights_dtype != torch.float32
     updating = 4 * numel * (kept_in_bf16 + (grads_dtype != torch.float32))
     if quantized:
-        updating += SLICE_WORKSPACE_BYTES * numel // SLICE_NUMEL
+        updating += EIGHT_BIT_TEMPORARIES[device_kind] * numel
     if not kept_in_bf16:
         return updating
     odds = 2 * ODDS_NUMEL  # kept from one slice to the next
@@ -85,7 +92,7 @@ class Rounding:
 def gradient_norm(grads: Tensor) -> Tensor:
     """The L2 norm of `grads` [n] of any dtype: an fp32 scalar on the device."""
     # In slices, because on a CPU the norm of a bf16 tensor widens all of it at once.
-    parts = torch.split(grads, SLICE_NUMEL)
+    parts = torch.split(grads, SLICE_NUMEL[grads.device.type])
     # Made before the loop: small tensors made between the slices would keep the freed ones apart.
     norms = torch.empty(len(parts), device=grads.device)
     for norm, part in zip(norms, parts, strict=True):
@@ -191,8 +198,9 @@ def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Ste
 
 def update_slices(rows: Rows, grads: Tensor, step: Step) -> None:
     """Updates rows by their gradients [n], a slice at a time. n is a multiple of GROUP_SIZE."""
-    for start in range(0, len(grads), SLICE_NUMEL):
-        stop = min(start + SLICE_NUMEL, len(grads))
+    size = SLICE_NUMEL[grads.device.type]
+    for start in range(0, len(grads), size):
+        stop = min(start + size, len(grads))
         _update_slice(rows.part(start, stop), grads[start:stop].contiguous(), step)
 
 

@@ -1,29 +1,24 @@
 """Carries bytes between host and device through a small ring of page-locked chunks.
 
-A chunk belongs to one thread at a time: the thread fills it, copies it, waits for the copy's event, and gives
-it back. So a ring takes threads x chunk of memory, whatever a block weighs, and no chunk is overwritten while
-a copy still reads it. Chunks have their exact size (torch's own pinned allocator rounds up to a power of two)
-and are locked once, before the first block.
+A chunk belongs to one thread at a time: the thread fills it, copies it, waits for the copy, and gives it
+back. So a ring takes threads x chunk of memory, whatever a block weighs, and no chunk is overwritten while a
+copy still reads it. Chunks are locked once, before the first block.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lowmem.blocks.arena import aligned_buffer
 from lowmem.blocks.traffic import Traffic, TransferTimes
+from lowmem.machine.device import Device, Mark
 from lowmem.units import MIB
 
 CHUNK_BYTES = 16 * MIB  # one request to the disk, one copy, and one part of a file's digest
@@ -31,11 +26,6 @@ CHUNK_BYTES = 16 * MIB  # one request to the disk, one copy, and one part of a f
 THREADS = 2
 RING_CHUNKS = 2 * THREADS
 SMALLEST_RING = 2  # chunks: one each way
-# The part of what a probe could lock that a ring takes, where the probe got less than it asked for: other
-# programs lock pages too.
-PROBE_SHARE = 0.8
-PROBE_TIMEOUT_S = 120
-LOCK_PROBE = ("-m", "lowmem.blocks.lock_probe")
 IN, OUT = 0, 1  # host to device, device to host
 
 
@@ -46,9 +36,9 @@ class SlotPool:
     use is what the plan counts.
     """
 
-    def __init__(self, size: int, make: Callable[[], Tensor]) -> None:
-        self._free: queue.Queue[Tensor | None] = queue.Queue()  # None: not made yet
-        self._make = make
+    def __init__(self, size: int, make: Callable[[], Tensor], device: Device) -> None:
+        self._free: queue.Queue[tuple[Tensor, Mark] | None] = queue.Queue()  # None: not made yet
+        self._make, self._device = make, device
         for _ in range(size):
             self._free.put(None)
 
@@ -58,17 +48,24 @@ class SlotPool:
             self.give(slot)
 
     def take(self) -> Tensor:
-        slot = self._free.get()
-        return self._make() if slot is None else slot
+        """Returns a buffer that nothing uses any more. The calling thread waits for that."""
+        free = self._free.get()
+        if free is None:
+            return self._make()
+        slot, mark = free
+        self._device.wait(mark)
+        return slot
 
-    def give(self, slot: Tensor) -> None:
-        self._free.put(slot)
+    def give(self, slot: Tensor, mark: Mark = None) -> None:
+        """`mark`: compute uses the buffer as far as that."""
+        self._free.put((slot, mark))
 
     def clear(self) -> None:
         """Drops every free buffer. The pool must not be used afterwards."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._free.get_nowait()
+        self.__dict__.pop("_make", None)  # it may hold buffers too
 
 
 class Pace:
@@ -85,6 +82,9 @@ class Pace:
 
     @contextlib.contextmanager
     def __call__(self, num_bytes: int) -> Iterator[None]:
+        if self._rate is None:
+            yield
+            return
         with self._lock:
             due = self._free_at = max(self._free_at, time.perf_counter()) + self.least_s(num_bytes)
         yield
@@ -96,41 +96,36 @@ class Ring:
 
     def __init__(
         self,
-        device: torch.device,
+        device: Device,
         max_chunk_bytes: int,
         lockable_bytes: int = 0,
-        lock: Callable[[Tensor], bool] | None = None,
-        unlock: Callable[[Tensor], None] | None = None,
         paces: tuple[Pace, Pace] | None = None,
     ) -> None:
-        """`lock` page-locks a chunk, or returns False if it may not; `unlock` undoes that.
-
-        `paces`: the least time of copies to the device and from it.
-        """
+        """`lockable_bytes`: as much as may be page-locked. `paces`: the least time of copies, each way."""
         self.device, self.chunk_bytes = device, min(CHUNK_BYTES, max_chunk_bytes)
         self._passed_bytes, self._copy_s = [0, 0], [0.0, 0.0]  # IN, OUT
         self._paces, self._counting = paces or (Pace(), Pace()), threading.Lock()
-        on_cuda = device.type == "cuda"
-        self._streams: Any = [torch.cuda.Stream(device) for _ in (IN, OUT)] if on_cuda else None  # type: ignore[no-untyped-call]
-        self._locked, self._unlock = list[Tensor](), unlock
-        for _ in range(min(RING_CHUNKS, lockable_bytes // self.chunk_bytes)):
-            chunk = aligned_buffer(self.chunk_bytes)
-            if lock is None or not lock(chunk):
+        self._ways = device.way(), device.way()
+        chunks = list[Tensor]()
+        while len(chunks) < min(RING_CHUNKS, lockable_bytes // self.chunk_bytes):
+            locked = device.locked(self.chunk_bytes)
+            if locked is None:
                 break
-            self._locked.append(chunk)
+            chunks.append(locked)
+        self._locked_bytes = len(chunks) * self.chunk_bytes
         # A smaller ring of locked chunks is faster than a full one with pageable chunks among them; one chunk
         # for both ways is not enough.
-        pageable = 0 if len(self._locked) >= SMALLEST_RING else RING_CHUNKS - len(self._locked)
-        chunks = self._locked + [aligned_buffer(self.chunk_bytes) for _ in range(pageable)]
+        if len(chunks) < SMALLEST_RING:
+            chunks += [aligned_buffer(self.chunk_bytes) for _ in range(RING_CHUNKS - len(chunks))]
         self.num_chunks = len(chunks)
-        self._chunks = SlotPool(len(chunks), iter(chunks).__next__)
+        self._chunks = SlotPool(len(chunks), iter(chunks).__next__, device)
 
     def facts(self) -> dict[str, Any]:
         """What the ring could get, for the run's record."""
         return {
             "chunk_bytes": self.chunk_bytes,
             "chunks": self.num_chunks,
-            "locked_bytes": len(self._locked) * self.chunk_bytes,
+            "locked_bytes": self._locked_bytes,
         }
 
     def traffic(self) -> Traffic:
@@ -143,14 +138,14 @@ class Ring:
         return TransferTimes(host_to_device_s=self._copy_s[IN], device_to_host_s=self._copy_s[OUT])
 
     def close(self) -> None:
-        """Unlocks the chunks; copies must have finished.
+        """Lets go of the chunks; copies must have finished."""
+        self._chunks.clear()
 
-        Comes before their memory is freed: CUDA never again locks memory that was freed while it was locked.
+    def copy(self, target: Tensor, source: Tensor, way: int) -> None:
+        """Copies past the chunks, where the host's side is page-locked itself. Kernels that write the source
+        must have finished.
         """
-        while self._locked:
-            chunk = self._locked.pop()
-            if self._unlock is not None:
-                self._unlock(chunk)
+        self._copy(target, source, way)
 
     @contextlib.contextmanager
     def to_device(self, part: Tensor) -> Iterator[Tensor]:
@@ -169,6 +164,11 @@ class Ring:
             self._copy(chunk, part, OUT)
             yield chunk
 
+    def parts(self, num_bytes: int) -> Iterator[slice]:
+        """Cuts so many bytes into what a chunk holds."""
+        for start in range(0, num_bytes, self.chunk_bytes):
+            yield slice(start, min(start + self.chunk_bytes, num_bytes))
+
     @contextlib.contextmanager
     def _chunk(self, part: Tensor) -> Iterator[Tensor]:
         chunk = self._chunks.take()
@@ -178,21 +178,8 @@ class Ring:
             self._chunks.give(chunk)
 
     def _copy(self, target: Tensor, source: Tensor, way: int) -> None:
-        """Copies on that way's own CUDA stream; only the calling thread waits for it."""
         with self._paces[way](source.numel()):
-            if self._streams is None:
-                began = time.perf_counter()
-                target.copy_(source)
-                copy_s = time.perf_counter() - began
-            else:
-                # `blocking`: the thread sleeps until the event and leaves its core to compute.
-                start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
-                with torch.cuda.stream(self._streams[way]):
-                    start.record()
-                    target.copy_(source, non_blocking=True)
-                    end.record()
-                end.synchronize()
-                copy_s = start.elapsed_time(end) / 1000
+            copy_s = self._ways[way].copy(target, source)
         with self._counting:
             self._passed_bytes[way] += source.numel()
             self._copy_s[way] += max(copy_s, self._paces[way].least_s(source.numel()))
@@ -201,38 +188,3 @@ class Ring:
 def ring_bytes(max_chunk_bytes: int) -> int:
     """Host memory that a ring takes for blocks of at most that size. The plan counts with this too."""
     return RING_CHUNKS * min(CHUNK_BYTES, max_chunk_bytes)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Page-locking
-
-
-def lock_pages(buffer: Tensor) -> bool:
-    """Page-locks host memory in place, until `unlock_pages`. Returns False if CUDA refuses."""
-    if int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)) == 0:  # type: ignore[no-untyped-call]
-        return True
-    # CUDA keeps the refusal and reports it at the next call, whatever that is: let this one meet it.
-    with contextlib.suppress(RuntimeError):
-        torch.zeros(1, device="cuda")
-    return False
-
-
-def unlock_pages(buffer: Tensor) -> None:
-    torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())  # type: ignore[no-untyped-call]
-
-
-@functools.cache
-def probe_lockable_bytes(wanted_bytes: int, chunk_bytes: int, probe: tuple[str, ...] = LOCK_PROBE) -> int:
-    """Bytes of `wanted_bytes` that may be page-locked in chunks, as `lock_probe` finds in a child process."""
-    try:
-        done = subprocess.run(
-            [sys.executable, *probe, str(wanted_bytes), str(chunk_bytes)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=PROBE_TIMEOUT_S,
-        )
-        locked_bytes = int((done.stdout.split() or [b"0"])[-1])
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return 0
-    return wanted_bytes if locked_bytes == wanted_bytes else int(PROBE_SHARE * locked_bytes)

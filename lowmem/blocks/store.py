@@ -23,7 +23,7 @@ from typing import Any
 import xxhash
 from torch import Tensor
 
-from lowmem.blocks.arena import PAGE, ArenaLayout, aligned_buffer
+from lowmem.blocks.arena import ArenaLayout, aligned_buffer
 from lowmem.blocks.block_file import (
     ChunkRequests,
     all_in_chunks,
@@ -35,12 +35,12 @@ from lowmem.blocks.block_file import (
 )
 from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.seal import BACK
-from lowmem.blocks.staging import THREADS, Pace, Ring
+from lowmem.blocks.staging import IN, OUT, THREADS, Pace, Ring
 from lowmem.blocks.traffic import Traffic, TransferTimes
 from lowmem.blocks.unit import Pages
 from lowmem.errors import StoreError
 from lowmem.files import refusals_of
-from lowmem.units import MIB
+from lowmem.units import MIB, PAGE
 
 DIGEST_PIECE = 1 * MIB  # read at once for a digest, on each thread
 
@@ -417,7 +417,7 @@ class DiskStore(Store):
         return nullcontext(part) if ring is None else ring.from_device(part)
 
     def _ring_of(self, part: Tensor) -> Ring | None:
-        passes = self.ring is not None and part.device.type == self.ring.device.type
+        passes = self.ring is not None and part.device.type == self.ring.device.kind
         return self.ring if passes else None
 
 
@@ -427,17 +427,40 @@ class HostStore(Store):
     A block is read from disk when it is first asked for. Working copies never reach the disk.
     """
 
-    def __init__(self, disk: DiskStore) -> None:
+    def __init__(self, disk: DiskStore, lockable_bytes: int = 0) -> None:
+        """`lockable_bytes`: as much of the copies may be page-locked, so that they need no ring."""
         self.disk, self.ring, self.files = disk, disk.ring, disk.files
         self._copies: dict[str, Tensor] = {}
+        self._lockable_bytes, self._locked = lockable_bytes, set[str]()
 
     def read(self, key: str, buffer: Tensor) -> None:
-        self.disk.copy_in(self._copy_of(key)[: buffer.numel()], buffer)
+        self._copy_in(key, self._copy_of(key)[: buffer.numel()], buffer)
 
     def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
         copy = self._copy_of(key)
         for pages, buffer in parts:
-            self.disk.copy_in(copy[pages.first : pages.first + pages.num_bytes], buffer)
+            self._copy_in(key, copy[pages.first : pages.first + pages.num_bytes], buffer)
+
+    def _copy_in(self, key: str, copy: Tensor, buffer: Tensor) -> None:
+        if self.ring is not None and key in self._locked:
+            self.ring.copy(buffer, copy, IN)
+        else:
+            self.disk.copy_in(copy, buffer)
+
+    def _copy_out(self, key: str, buffer: Tensor, copy: Tensor) -> None:
+        if self.ring is not None and key in self._locked:
+            self.ring.copy(copy, buffer, OUT)
+        else:
+            self.disk.copy_out(buffer, copy)
+
+    def _room(self, key: str, num_bytes: int) -> Tensor:
+        """Memory for a block's copy, page-locked as far as that is allowed."""
+        room = aligned_buffer(num_bytes)
+        allowed = num_bytes <= self._lockable_bytes
+        if self.ring is not None and allowed and self.ring.device.lock(room):
+            self._lockable_bytes -= num_bytes
+            self._locked.add(key)
+        return room
 
     def begin(self, key: str, visits_done: int) -> None:
         pass
@@ -447,7 +470,7 @@ class HostStore(Store):
         for pages, buffer in parts:
             size = pages.stop - pages.start
             skipped = pages.start - pages.first
-            self.disk.copy_out(buffer[skipped : skipped + size], copy[pages.start : pages.stop])
+            self._copy_out(key, buffer[skipped : skipped + size], copy[pages.start : pages.stop])
 
     def end(self, key: str, visits_done: int) -> FileRecord:
         return self.disk.write(key, self._copy_of(key), visits_done)
@@ -458,14 +481,14 @@ class HostStore(Store):
     def take_over(self, key: str, buffer: Tensor) -> Tensor:
         copy = self._copies.get(key)
         if copy is None:
-            copy = self._copies[key] = aligned_buffer(buffer.numel())
+            copy = self._copies[key] = self._room(key, buffer.numel())
         if buffer is not copy:
-            self.disk.copy_out(buffer, copy)
+            self._copy_out(key, buffer, copy)
         return copy
 
     def _copy_of(self, key: str) -> Tensor:
         if key not in self._copies:
-            whole = aligned_buffer(self.disk.layouts[key].total_bytes)
+            whole = self._room(key, self.disk.layouts[key].total_bytes)
             self.disk.read(key, whole)  # the whole block, so this checks its digest
             self._copies[key] = whole
         return self._copies[key]
@@ -483,6 +506,10 @@ class HostStore(Store):
         return self.disk.facts()
 
     def close(self) -> None:
+        for key in self._locked:
+            if self.ring is not None:
+                self.ring.device.unlock(self._copies[key])
+        self._locked.clear()
         self.disk.close()
         self._copies.clear()
 

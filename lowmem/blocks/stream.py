@@ -5,9 +5,9 @@ There are two ways for a block to be on the device:
     resident   every block has its own buffer there (tier device; tier host on unified memory)
     slots      the reader fills one of a few slots in the device's memory, and compute uses the slot itself
 On a CPU a slot is host memory, and files are read straight into it; on CUDA the bytes pass the store's ring
-of page-locked chunks. A slot is handed on only by the thread that has seen its copy or write finish, so
-neither events across threads nor `record_stream` are needed. Compute runs on the default CUDA stream; nothing
-here waits for the whole device.
+of page-locked chunks. A slot that compute has used is handed on with a mark: the thread that takes it waits
+for that mark, so `record_stream` is not needed. Compute runs on the default CUDA stream; nothing here waits
+for the whole device.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lowmem.blocks.arena import ALIGNMENT, ArenaLayout, aligned_buffer
+from lowmem.blocks.arena import ArenaLayout, aligned_buffer, device_buffer
 from lowmem.blocks.run_dir import FileRecord
 from lowmem.blocks.staging import SlotPool, ring_bytes
 from lowmem.blocks.store import Store
 from lowmem.blocks.traffic import Traffic, TransferTimes
+from lowmem.machine.device import Device
 
 HOST_SLOTS = 3  # on a CPU, at most: one in compute, one being filled, one being written
 DEVICE_SLOTS = 2  # on a device of its own: one in compute, one being written and then filled
@@ -66,7 +66,7 @@ class BlockStream:
         store: Store,
         layouts: list[ArenaLayout],
         shared_layout: ArenaLayout,
-        device: torch.device,
+        device: Device,
         resident: bool,
         prefetch: bool,
     ) -> None:
@@ -76,7 +76,9 @@ class BlockStream:
         self.exposed_s = 0.0  # seconds that compute waited for a block
         slot_bytes = max(layout.total_bytes for layout in layouts)
         copied = store.ring is not None
-        self._slots = SlotPool(num_slots(copied, prefetch, len(layouts)), lambda: self._buffer(slot_bytes))
+        self._slots = SlotPool(
+            num_slots(copied, prefetch, len(layouts)), lambda: device_buffer(device, slot_bytes), device
+        )
         self._fills = copied and not resident
         self._shared_slot = aligned_buffer(shared_layout.total_bytes)
         self._residents: dict[int, Tensor] = {}
@@ -114,13 +116,13 @@ class BlockStream:
         buffer = aligned_buffer(self.shared_layout.total_bytes)
         # Read in one piece and then moved: the ring counts blocks, and the plan does not count this.
         self.block_store.read(SHARED_KEY, buffer)
-        return buffer.to(self.device)
+        return buffer.to(self.device.torch)
 
     def _load_resident(self, block: int) -> Tensor:
         self._wait_for_write(block)
         if block not in self._residents:
-            buffer = self._buffer(self.layouts[block].total_bytes)
-            self._wait_for_kernels()  # they may still use what the allocator now gives out as free
+            buffer = device_buffer(self.device, self.layouts[block].total_bytes)
+            self.device.wait_for_compute()  # it may still use what the allocator now gives out as free
             self.block_store.read(block_key(block), buffer)
             self._residents[block] = buffer
         return self._residents[block]
@@ -131,7 +133,7 @@ class BlockStream:
             # the default stream still uses. And not before the first block is asked for: where units stream,
             # no block ever is.
             self._slots.fill()
-            self._wait_for_kernels()
+            self.device.wait_for_compute()
             self._fills = False
         return self._reader.submit(self._read, block)
 
@@ -144,13 +146,6 @@ class BlockStream:
             self._slots.give(slot)
             raise
         return slot
-
-    def _buffer(self, num_bytes: int) -> Tensor:
-        if self.device.type == "cpu":
-            return aligned_buffer(num_bytes)
-        whole = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8, device=self.device)
-        # torch.compile makes a special case of a view at storage offset 0, and would compile twice.
-        return whole[ALIGNMENT:]
 
     # --------------------------------------------------------------------------------------------------------
     # Device -> store
@@ -171,7 +166,7 @@ class BlockStream:
         touched until `load` returns them again.
         """
         self.finish()  # the snapshot's buffer is free only when the last one is written
-        self._wait_for_kernels()  # what they trained is about to be read by other threads
+        self.device.wait_for_compute()  # what it trained is about to be read by other threads
         self.block_store.copy_out(shared, self._shared_slot)
         self._commit = self._writer.submit(self._write_visit, trained, written or {}, visits_done, committed)
         self._writes.update(dict.fromkeys(trained, self._commit))
@@ -181,8 +176,7 @@ class BlockStream:
     def release(self, block: int, buffer: Tensor) -> None:
         """Gives back a block that was only read (sampling, evaluation)."""
         if not self.resident:
-            self._wait_for_kernels()  # they read it
-            self._slots.give(buffer)
+            self._slots.give(buffer, self.device.mark())
 
     def finish(self) -> None:
         """Waits until everything that was stored is committed. Raises what the writer raised."""
@@ -245,10 +239,6 @@ class BlockStream:
         write = self._writes.get(block)
         if write is not None:
             write.result()
-
-    def _wait_for_kernels(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
 
     @contextlib.contextmanager
     def _exposed(self) -> Iterator[None]:

@@ -16,11 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem.blocks.arena import PAGE, ArenaLayout, Group, ParameterSlot
+from lowmem.blocks.arena import ArenaLayout, Group, ParameterSlot
 from lowmem.blocks.optim import Rows
-from lowmem.units import round_up
+from lowmem.units import PAGE, round_up
 
-CHUNK_NUMEL = 512 * 1024  # weights that an update reads, changes and writes back at once
+# Weights that an update reads, changes and writes back at once, by kind of device: what a processor's cache
+# holds, or enough that a card is not kept waiting for the next kernel.
+CHUNK_NUMEL = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024}
 
 
 class Pages(NamedTuple):
@@ -109,12 +111,18 @@ class Unit:
     """One unit of a block: its pieces in the block, and its parameters in flat vectors of its own."""
 
     def __init__(
-        self, key: str, layout: ArenaLayout, names: Collection[str], computes: str = "weights"
+        self,
+        key: str,
+        layout: ArenaLayout,
+        names: Collection[str],
+        device_kind: str = "cpu",
+        computes: str = "weights",
     ) -> None:
         """`key`: of the block; `names`: of the unit's parameters. `computes`: what passes use, the weights or
         their average ("ema").
         """
         self.key, self.layout, self._computes = key, layout, computes
+        self._chunk_numel = CHUNK_NUMEL[device_kind]
         self.pieces: list[Piece] = []
         self.slots: list[ParameterSlot] = []  # in the unit's own flat vectors: its pieces, one after another
         self.starts: list[int] = []  # of each piece in those
@@ -181,6 +189,6 @@ class Unit:
         """The unit in chunks of rows, each with its place in the unit's own flat vectors."""
         for place, piece in zip(self.starts, self.pieces, strict=True):
             group = piece.group
-            for start in range(group.start, group.stop, CHUNK_NUMEL):
-                stop = min(start + CHUNK_NUMEL, group.stop)
+            for start in range(group.start, group.stop, self._chunk_numel):
+                stop = min(start + self._chunk_numel, group.stop)
                 yield place + start - group.start, Piece(self.layout, replace(group, start=start, stop=stop))

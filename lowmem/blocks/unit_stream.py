@@ -17,22 +17,21 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from lowmem.blocks import optim
-from lowmem.blocks.arena import PAGE, aligned_buffer
+from lowmem.blocks.arena import device_buffer
 from lowmem.blocks.run_dir import FileRecord
 from lowmem.blocks.staging import SlotPool
 from lowmem.blocks.store import Store
 from lowmem.blocks.unit import Pages, Piece, Unit
+from lowmem.machine.device import Device, Mark
 
 CHUNKS = 4  # on their way at once: being read, updated, or written back
 GRADIENTS = 2  # vectors of gradients: one that is made, one that is used
-ENDED = object()
 Given = Callable[[slice], Tensor]  # rows of a block's flat vectors -> their gradients
 
 
@@ -98,7 +97,7 @@ class UnitStream:
         self,
         store: Store,
         units: Sequence[Unit],
-        device: torch.device,
+        device: Device,
         stay: frozenset[int],
         prefetch: bool,
         updates: bool = True,
@@ -112,20 +111,21 @@ class UnitStream:
         if moving:
             slot_bytes = max(unit.weights_bytes for unit in moving)
             slots, size = num_weights_slots(prefetch, len(moving)), chunk_bytes(moving)
-            self._slots = SlotPool(slots, lambda: self._buffer(slot_bytes))
-            self._chunks = SlotPool(CHUNKS, lambda: self._buffer(size))
+            self._slots = SlotPool(slots, lambda: device_buffer(device, slot_bytes), device)
+            self._chunks = SlotPool(CHUNKS, lambda: device_buffer(device, size), device)
             self._pools = [self._slots, self._chunks]
-            if device.type == "cuda":
+            if device.copies:
                 # Made here and not on a thread: there the allocator could hand out memory that a kernel on
                 # the default stream still uses.
                 self._slots.fill()
                 if updates:
                     self._chunks.fill()
-                self._wait_for_kernels()
+                device.wait_for_compute()
         self._kept: dict[int, list[Tensor]] = {}  # a buffer for each piece of a unit that stays
         self._last = {unit.key: index for index, unit in reversed(list(enumerate(units)))}
         self._rewritten: set[int] = set()  # units whose newest rows are in a file that is being written
-        self._waiting: deque[Iterator[None]] = deque()  # updates under way, in their order
+        # Updates under way, in their order. Each yields what it waits for.
+        self._waiting: deque[Iterator[Future[Any]]] = deque()
         self._failed: BaseException | None = None  # what an update has met: every later call meets it too
         self._updated: dict[int, Future[Any]] = {}  # of each unit, its last update
         self._reads: dict[int, Future[Tensor]] = {}
@@ -160,8 +160,7 @@ class UnitStream:
     def release(self, unit: int) -> None:
         """Gives back weights that `load` has returned."""
         if unit not in self.stay:
-            self._wait_for_kernels()  # they read them
-            self._slots.give(self._reads.pop(unit).result())
+            self._slots.give(self._reads.pop(unit).result(), self.device.mark())
 
     def _start_read(self, unit: int) -> Future[Tensor]:
         return self._reader.submit(self._read, unit, unit in self._rewritten)
@@ -180,7 +179,8 @@ class UnitStream:
         """The pieces of a unit that stays, each with its buffer; read when they are first asked for."""
         pieces = self.units[unit].pieces
         if unit not in self._kept:
-            kept = [self._buffer(piece.num_bytes) for piece in pieces]
+            kept = [device_buffer(self.device, piece.num_bytes) for piece in pieces]
+            self.device.wait_for_compute()  # it may still use what the allocator now gives out as free
             for piece, buffer in zip(pieces, kept, strict=True):
                 self.store.read_pages(self.units[unit].key, _pages(piece, buffer), False)
             self._kept[unit] = kept
@@ -198,16 +198,22 @@ class UnitStream:
 
     def advance(self) -> None:
         """Goes on with the updates as far as their chunks have come. Raises StoreError."""
+        self._advance()
+
+    def _advance(self) -> Future[Any] | None:
+        """Returns what the first update waits for."""
         if self._failed is not None:
             raise self._failed
         while self._waiting:
             try:
-                if next(self._waiting[0], ENDED) is not ENDED:
-                    return  # it waits for a chunk
+                awaited = next(self._waiting[0], None)
             except BaseException as problem:
                 self._failed = problem
                 raise
+            if awaited is not None:
+                return awaited
             self._waiting.popleft()
+        return None
 
     def finish(self) -> None:
         """Waits until no update is under way. Raises StoreError."""
@@ -230,11 +236,11 @@ class UnitStream:
         self._updated[unit].result()
 
     def _go_on(self) -> None:
-        self.advance()
-        if self._waiting:
-            time.sleep(0.0002)  # its chunks are on their way
+        awaited = self._advance()
+        if awaited is not None:
+            wait([awaited])
 
-    def _staying(self, update: Update) -> Iterator[None]:
+    def _staying(self, update: Update) -> Iterator[Future[Any]]:
         unit = self.units[update.unit]
         for piece, buffer in self._whole(update.unit):
             rows = piece.in_buffer(buffer)
@@ -242,15 +248,14 @@ class UnitStream:
             if update.durable:
                 self.store.begin(unit.key, update.visits_done)
                 parts = _pages(piece, buffer)
-                self._wait_for_kernels()  # they changed the rows
-                write = self._writer.submit(self.store.write_pages, unit.key, parts)
+                write = self._writer.submit(self._write, unit.key, parts, self.device.mark())
                 while not write.done():
-                    yield None
+                    yield write
                 write.result()
         update.done()
         self._end(update)
 
-    def _moving(self, update: Update) -> Iterator[None]:
+    def _moving(self, update: Update) -> Iterator[Future[Any]]:
         unit, rewritten = self.units[update.unit], update.unit in self._rewritten
         pieces = [piece for _, piece in unit.chunks()]
         reads: deque[tuple[Piece, Future[Tensor]]] = deque()
@@ -265,14 +270,14 @@ class UnitStream:
                 continue
             piece, read = reads.popleft()
             while not read.done():
-                yield None
+                yield read
             buffer = read.result()
             self._change(piece.in_buffer(buffer), update)
-            writes.append(self._writer.submit(self._write_chunk, unit.key, piece, buffer, self._mark()))
+            writes.append(self._writer.submit(self._write_chunk, unit.key, piece, buffer, self.device.mark()))
         update.done()
-        while not all(write.done() for write in writes):
-            yield None
         for write in writes:
+            while not write.done():
+                yield write
             write.result()
         self._rewritten.add(update.unit)
         self._end(update)
@@ -306,13 +311,16 @@ class UnitStream:
             raise
         return buffer
 
-    def _write_chunk(self, key: str, piece: Piece, buffer: Tensor, mark: Any) -> None:
+    def _write_chunk(self, key: str, piece: Piece, buffer: Tensor, mark: Mark) -> None:
         try:
-            if mark is not None:
-                mark.synchronize()
-            self.store.write_pages(key, _pages(piece, buffer))
+            self._write(key, _pages(piece, buffer), mark)
         finally:
             self._chunks.give(buffer)
+
+    def _write(self, key: str, parts: list[tuple[Pages, Tensor]], mark: Mark) -> None:
+        """`mark`: compute has changed the rows by then."""
+        self.device.wait(mark)
+        self.store.write_pages(key, parts)
 
     def take_written(self) -> dict[str, Future[FileRecord]]:
         """The files of a durable step, by key, for the commit that names them."""
@@ -334,23 +342,6 @@ class UnitStream:
             held.clear()
         for pool in self._pools:
             pool.clear()
-
-    def _buffer(self, num_bytes: int) -> Tensor:
-        if self.device.type == "cpu":
-            return aligned_buffer(num_bytes)
-        whole = torch.empty(num_bytes + PAGE, dtype=torch.uint8, device=self.device)
-        first = -whole.data_ptr() % PAGE
-        return whole[first : first + num_bytes]
-
-    def _wait_for_kernels(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-
-    def _mark(self) -> Any:
-        """What compute has been given so far: a write waits for it."""
-        if self.device.type != "cuda":
-            return None
-        return torch.cuda.current_stream(self.device).record_event()
 
     @contextlib.contextmanager
     def _exposed(self) -> Iterator[None]:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.blocks import staging
-from lowmem.blocks.arena import PAGE, aligned_buffer
+from lowmem.blocks.arena import aligned_buffer
 from lowmem.blocks.block_file import ChunkRequests, chunk_digest, whole_digest
 from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.seal import BACK
 from lowmem.errors import LowmemError, ResumeError, StoreError
 from lowmem.files import RESTORE, json_lines, open_regular, printable
-from lowmem.units import MIB, counted
+from lowmem.units import MIB, PAGE, counted
 
 MOST_HEADER_BYTES = 64 * MIB
 

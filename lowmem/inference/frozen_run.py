@@ -93,7 +93,8 @@ class FrozenRun:
         self, run: RunDir, plan: Plan, build_model: BuildModel, state: RunState, for_drawing: bool
     ) -> None:
         self.plan, self._build_model, self._sizes = plan, build_model, plan.predicted.evaluation
-        self.device = training_device(plan.profile)
+        device = training_device(plan.profile)
+        self.device = device.torch
         self.dtype = COMPUTE_DTYPE[plan.settings.precision]
         with torch.device("meta"):
             self.model = build_model()
@@ -109,9 +110,9 @@ class FrozenRun:
         self.stream = open_stream(run, plan, self.model, state.files, resident)
         self.units: UnitStream | None = None  # of a model that was trained end to end and does not fit whole
         if not (independent or self.stream.resident):
-            units = units_of(self.model, plan.settings, self.layouts, frozen=True)
+            units = units_of(self.model, plan.settings, self.layouts, device.kind, frozen=True)
             prefetch, store = plan.recipe.offload.prefetch, self.stream.block_store
-            self.units = UnitStream(store, units, self.device, frozenset(), prefetch, updates=False)
+            self.units = UnitStream(store, units, device, frozenset(), prefetch, updates=False)
 
     @property
     def room_bytes(self) -> int:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from lowmem.errors import LowmemError
+from lowmem.machine.device import cuda_has_begun
 
 T = TypeVar("T")
 _here = True  # whether the last call was made in this process
@@ -56,7 +57,7 @@ def compiler_stays() -> bool:
 
 def _forks() -> bool:
     """A fork copies one thread: with others at work, or with CUDA begun, a child may wait for ever."""
-    alone = threading.active_count() == 1 and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    alone = threading.active_count() == 1 and not cuda_has_begun()
     return sys.platform.startswith("linux") and alone and LEFT_BEHIND not in sys.modules
 
 

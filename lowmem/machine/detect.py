@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from lowmem.errors import ProfileError
 from lowmem.machine import memory
 from lowmem.machine.nvml import open_nvml
-from lowmem.machine.profile import LinkSpec, Profile, profile_from_dict
+from lowmem.machine.profile import DETECTED, LinkSpec, Profile, profile_from_dict
 from lowmem.units import GIB, MIB
 
 if TYPE_CHECKING:
-    import torch
+    from lowmem.machine.device import CardFacts, Device
 
 # PCIe generation -> GiB/s of one lane in one direction, in theory.
 LANE_GIB_PER_S = {1: 0.233, 2: 0.466, 3: 0.917, 4: 1.834, 5: 3.668, 6: 7.043}
@@ -39,9 +39,9 @@ RUNTIME_PROBE = ("-m", "lowmem.runtime_probe")  # a module of a higher floor, so
 RUNTIME_PROBE_TIMEOUT_S = 300
 
 
-def training_device(profile: Profile) -> torch.device:
+def training_device(profile: Profile) -> Device:
     """Returns the device to train on. Raises ProfileError if this machine has none of the profile's type."""
-    import torch
+    from lowmem.machine.device import cuda_works, open_device
 
     kind = profile.device.type
     if kind == "mps":
@@ -49,12 +49,12 @@ def training_device(profile: Profile) -> torch.device:
             f"profile {profile.name}: training on device type 'mps' is not supported; "
             "use a cpu profile on this machine"
         )
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cuda" and not cuda_works():
         raise ProfileError(
             f"profile {profile.name}: needs a CUDA device and none is found here; "
             "use --dry-run, or a cpu profile (`lowmem profiles` lists them)"
         )
-    return torch.device(kind)
+    return open_device(kind)
 
 
 def detect_profile(measure: bool = False, folder: Path | None = None) -> Profile:
@@ -70,7 +70,9 @@ def detect_profile(measure: bool = False, folder: Path | None = None) -> Profile
         "device": {"type": "cpu", **host, "compute_dtype": "float32"},
         "source": f"{os.cpu_count()} CPU threads",
     }
-    raw = {"schema": 1, "name": "detected", "host": host, "disk": {"reserve_gib": 10.0}, **found}
+    if "link" in found:  # page-locked memory cannot be swapped, so the half of what runs may use is the most
+        host["pinned_max_gib"] = _gib((host_bytes - max(host_bytes / 4, in_use)) / 2)
+    raw = {"schema": 1, "name": DETECTED, "host": host, "disk": {"reserve_gib": 10.0}, **found}
     how = "detected"
     if measure:
         raw["disk"].update(_measure_disk(folder or Path.cwd()))
@@ -85,36 +87,42 @@ def _gib(num_bytes: float) -> float:
 
 
 def _detect_cuda(host: dict[str, float]) -> dict[str, Any] | None:
-    """Asks the driver for `device`, `link` and `source`. Returns None if there is no NVIDIA device.
+    """Asks NVML, or torch where NVML does not answer, for `device`, `link` and `source`.
 
-    Raises ProfileError if nobody tells its memory.
+    Returns None if there is no CUDA device. Raises ProfileError if nobody tells its memory.
     """
     ask = open_nvml()
-    if ask is None:
+    # Importing torch takes a second, and it is asked only where NVML cannot tell: in some containers, on
+    # ROCm, and on devices whose memory is the host's.
+    found = ask and ask("nvmlDeviceGetMemoryInfo")
+    by_torch = None if found else _torch_says()
+    if ask is None and by_torch is None:
         return None
-    name = ask("nvmlDeviceGetName") or "NVIDIA device"
-    major, _ = ask("nvmlDeviceGetCudaComputeCapability") or (0, 0)
+    ask = ask or (lambda call: None)
+    name = ask("nvmlDeviceGetName") or (by_torch.name if by_torch else "NVIDIA device")
+    major, _ = ask("nvmlDeviceGetCudaComputeCapability") or (by_torch.capability if by_torch else (0, 0))
     device: dict[str, Any] = {"type": "cuda", "compute_dtype": "bfloat16" if major >= 8 else "float32"}
-    found = ask("nvmlDeviceGetMemoryInfo")
-    total_bytes = found.total if found else 0
-    if not found:  # as on devices whose memory is the host's
-        with contextlib.suppress(ImportError):
-            import torch
-
-            if torch.cuda.is_available():
-                total_bytes = torch.cuda.mem_get_info()[1]
-                if torch.cuda.get_device_properties(0).is_integrated:
-                    return {"device": {**device, **host, "unified": True}, "source": name}
+    total_bytes = found.total if found else (by_torch.total_bytes if by_torch else 0)
+    if by_torch and by_torch.integrated:
+        return {"device": {**device, **host, "unified": True}, "source": name}
     if not total_bytes:
         raise ProfileError(
             f"detect: neither NVML nor torch tells the memory of {name}; "
             "write a profile by hand and give its path"
         )
-    lane = LANE_GIB_PER_S.get(ask("nvmlDeviceGetMaxPcieLinkGeneration"), 0)
+    lane = LANE_GIB_PER_S.get(ask("nvmlDeviceGetMaxPcieLinkGeneration") or 0, 0)
     lanes = ask("nvmlDeviceGetMaxPcieLinkWidth") or 0
     rate = round(lane * lanes * LINK_FRACTION, 1) or LINK_UNKNOWN_GIB_PER_S
     device |= {"memory_gib": _gib(total_bytes), "reserve_gib": _gib(total_bytes / 10)}
     return {"device": device, "link": dict.fromkeys(LinkSpec.model_fields, rate), "source": name}
+
+
+def _torch_says() -> CardFacts | None:
+    with contextlib.suppress(ImportError):
+        from lowmem.machine.device import cuda_facts
+
+        return cuda_facts()
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -163,9 +171,12 @@ def _measure_device(raw: dict[str, Any], folder: Path) -> bool:
     """
     import torch
 
+    from lowmem.machine.device import cuda_works, open_device
+
     device, cuda = raw["device"], raw["device"]["type"] == "cuda"
-    if cuda and not torch.cuda.is_available():
+    if cuda and not cuda_works():
         return False
+    opened = open_device(device["type"])
     runtime_bytes = _measure_runtime(folder)
     if runtime_bytes is not None:
         device["runtime_gib"] = _gib(runtime_bytes)
@@ -175,8 +186,7 @@ def _measure_device(raw: dict[str, Any], folder: Path) -> bool:
 
         def timed() -> None:
             run()
-            if cuda:
-                torch.cuda.synchronize()
+            opened.wait_for_compute()
 
         return min(timeit.repeat(timed, number=1, repeat=4)[1:])
 

@@ -17,28 +17,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lowmem.machine.nvml import open_nvml
 from lowmem.units import MIB
 
 PROBE = ("-m", "lowmem.floor_probe")
 LIMIT_S = 120
-FIELD = "anonymous_bytes"
+FIELD = "floor_bytes"
 MOST_BYTES = 1 << 34  # a kept figure beyond this was not written by us
-NAME = "runtime-floor.json"
+NAME = {"cpu": "runtime-floor.json", "cuda": "runtime-floor-cuda.json"}
 
 
 @functools.cache
-def measured_floor_bytes(cache: Path | None = None) -> int | None:
-    """Anonymous bytes of such a process on a CPU, rounded up to MiB; None where it cannot be measured.
+def measured_floor_bytes(kind: str = "cpu", cache: Path | None = None) -> int | None:
+    """What such a process takes of a CPU's memory, or of this machine's CUDA card beside torch's allocator:
+    bytes, rounded up to MiB. None where it cannot be measured.
 
     `cache`: the folder of the kept figure; None: the user's own.
     """
-    path, build = (cache or _cache_folder()) / NAME, _build()
+    path, build = (cache or _cache_folder()) / NAME[kind], _build(kind)
     kept = _read(path, build)
     if kept is not None:
         return kept
     try:
         done = subprocess.run(
-            [sys.executable, *PROBE],
+            [sys.executable, *PROBE, kind],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -64,12 +66,15 @@ def _read(path: Path, build: str) -> int | None:
     return None
 
 
-def _build() -> str:
-    """What the figure depends on: the interpreter and the packages that training imports."""
+def _build(kind: str) -> str:
+    """What the figure depends on: the interpreter, the packages that training imports, and the card."""
     from importlib.metadata import PackageNotFoundError, version
 
     parts = [sys.executable, sys.version, platform.machine(), str(os.cpu_count())]
-    for name in ("torch", "numpy", "pydantic", "psutil", "lowmem"):
+    if kind == "cuda":
+        ask = open_nvml()
+        parts += [str(ask and ask(call)) for call in ("nvmlDeviceGetName", "nvmlDeviceGetUUID")]
+    for name in ("torch", "numpy", "pydantic", "psutil", "bitsandbytes", "lowmem"):
         with contextlib.suppress(PackageNotFoundError):
             parts.append(f"{name} {version(name)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

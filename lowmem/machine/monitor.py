@@ -16,12 +16,15 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from lowmem.machine.memory import available_bytes
 from lowmem.machine.nvml import open_nvml
+
+if TYPE_CHECKING:  # readers of a run folder load this module without torch
+    from lowmem.machine.device import Device
 
 SAMPLE_PERIOD_S = 0.02
 SYSTEM_SAMPLES = 25  # the machine's own figures change slowly: one sample in so many reads them
@@ -85,10 +88,10 @@ def _child_bytes(child: psutil.Process) -> int:
 
 
 class NvmlReader:
-    """Reads the first visible card through NVML; without a driver or a card it reads nothing."""
+    """Reads a card through NVML: that of the UUID, or the first visible one. Without one it reads nothing."""
 
-    def __init__(self) -> None:
-        self._ask = open_nvml()
+    def __init__(self, uuid: str | None = None) -> None:
+        self._ask = open_nvml(uuid)
 
     def fill(self, sample: Sample) -> None:
         """Writes the card's figures into `sample`; a figure that NVML refuses becomes None."""
@@ -115,10 +118,12 @@ class Monitor:
     sample. `unified`: device and host are one memory, so no card is read.
     """
 
-    def __init__(self, unified: bool) -> None:
+    def __init__(self, unified: bool, device: Device | None = None) -> None:
+        """`device`: the one that trains, where it has memory of its own."""
         self.unified = unified
         self._process = psutil.Process()
-        self._nvml = None if unified else NvmlReader()
+        self._device = None if unified else device
+        self._nvml = None if unified else NvmlReader(None if device is None else device.uuid())
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._count = 0
@@ -161,11 +166,10 @@ class Monitor:
             return peak
 
     def _fill_device(self, sample: Sample) -> None:
-        import torch  # here, because readers of a run folder load this module without torch
-
-        sample.device_allocated_bytes = int(torch.cuda.memory_allocated())
-        sample.device_reserved_bytes = int(torch.cuda.memory_reserved())
-        sample.device_alloc_retries = int(torch.cuda.memory_stats().get("num_alloc_retries", 0))
+        held = self._device and self._device.memory()
+        if held:
+            sample.device_allocated_bytes, sample.device_reserved_bytes = held.allocated, held.reserved
+            sample.device_alloc_retries = held.retries
         if self._nvml is not None and self._count % SYSTEM_SAMPLES == 0:
             self._nvml.fill(sample)
 

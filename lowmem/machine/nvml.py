@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 
-def open_nvml() -> Callable[..., Any] | None:
+def open_nvml(uuid: str | None = None) -> Callable[..., Any] | None:
     """Returns `ask(name of the call, its arguments...)`, or None where there is no device to ask.
 
-    `ask` returns None if the device does not answer that call.
+    `ask` returns None if the device does not answer that call. `uuid`: the card that CUDA uses. CUDA and NVML
+    do not number cards in the same order, so without it the guess may be wrong where there are several.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    visible = uuid or os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
         nvml: Any = importlib.import_module("pynvml")
         nvml.nvmlInit()

@@ -21,6 +21,7 @@ Gib = Annotated[float, Field(ge=0, le=2**20)]  # up to 1 PiB
 Memory = Annotated[float, Field(ge=2**-10, le=2**20)]  # from 1 MiB on
 Rate = Annotated[float, Field(ge=1e-6, le=1e6)]  # from 1 KiB/s to 1 PiB/s; 10^12 to 10^18 operations/s
 # What process and driver take before the first tensor.
+DETECTED = "detected"  # the name of such a profile
 RUNTIME_FLOOR_GIB = {"cpu": 0.162, "mps": 0.162, "cuda": 0.45}
 
 
@@ -98,6 +99,11 @@ class Profile(Section):
     def unified(self) -> bool:
         """Tells whether device and host are one pool of memory; the two budgets are then the same one."""
         return self.device.type != "cuda" if self.device.unified is None else self.device.unified
+
+    @property
+    def is_detected(self) -> bool:
+        """Whether it describes the machine that it was made on."""
+        return self.name == DETECTED
 
     @property
     def device_budget_bytes(self) -> int:

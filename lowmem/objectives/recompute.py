@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lowmem.machine.device import CPU, Device, device_of
+
 
 class _Enough(Exception):
     """Everything that the forward pass had saved is made again."""
@@ -37,7 +39,8 @@ class _Again:
         self._call, self._arguments = call, arguments
         self._count = 0
         self._made: dict[int, Tensor] = {}
-        self._states = _random_states(arguments) if draws else None
+        self._device = next((device_of(a) for a in arguments if isinstance(a, Tensor)), CPU)
+        self._states = _RandomStates(self._device) if draws else None
 
     def keep_place(self, _: Tensor) -> int:
         self._count += 1
@@ -58,9 +61,9 @@ class _Again:
             if len(made) == self._count:
                 raise _Enough
 
-        states = None if self._states is None else _random_states(self._arguments)
+        states = None if self._states is None else _RandomStates(self._device)
         if self._states is not None:
-            _restore(self._states)
+            self._states.restore()
         try:
             with torch.enable_grad(), saved_tensors_hooks(keep, lambda _: _):
                 self._call(*(_detached(argument) for argument in self._arguments))
@@ -68,7 +71,7 @@ class _Again:
             pass
         finally:
             if states is not None:
-                _restore(states)
+                states.restore()
         self._made = dict(enumerate(made))
 
 
@@ -78,13 +81,13 @@ def _detached(argument: Any) -> Any:
     )
 
 
-def _random_states(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+class _RandomStates:
     """The generators' states: the CPU's, and that of the device on which the call computes."""
-    on_cuda = any(isinstance(argument, Tensor) and argument.is_cuda for argument in arguments)
-    return torch.get_rng_state(), torch.cuda.get_rng_state() if on_cuda else None
 
+    def __init__(self, device: Device) -> None:
+        self._device, self._cpu, self._own = device, torch.get_rng_state(), device.random_state()
 
-def _restore(states: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1])
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._own is not None:
+            self._device.set_random_state(self._own)

@@ -63,7 +63,11 @@ def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout]
 
 
 def units_of(
-    model: BlockModel, settings: Settings, layouts: Sequence[ArenaLayout], frozen: bool = False
+    model: BlockModel,
+    settings: Settings,
+    layouts: Sequence[ArenaLayout],
+    device_kind: str,
+    frozen: bool = False,
 ) -> list[Unit]:
     """The model's units, in order. `layouts`: of the blocks. `frozen`: to evaluate what is trained."""
     computes, units = "ema" if frozen and settings.ema else "weights", []
@@ -71,7 +75,7 @@ def units_of(
         for run in model.units():
             if run.start in layers:
                 names = {name for name, _ in named_layer_parameters(model, run)}
-                units.append(Unit(block_key(block), layouts[block], names, computes))
+                units.append(Unit(block_key(block), layouts[block], names, device_kind, computes))
     return units
 
 
@@ -157,4 +161,6 @@ class Setup:
 
 def setup_of(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings) -> Setup:
     layouts, shared = layouts_of(model, settings)
-    return Setup(recipe, profile, settings, layouts, shared, units_of(model, settings, layouts))
+    return Setup(
+        recipe, profile, settings, layouts, shared, units_of(model, settings, layouts, profile.device.type)
+    )

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lowmem.blocks.arena import PAGE
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.traffic import Traffic
 from lowmem.blocks.unit import Piece
 from lowmem.planning.settings import Setup, file_bytes
 from lowmem.schema import Section
-from lowmem.units import format_bytes
+from lowmem.units import PAGE, format_bytes
 
 Parts = tuple["Moved", "Moved", "Moved"]  # start, step, commit
 

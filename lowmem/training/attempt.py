@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -84,10 +86,11 @@ class Attempt:
         self.device = training_device(frozen.profile)
         self.layouts, self.shared_layout = layouts_of(model, frozen.settings)
         self.queue = frozen.queue()
-        self.monitor = Monitor(frozen.profile.unified)
+        self.monitor = Monitor(frozen.profile.unified, self.device)
         self.units: UnitStream | None = None  # where a model that is trained end to end streams
         self.borders: Borders | None = None  # where a model that is trained end to end streams
         self.visit: Visit | None = None  # under way
+        self._late: deque[tuple[dict[str, Any], Callable[[], float]]] = deque()  # steps and their losses
         self._checked = False  # whether the content of the committed files is known to be right
         self._closing = contextlib.ExitStack()
 
@@ -179,7 +182,7 @@ class Attempt:
             self.layouts,
             self.shared_layout,
             dtype,
-            self.device,
+            self.device.torch,
             seed,
             plan.settings.during_backward,
             together=whole and self.stream.resident,
@@ -189,9 +192,11 @@ class Attempt:
         self.shared.bind(self.model)
         self.model.train()
         if whole and not self.stream.resident:
-            self.borders = open_borders(plan, self.model, self.device, self.run.path)
+            self.borders = open_borders(
+                plan, self.model, self.device, self.run.path, self.stream.block_store.ring
+            )
             opened.callback(self.borders.close)
-            units = units_of(self.model, plan.settings, self.layouts)
+            units = units_of(self.model, plan.settings, self.layouts, self.device.kind)
             stay = spread(len(units), plan.settings.resident_layers)
             prefetch = plan.recipe.offload.prefetch
             self.units = UnitStream(self.stream.block_store, units, self.device, stay, prefetch)
@@ -221,12 +226,17 @@ class Attempt:
     def record_step(self, visit: Visit, step: int, lr: float, loss: Tensor, step_s: float) -> None:
         """Raises ShortageError where other programs have left too little memory."""
         block = visit.blocks[0] if len(visit.blocks) == 1 else None
-        fields: dict[str, float | int | None] = {"visit": visit.index, "block": block, "step": step}
-        if not loss.is_cuda:  # to read it there would make the host wait for the device in every step
-            fields["loss"] = round(float(loss), 6)
         sample = self.monitor.last
-        self.recorder.write("step", **fields, lr=lr, step_s=round(step_s, 6), **sample_fields(sample))
+        fields = {"visit": visit.index, "block": block, "step": step, "lr": lr, "step_s": round(step_s, 6)}
+        self._late.append(({**fields, **sample_fields(sample)}, self.device.later(loss)))
+        self.record_late(self.device.delay_steps)
         check_available(self.plan, sample, committed=False)
+
+    def record_late(self, left: int = 0) -> None:
+        """Writes the records of steps that wait for their loss, but for the last `left`."""
+        while len(self._late) > left:
+            fields, loss = self._late.popleft()
+            self.recorder.write("step", **fields, loss=round(loss(), 6))
 
     def next_state(self, visit: Visit, loss: float, health: dict[str, float]) -> RunState:
         """What will be committed after the visit; its files and traffic are known to `committer` alone."""

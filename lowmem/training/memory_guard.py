@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import psutil
-import torch
 
 from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import RunDir
@@ -21,7 +20,6 @@ from lowmem.units import format_bytes
 
 # With less than this part of the memory that should be left, a run stops at once and not at its next commit.
 AT_ONCE = 2
-CPU_REFUSAL = "DefaultCPUAllocator"  # stands in torch's message about an allocation that failed on a CPU
 KEPT = "the last commit is kept"
 
 
@@ -56,12 +54,6 @@ def check_available(plan: Plan, sample: Sample, committed: bool) -> None:
         f"(host.min_available_gib of profile {plan.profile.name}); stopped before it swaps, {KEPT}: close "
         "other "
         "programs, then run the same command again"
-    )
-
-
-def is_out_of_memory(problem: BaseException) -> bool:
-    return isinstance(problem, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(problem, RuntimeError) and CPU_REFUSAL in str(problem)
     )
 
 

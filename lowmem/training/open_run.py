@@ -8,25 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import AwayBorders, Borders, NearBorders
 from lowmem.blocks.run_dir import FileRecord, RunDir
-from lowmem.blocks.staging import (
-    RING_CHUNKS,
-    Pace,
-    Ring,
-    lock_pages,
-    probe_lockable_bytes,
-    ring_bytes,
-    unlock_pages,
-)
+from lowmem.blocks.staging import RING_CHUNKS, Pace, Ring, ring_bytes
 from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import SHARED_KEY, BlockStream, block_key
 from lowmem.machine.detect import training_device
+from lowmem.machine.device import Device
 from lowmem.machine.monitor import NvmlReader, Sample
-from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan
 from lowmem.planning.settings import is_resident, layouts_of
@@ -51,7 +41,7 @@ def open_stream(
     disk = DiskStore(run, layouts_by_key(layouts, shared_layout), files, ring, paces, checked)
     in_ram = plan.settings.tier == "host" and not profile.unified
     return BlockStream(
-        HostStore(disk) if in_ram else disk,
+        HostStore(disk, profile.pinned_max_bytes - ring_locked(ring)) if in_ram else disk,
         layouts,
         shared_layout,
         device,
@@ -60,8 +50,11 @@ def open_stream(
     )
 
 
-def open_borders(plan: Plan, model: BlockModel, device: torch.device, folder: Path) -> Borders:
-    """Opens the borders of a streamed step at the plan's tier; those on disk lie in `folder`."""
+def open_borders(plan: Plan, model: BlockModel, device: Device, folder: Path, ring: Ring | None) -> Borders:
+    """Opens the borders of a streamed step at the plan's tier; those on disk lie in `folder`.
+
+    `ring`: the store's.
+    """
     settings, recipe = plan.settings, plan.recipe
     shape = (
         len(model.units()),
@@ -70,21 +63,22 @@ def open_borders(plan: Plan, model: BlockModel, device: torch.device, folder: Pa
     )
     if settings.borders == "device" or (settings.borders == "host" and plan.profile.unified):
         return NearBorders(*shape)
-    return AwayBorders(*shape, device, folder if settings.borders == "disk" else None)
+    return AwayBorders(*shape, device, folder if settings.borders == "disk" else None, ring)
 
 
-def _open_ring(plan: Plan, device: torch.device, layouts: list[ArenaLayout]) -> Ring | None:
+def _open_ring(plan: Plan, device: Device, layouts: list[ArenaLayout]) -> Ring | None:
     """Makes the ring of page-locked memory; None if compute reads host memory itself."""
-    if device.type != "cuda":
+    if not device.copies:
         return None
-    cap_allocator(plan.profile)  # first, because the ring's CUDA streams already count as the run's
+    cap_allocator(plan, device)  # first, because the ring's CUDA streams already count as the run's
     wanted_bytes = ring_bytes(max(layout.total_bytes for layout in layouts))
     chunk_bytes = wanted_bytes // RING_CHUNKS
-    allowed_bytes = min(wanted_bytes, plan.profile.pinned_max_bytes // chunk_bytes * chunk_bytes)
-    lockable_bytes = probe_lockable_bytes(allowed_bytes, chunk_bytes) if allowed_bytes else 0
-    return Ring(
-        device, chunk_bytes, lockable_bytes, lock_pages, unlock_pages, _paces(plan, plan.profile.link_rates)
-    )
+    return Ring(device, chunk_bytes, plan.profile.pinned_max_bytes, _paces(plan, plan.profile.link_rates))
+
+
+def ring_locked(ring: Ring | None) -> int:
+    """Bytes of a ring that are page-locked."""
+    return 0 if ring is None else int(ring.facts()["locked_bytes"])
 
 
 def _paces(plan: Plan, rates: tuple[float | None, float | None]) -> tuple[Pace, Pace]:
@@ -92,24 +86,18 @@ def _paces(plan: Plan, rates: tuple[float | None, float | None]) -> tuple[Pace, 
     return (Pace(rates[0]), Pace(rates[1])) if plan.recipe.offload.pace else (Pace(), Pace())
 
 
-def cap_allocator(profile: Profile) -> None:
-    """Limits torch's allocator to the profile's budget, if this card has more memory than that.
+def cap_allocator(plan: Plan, device: Device) -> None:
+    """Holds torch's allocator to the profile's budget.
 
     The runtime's own share comes out of the budget too. It is what NVML counts for this process beyond
-    torch's memory, or the profile's figure if that is larger: some kernels are loaded only later.
+    torch's memory, or the plan's figure if that is larger: some kernels are loaded only later.
     """
-    total_bytes = torch.cuda.get_device_properties(0).total_memory
-    if profile.device_budget_bytes >= total_bytes:
-        return
-    torch.zeros(1, device="cuda")  # loads the runtime, so that NVML sees it
-    sample = Sample(host_bytes=0)
-    NvmlReader().fill(sample)
-    runtime_bytes = max(
-        (sample.nvml_process_bytes or 0) - torch.cuda.memory_reserved(), profile.runtime_floor_bytes
-    )
-    torch.cuda.set_per_process_memory_fraction(
-        max(profile.device_budget_bytes - runtime_bytes, 0) / total_bytes
-    )
+    device.buffer(1)  # loads the runtime, so that NVML sees it
+    sample, held = Sample(host_bytes=0), device.memory()
+    NvmlReader(device.uuid()).fill(sample)
+    beyond_torch = (sample.nvml_process_bytes or 0) - (held.reserved if held else 0)
+    planned = plan.predicted.by_category["runtime_floor"]
+    device.cap(plan.profile.device_budget_bytes - max(beyond_torch, planned))
 
 
 def layouts_by_key(layouts: list[ArenaLayout], shared_layout: ArenaLayout) -> dict[str, ArenaLayout]:

@@ -33,6 +33,7 @@ from lowmem.blocks.arena import HasSlots, bind, parameter_views, unbind
 from lowmem.blocks.borders import RANDOM_STATE_BYTES, Borders
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import GRADIENTS, Update, gathers_by_block
+from lowmem.machine.device import Device
 from lowmem.objectives.base import Batch, Kept, Objective
 from lowmem.planning.settings import COMPUTE_DTYPE
 from lowmem.training.attempt import Attempt
@@ -87,11 +88,11 @@ class StreamedStep:
         dtype = COMPUTE_DTYPE[attempt.plan.settings.precision]
         self._by_block = gathers_by_block(self.recipe.optimizer.grad_clip)
         numel = max(part.numel for part in (self.layouts if self._by_block else self.units))
-        self._free = [torch.zeros(numel, dtype=dtype, device=device) for _ in range(GRADIENTS)]
+        self._free = [torch.zeros(numel, dtype=dtype, device=device.torch) for _ in range(GRADIENTS)]
         self._copy: Tensor | None = None  # of a unit's weights, where they are not in the compute dtype
         if self.layouts[0].weights_dtype != dtype:
             largest = max(unit.numel for unit in self.units)
-            self._copy = torch.zeros(largest, dtype=dtype, device=device)
+            self._copy = torch.zeros(largest, dtype=dtype, device=device.torch)
 
     def step(
         self,
@@ -123,7 +124,7 @@ class StreamedStep:
         if durable:
             self.stream.finish()
             self.watch.look(step, *norms)
-        total = torch.zeros((), device=self.stream.device)
+        total = torch.zeros((), device=self.stream.device.torch)
         for part in parts:
             assert part.loss is not None
             total += part.loss
@@ -194,7 +195,7 @@ class StreamedStep:
                 first = rows.start if self._by_block else unit.place(rows.start)
                 return gathered.flat[first : first + rows.stop - rows.start]
 
-            rounded = rounding(unit.layout, self.recipe.train.seed, step + 1, self.stream.device)
+            rounded = rounding(unit.layout, self.recipe.train.seed, step + 1, self.stream.device.torch)
             the_step = optim.Step(step + 1, lr, self.recipe.optimizer, rounded)
             self.stream.update(Update(index, given, the_step, visits_done, durable, norms, done))
 
@@ -286,21 +287,18 @@ class RandomStates:
     and the C library's heap would grow around it.
     """
 
-    def __init__(self, num_units: int, parts: int, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        self._host = torch.empty(num_units, parts, RANDOM_STATE_BYTES, dtype=torch.uint8)
-        self._cuda = (
-            torch.empty(num_units, parts, len(torch.cuda.get_rng_state(device)), dtype=torch.uint8)
-            if self._device
-            else None
-        )
+    def __init__(self, num_units: int, parts: int, device: Device) -> None:
+        self._device, own = device, device.random_state()
+        self._cpu = torch.empty(num_units, parts, RANDOM_STATE_BYTES, dtype=torch.uint8)
+        self._own = None if own is None else torch.empty(num_units, parts, len(own), dtype=torch.uint8)
 
     def save(self, unit: int, part: int) -> None:
-        self._host[unit, part] = torch.get_rng_state()
-        if self._cuda is not None and self._device is not None:
-            self._cuda[unit, part] = torch.cuda.get_rng_state(self._device)
+        self._cpu[unit, part] = torch.get_rng_state()
+        own = self._device.random_state()
+        if self._own is not None and own is not None:
+            self._own[unit, part] = own
 
     def restore(self, unit: int, part: int) -> None:
-        torch.set_rng_state(self._host[unit, part].clone())  # it reads a storage from its start
-        if self._cuda is not None and self._device is not None:
-            torch.cuda.set_rng_state(self._cuda[unit, part].clone(), self._device)
+        torch.set_rng_state(self._cpu[unit, part].clone())  # it reads a storage from its start
+        if self._own is not None:
+            self._device.set_random_state(self._own[unit, part].clone())

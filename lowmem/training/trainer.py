@@ -20,6 +20,7 @@ from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.errors import DataError
 from lowmem.machine.detect import training_device
+from lowmem.machine.device import is_out_of_memory
 from lowmem.models.base import BuildModel, check_model
 from lowmem.objectives.base import Batch
 from lowmem.planning.plan import Plan
@@ -28,7 +29,7 @@ from lowmem.reporting.telemetry import Listener
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.training.attempt import Attempt
 from lowmem.training.finite import FiniteWatch, not_finite
-from lowmem.training.memory_guard import check_available, go_on_smaller, is_out_of_memory
+from lowmem.training.memory_guard import check_available, go_on_smaller
 from lowmem.training.streamed_step import StreamedStep
 
 # step -> arrays or tensors by name, first dimension train.batch_size
@@ -55,9 +56,6 @@ class Trainer:
         self.plan, self.recipe, self.run, self.listeners = plan, plan.recipe, RunDir(run_dir), list(listeners)
         self.notices = list(notices)
         self.queue, self.device = plan.queue(), training_device(plan.profile)
-        if self.recipe.train.deterministic and self.device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         with torch.device("meta"):
             self.model = build_model()
         check_model(self.model)
@@ -75,7 +73,7 @@ class Trainer:
         while True:
             attempt = Attempt(self.run, self.plan, self.model, self.listeners)
             try:
-                with attempt:
+                with self.device.deterministic(self.recipe.train.deterministic), attempt:
                     return self._train(attempt, batches)
             except (RuntimeError, MemoryError) as problem:
                 if not is_out_of_memory(problem):
@@ -84,8 +82,7 @@ class Trainer:
                 go_on_smaller(self.run, attempt.plan, attempt.visit, peak, self.listeners)
             # here, not before: the error held the frames in which it was raised, and their tensors
             del attempt
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.device.give_back()
 
     def _train(self, attempt: Attempt, batches: Batches) -> RunState:
         if attempt.finished:
@@ -93,7 +90,7 @@ class Trainer:
         while self.notices:  # once, also where memory makes a second attempt
             event, fields = self.notices.pop(0)
             attempt.recorder.write(event, **fields)
-        watch, borders = FiniteWatch(self.device), attempt.borders
+        watch, borders = FiniteWatch(self.device.torch), attempt.borders
         streamed = None if borders is None else StreamedStep(attempt, self.objective, borders, watch)
         for visit, upcoming in self.queue.pending(attempt.state.visits_done):
             attempt.visit = visit
@@ -110,6 +107,7 @@ class Trainer:
             else:
                 losses, buffers = self._resident_steps(attempt, watch, visit, upcoming, batches)
             mean_loss = float(torch.stack(losses).mean())  # on CUDA it waits for the visit's last kernel
+            attempt.record_late()
             self._require_finite(attempt, watch, visit, batches)
             exposed_s = attempt.exposed_s - exposed_before
             attempt.clock.exposed_transfer_s += exposed_s
@@ -214,7 +212,7 @@ class Trainer:
         """Gradients of the step's mean loss, over micro-batches. Returns that loss, on the device."""
         objective, settings = self.objective, attempt.plan.settings
         parts = self.recipe.train.batch_size // settings.micro_batch_size
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device.torch)
         layers = [self.model.layers[i] for block in visit.blocks for i in self.slices[block]]
         for seed, micro in self._micro_batches(attempt.plan, visit, step, arrays):
             torch.manual_seed(seed)  # noise and dropout
@@ -242,7 +240,7 @@ class Trainer:
             seed = mix_seed(self.recipe.train.seed, "step", visit.blocks[0], step, part)
             yield (
                 seed,
-                {name: value[rows].to(self.device, non_blocking=True) for name, value in batch.items()},
+                {name: self.device.bring(value[rows]) for name, value in batch.items()},
             )
 
 

@@ -19,6 +19,7 @@ from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import BlockStream, block_key
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import UnitStream, Update
+from lowmem.machine.device import CPU
 from lowmem.recipe import OptimizerConfig
 
 BLOCKS = [ArenaLayout([("weight", (1024, 2048))], "adamw") for _ in range(3)]
@@ -55,7 +56,7 @@ def main() -> None:
         first.write(block_key(block), aligned_buffer(layout.total_bytes), 0)
     # Not closed before the count: a thread that ends is gone from Python's list before it is gone.
     store = HostStore(DiskStore(run, LAYOUTS, first.files))
-    stream = BlockStream(store, BLOCKS, SHARED, torch.device("cpu"), False, True)
+    stream = BlockStream(store, BLOCKS, SHARED, CPU, False, True)
     before = threads_not_of_python()
     shared = torch.zeros(SHARED.total_bytes, dtype=torch.uint8)
     for visit, block in enumerate([0, 1, 2, 0, 1, 2]):
@@ -65,9 +66,7 @@ def main() -> None:
     stream.finish()
     units = [Unit(block_key(block), layout, {"weight"}) for block, layout in enumerate(BLOCKS)]
     on_disk = DiskStore(run, LAYOUTS, store.files)
-    streams = [
-        UnitStream(each, units, torch.device("cpu"), frozenset({0}), True) for each in (store, on_disk)
-    ]
+    streams = [UnitStream(each, units, CPU, frozenset({0}), True) for each in (store, on_disk)]
     for number, unit_stream in enumerate(streams, start=1):
         train_units(unit_stream, 100 * number)
     print(threads_not_of_python() - before)

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from lowmem.blocks.arena import PAGE, Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
+from lowmem.blocks.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
+from lowmem.units import PAGE
 
 SHAPES = [
     ("a.weight", (70, 61)),

@@ -14,6 +14,7 @@ from lowmem.blocks.borders import AwayBorders, Borders, NearBorders, border_byte
 from lowmem.blocks.order import border_calls
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
+from lowmem.machine.device import CPU
 
 
 @pytest.mark.parametrize("num_blocks, parts", [(2, 1), (2, 2), (3, 3), (4, 7)])
@@ -23,7 +24,7 @@ def test_borders_away_from_the_device_give_back_what_was_put_last(
     tmp_path: Path, num_blocks: int, parts: int, two_passes: bool, tier: str
 ) -> None:
     shape = num_blocks, parts, two_passes
-    away = AwayBorders(*shape, torch.device("cpu"), tmp_path if tier == "disk" else None)
+    away = AwayBorders(*shape, CPU, tmp_path if tier == "disk" else None, None)
     near = NearBorders(*shape)
     both: list[Borders] = [near, away]
     for _ in range(2):  # steps
@@ -65,7 +66,7 @@ def test_a_short_or_failed_transfer_of_borders_stops_the_step_in_one_line(
         moved: int = real(file, data, offset)
         return moved - 4096 // 8
 
-    away = AwayBorders(4, 2, False, torch.device("cpu"), tmp_path)
+    away = AwayBorders(4, 2, False, CPU, tmp_path, None)
     monkeypatch.setattr(os, call, faulty)
     expected = "moved 7680 of 8192 bytes" if fault == "short" else "No space left on device"
     with pytest.raises(StoreError, match=expected) as caught:
@@ -78,7 +79,7 @@ def test_a_failed_write_of_the_last_borders_of_a_step_stops_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those are still at hand in their own step, which does not notice."""
-    away = AwayBorders(2, 1, False, torch.device("cpu"), tmp_path)
+    away = AwayBorders(2, 1, False, CPU, tmp_path, None)
     puts = sum(is_put for is_put, _ in border_calls(2, 1, False))
     real, writes = os.pwrite, iter(range(puts))
 

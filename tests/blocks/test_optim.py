@@ -134,7 +134,7 @@ def test_slices_smaller_than_the_buffer_give_the_same_bits(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(fresh_arena(optimizer))
-    monkeypatch.setattr(optim, "SLICE_NUMEL", 1536)
+    monkeypatch.setitem(optim.SLICE_NUMEL, "cpu", 1536)
     assert all(
         (group.stop - group.start) % 1536 for group in whole.layout.groups
     )  # the last slice is shorter
@@ -250,7 +250,7 @@ def test_the_odds_depend_on_no_slicing(optimizer: str, monkeypatch: pytest.Monke
         return arena
 
     whole = trained()
-    monkeypatch.setattr(optim, "SLICE_NUMEL", 1536)
+    monkeypatch.setitem(optim.SLICE_NUMEL, "cpu", 1536)
     assert torch.equal(trained().buffer, whole.buffer)
 
 
@@ -309,7 +309,7 @@ def test_the_gradient_norm_is_that_of_fp32_whatever_the_gradients_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bf16 would keep three digits of it. Several slices, the last one shorter."""
-    monkeypatch.setattr(optim, "SLICE_NUMEL", 1024)
+    monkeypatch.setitem(optim.SLICE_NUMEL, "cpu", 1024)
     for seed in range(5):
         grads = torch.randn(5000, generator=torch.Generator().manual_seed(seed)).to(dtype)
         norm = optim.gradient_norm(grads)

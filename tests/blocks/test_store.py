@@ -20,13 +20,15 @@ import xxhash
 from torch import Tensor
 
 from lowmem.blocks import staging
-from lowmem.blocks.arena import PAGE, ArenaLayout, aligned_buffer
+from lowmem.blocks.arena import ArenaLayout, aligned_buffer
 from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import RunDir
 from lowmem.blocks.staging import Pace, Ring
 from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
+from lowmem.machine.device import CPU
+from lowmem.units import PAGE
 
 LAYOUTS = {
     "block-0": ArenaLayout([("weight", (70, 61)), ("bias", (70,))], "adamw8bit"),
@@ -305,7 +307,7 @@ def test_a_paced_disk_takes_at_least_its_time(opens: Opens, tmp_path: Path) -> N
 
 def test_bytes_pass_a_ring_of_a_few_chunks_both_ways(opens: Opens, tmp_path: Path) -> None:
     size = LAYOUTS["block-0"].total_bytes
-    ring = Ring(torch.device("cpu"), size)
+    ring = Ring(CPU, size)
     store = opens(RunDir(tmp_path), LAYOUTS, {}, ring)
     store.write("block-0", random_buffer("block-0"), 1)
     # The copy in RAM is memory of the ring's device here, so it passes as well.

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks import staging
-from lowmem.blocks.arena import ArenaLayout, aligned_buffer
+from lowmem.blocks import stream as stream_module
+from lowmem.blocks.arena import ArenaLayout, aligned_buffer, device_buffer
 from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import RING_CHUNKS, Ring
@@ -34,6 +35,7 @@ from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_ke
 from lowmem.blocks.unit import Pages
 from lowmem.errors import StoreError
 from lowmem.files import is_temporary
+from lowmem.machine.device import CPU, Device
 
 NUM_BLOCKS = 4
 BLOCKS = [ArenaLayout([("weight", (64, 64 + 8 * b)), ("bias", (9,))], "adamw8bit") for b in range(NUM_BLOCKS)]
@@ -71,11 +73,9 @@ def open_stream(
     for block in range(NUM_BLOCKS):
         first.write(block_key(block), aligned_buffer(BLOCKS[block].total_bytes).copy_(fill(block)), 0)
     first.close()
-    ring = Ring(torch.device("cpu"), SLOT_BYTES) if copied else None
+    ring = Ring(CPU, SLOT_BYTES) if copied else None
     disk = DiskStore(RunDir(folder), LAYOUTS, first.files, ring)
-    stream = BlockStream(
-        HostStore(disk) if in_ram else disk, BLOCKS, SHARED, torch.device("cpu"), resident, prefetch
-    )
+    stream = BlockStream(HostStore(disk) if in_ram else disk, BLOCKS, SHARED, CPU, resident, prefetch)
     try:
         yield stream
     finally:
@@ -159,15 +159,23 @@ def test_a_run_of_visits_leaves_the_last_version_of_each_block_on_disk(
             assert holds(buffer, block, 2 * NUM_BLOCKS + block + 1)
 
 
+def counting(made: list[int]) -> Callable[[Device, int], Tensor]:
+    """`device_buffer`, which writes down how many bytes it is asked for."""
+
+    def make(device: Device, num_bytes: int) -> Tensor:
+        made.append(num_bytes)
+        return device_buffer(device, num_bytes)
+
+    return make
+
+
 @every_store
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_no_more_slots_are_made_than_the_plan_counts(
     tmp_path: Path, prefetch: bool, in_ram: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, made = BlockStream._buffer, []
-    monkeypatch.setattr(
-        BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
-    )
+    made: list[int] = []
+    monkeypatch.setattr(stream_module, "device_buffer", counting(made))
     with open_stream(tmp_path, False, prefetch, in_ram, copied) as stream:
         slowly(monkeypatch, stream.block_store)
         for visit in range(2 * NUM_BLOCKS):
@@ -189,10 +197,8 @@ def test_no_more_slots_are_made_than_the_plan_counts(
 def test_a_resident_block_is_there_once_and_no_slot_is_made(
     tmp_path: Path, in_ram: bool, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, made = BlockStream._buffer, []
-    monkeypatch.setattr(
-        BlockStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
-    )
+    made: list[int] = []
+    monkeypatch.setattr(stream_module, "device_buffer", counting(made))
     with open_stream(tmp_path, True, True, in_ram, copied) as stream:
         for visit in range(2 * NUM_BLOCKS):
             store_block(stream, visit % NUM_BLOCKS, stream.load(visit % NUM_BLOCKS), visit + 1)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks import unit as unit_module
-from lowmem.blocks.arena import GROUP_SIZE, PAGE, Arena, ArenaLayout, aligned_buffer, parameter_views
+from lowmem.blocks.arena import GROUP_SIZE, Arena, ArenaLayout, aligned_buffer, parameter_views
 from lowmem.blocks.unit import Pages, Unit
+from lowmem.units import PAGE
 
 # Three layers of odd sizes: large and small matrices, a large and small vectors, and a scalar.
 SHAPES: list[tuple[str, tuple[int, ...]]] = [
@@ -174,7 +175,7 @@ def test_every_byte_of_weights_and_state_belongs_to_one_piece_of_one_unit(kind: 
 def test_chunks_cover_each_row_once_and_end_at_groups(
     kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unit_module, "CHUNK_NUMEL", 3 * GROUP_SIZE)
+    monkeypatch.setitem(unit_module.CHUNK_NUMEL, "cpu", 3 * GROUP_SIZE)
     layout, units = block(kind)
     covered = torch.zeros(layout.numel, dtype=torch.uint8)
     for unit in units:

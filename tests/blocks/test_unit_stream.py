@@ -25,7 +25,14 @@ from torch import Tensor
 from lowmem.blocks import optim, staging, unit_stream
 from lowmem.blocks import store as store_module
 from lowmem.blocks import unit as unit_module
-from lowmem.blocks.arena import GROUP_SIZE, Arena, ArenaLayout, aligned_buffer, parameter_views
+from lowmem.blocks.arena import (
+    GROUP_SIZE,
+    Arena,
+    ArenaLayout,
+    aligned_buffer,
+    device_buffer,
+    parameter_views,
+)
 from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import Pace
@@ -33,11 +40,12 @@ from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.unit import Pages, Unit
 from lowmem.blocks.unit_stream import CHUNKS, UnitStream, Update, num_weights_slots, spread
 from lowmem.errors import StoreError
+from lowmem.machine.device import CPU, Device
 from lowmem.recipe import OptimizerConfig
 
 NUM_BLOCKS, NUM_LAYERS = 2, 3  # layers of each block
 NUM_UNITS = NUM_BLOCKS * NUM_LAYERS
-DEVICE = torch.device("cpu")
+DEVICE = CPU
 KINDS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw"},
     "adamw8bit-ema-bf16": {"optimizer": "adamw8bit", "ema": True, "weights_dtype": torch.bfloat16},
@@ -49,7 +57,7 @@ every_stay = pytest.mark.parametrize("stay", STAYS.values(), ids=STAYS)
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unit_module, "CHUNK_NUMEL", 5 * GROUP_SIZE)
+    monkeypatch.setitem(unit_module.CHUNK_NUMEL, "cpu", 5 * GROUP_SIZE)
     monkeypatch.setattr(staging, "CHUNK_BYTES", 8192)
     monkeypatch.setattr(store_module, "DIGEST_PIECE", 4096)
 
@@ -87,7 +95,7 @@ class Setting:
         self.run.commit(self.state)
 
     def step(self) -> optim.Step:
-        rounding = optim.Rounding(self.steps, DEVICE)
+        rounding = optim.Rounding(self.steps, DEVICE.torch)
         return optim.Step(self.steps, 1e-2, self.config, rounding)
 
     def grads(self, key: str) -> Tensor:
@@ -284,10 +292,13 @@ def test_a_unit_loaded_while_it_is_written_has_its_newest_weights(tmp_path: Path
 def test_no_more_buffers_are_made_than_the_plan_counts(
     tmp_path: Path, stay: frozenset[int], prefetch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, made = UnitStream._buffer, list[int]()
-    monkeypatch.setattr(
-        UnitStream, "_buffer", lambda self, num_bytes: made.append(num_bytes) or make(self, num_bytes)
-    )
+    made = list[int]()
+
+    def counted(device: Device, num_bytes: int) -> Tensor:
+        made.append(num_bytes)
+        return device_buffer(device, num_bytes)
+
+    monkeypatch.setattr(unit_stream, "device_buffer", counted)
     setting = Setting(tmp_path)
     with opened(setting, stay=stay, prefetch=prefetch) as stream:
         for visit, durable in [(1, False), (1, True), (2, True)]:
@@ -574,14 +585,14 @@ def test_close_in_the_middle_of_updates_ends_every_thread_and_frees_the_memory(
     advances: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    make, made = UnitStream._buffer, list[weakref.ref[Any]]()
+    made = list[weakref.ref[Any]]()
 
-    def recorded(self: UnitStream, num_bytes: int) -> Tensor:
-        buffer = make(self, num_bytes)
+    def recorded(device: Device, num_bytes: int) -> Tensor:
+        buffer = device_buffer(device, num_bytes)
         made.append(weakref.ref(buffer.untyped_storage()))
         return buffer
 
-    monkeypatch.setattr(UnitStream, "_buffer", recorded)
+    monkeypatch.setattr(unit_stream, "device_buffer", recorded)
     setting, before = Setting(tmp_path), set(threading.enumerate())
     gc.disable()  # at once, not when the collector comes
     try:

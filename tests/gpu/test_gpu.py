@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import recipe_with
-from gpu_common import SHORT, needs_cuda, record, train
+from gpu_common import SHORT, needs_cuda, record, train, uncounted_activations  # noqa: F401
 
 from lowmem.blocks.arena import Arena, ArenaLayout
 from lowmem.blocks.optim import Step, update
@@ -29,6 +29,7 @@ from lowmem.training.trainer import Trainer
 pytestmark = needs_cuda
 
 
+@pytest.mark.usefixtures("uncounted_activations")
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_tier_gives_the_same_digest_on_the_device(
@@ -52,6 +53,7 @@ def test_every_tier_gives_the_same_digest_on_the_device(
     assert len(set(digests.values())) == 1 and None not in digests.values()
 
 
+@pytest.mark.usefixtures("uncounted_activations")
 def test_an_interrupted_run_ends_with_the_unbroken_digest(tmp_path: Path, profile: Profile) -> None:
     recipe = recipe_with(**SHORT, optimizer__name="adamw8bit", offload__tier="disk")
     unbroken = train(tmp_path / "unbroken", recipe, profile)["digest"]
@@ -142,6 +144,7 @@ def test_nvml_and_the_allocator_are_read_while_training(tmp_path: Path, profile:
     assert sample.nvml_used_bytes is None or sample.nvml_used_bytes > 0
 
 
+@pytest.mark.usefixtures("uncounted_activations")
 def test_no_step_synchronises_the_device(tmp_path: Path, profile: Profile) -> None:
     """Torch's own alarm for synchronising calls stays silent through forward, backward and optimizer."""
     recipe = recipe_with(**SHORT, train__precision="bfloat16", optimizer__name="adamw8bit")
@@ -155,12 +158,11 @@ def test_no_step_synchronises_the_device(tmp_path: Path, profile: Profile) -> No
     }
 
     def watch(event: dict[str, Any]) -> None:
-        if event["event"] == "visit":
-            torch.cuda.set_sync_debug_mode(
-                "error" if event["visit"] else "default"
-            )  # the first visit may set things up
-        if event["event"] == "step" and event["step"] % 4 == 3:
-            torch.cuda.set_sync_debug_mode("default")  # the visit's end reads the loss
+        """On within a visit of four steps, but not in the first, which may set things up. A step is recorded
+        when the next one has ended.
+        """
+        if event["event"] == "step" and event["visit"]:
+            torch.cuda.set_sync_debug_mode("error" if event["step"] % 4 < 2 else "default")
 
     try:
         Trainer(build, plan, tmp_path / "run", [watch]).fit(lambda step: batches[step])
@@ -168,6 +170,7 @@ def test_no_step_synchronises_the_device(tmp_path: Path, profile: Profile) -> No
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.usefixtures("uncounted_activations")
 @pytest.mark.parametrize("recipe", ["digits-dit", "stdlib-masked", "stdlib-causal", "stdlib-recurrent"])
 def test_every_architecture_gives_the_same_digest_from_device_and_disk(
     tmp_path: Path, profile: Profile, recipe: str
@@ -189,6 +192,7 @@ def test_every_architecture_gives_the_same_digest_from_device_and_disk(
     assert len(digests) == 1
 
 
+@pytest.mark.usefixtures("uncounted_activations")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("clip", ["block", "global"])
 def test_a_streamed_model_trained_end_to_end_has_the_resident_digest(

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_common import needs_cuda, record, train_tokens
+from gpu_common import needs_cuda, record, train_tokens, uncounted_activations  # noqa: F401
 from racing import race, race_plan
 
 from lowmem.blocks.run_dir import RunDir
-from lowmem.blocks.staging import RING_CHUNKS, probe_lockable_bytes
+from lowmem.blocks.staging import RING_CHUNKS
+from lowmem.machine.device import Cuda
 from lowmem.machine.monitor import NvmlReader, Sample
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.reporting.telemetry import read_records
-from lowmem.training import open_run as weights_module
 from lowmem.units import GIB, MIB
 
 ROOT = Path(__file__).parents[2]
@@ -146,20 +146,18 @@ def test_a_paced_link_takes_at_least_its_time_and_changes_no_bit(tmp_path: Path,
 # The ring
 
 
-def test_the_ring_is_locked_in_exact_sizes_and_a_refusal_leaves_the_bits_alone(
-    tmp_path: Path,
-    profile: Profile,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.usefixtures("uncounted_activations")
+def test_a_refused_page_lock_leaves_the_bits_alone(
+    tmp_path: Path, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digests, facts = set(), {}
-    locks = {"all": weights_module.lock_pages, "two": lambda chunk: next(two), "none": lambda chunk: False}
-    two = iter([True, True, False, False])
-    for name, lock in locks.items():
-        monkeypatch.setattr(weights_module, "lock_pages", lock)
-        content = train_tokens(tmp_path / name, profile, 3, 1024, 2, 2, {"tier": "disk"})
-        digests.add(content["digest"])
+    digests, facts, lock = set(), {}, Cuda.locked
+    for name, count in {"all": 99, "two": 2, "none": 0}.items():
+        left = iter(range(count))
+        monkeypatch.setattr(
+            Cuda, "locked", lambda self, size, left=left: next((lock(self, size) for _ in left), None)
+        )
+        digests.add(train_tokens(tmp_path / name, profile, 3, 1024, 2, 2, {"tier": "disk"})["digest"])
         facts[name] = staging(tmp_path / name)
-        host = content["predicted"]
     record(
         "ring",
         **{
@@ -172,13 +170,6 @@ def test_the_ring_is_locked_in_exact_sizes_and_a_refusal_leaves_the_bits_alone(
         facts["all"]["locked_bytes"] == RING_CHUNKS * facts["all"]["chunk_bytes"] <= profile.pinned_max_bytes
     )
     assert facts["two"]["chunks"] == 2 and facts["none"]["locked_bytes"] == 0
-    assert host["host_by_category"]["staging"] >= facts["all"]["locked_bytes"]
-
-
-def test_a_probe_in_a_child_says_how_much_may_be_locked() -> None:
-    found = probe_lockable_bytes(64 * MIB, 16 * MIB)
-    record("probe", lockable_mib=found / MIB)
-    assert 0 < found <= 64 * MIB
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -232,7 +223,7 @@ def test_a_trace_shows_copies_under_compute_and_no_wait_for_the_device_within_a_
         if event["event"] == "step" and event["step"] % 16 == 15:
             marks[-1].__exit__(None, None, None)
 
-    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+    with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as trace:
         train_tokens(tmp_path / "run", profile, 3, 2048, 16, 2, {"tier": "host"}, listeners=[mark])
     path = tmp_path / "trace.json"
     trace.export_chrome_trace(str(path))

@@ -15,7 +15,9 @@ import yaml
 
 from lowmem.errors import ProfileError
 from lowmem.machine import detect, memory
+from lowmem.machine import device as device_module
 from lowmem.machine.detect import detect_profile
+from lowmem.machine.device import CardFacts
 from lowmem.machine.profile import Profile, profile_from_dict, profile_to_yaml
 from lowmem.units import GIB, MIB
 
@@ -72,15 +74,10 @@ def fake_nvml(driver: bool = True, **answers: Any) -> Any:
     return module
 
 
-def fake_torch(available: bool, integrated: bool = False, total_bytes: int = 0) -> Any:
-    module: Any = ModuleType("torch")
-    properties = SimpleNamespace(is_integrated=integrated)
-    module.cuda = SimpleNamespace(
-        is_available=lambda: available,
-        mem_get_info=lambda: (0, total_bytes),
-        get_device_properties=lambda index: properties,
-    )
-    return module
+def torch_says(monkeypatch: pytest.MonkeyPatch, total_bytes: int, integrated: bool = False) -> None:
+    """As if torch saw a CUDA card."""
+    facts = CardFacts("Test Card", total_bytes, (8, 6), integrated)
+    monkeypatch.setattr(device_module, "cuda_facts", lambda: facts)
 
 
 @pytest.fixture(autouse=True)
@@ -194,9 +191,7 @@ def test_a_device_before_compute_capability_8_gets_float32(monkeypatch: pytest.M
 
 def test_unified_memory_that_nvml_does_not_support_is_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetMemoryInfo=None))
-    monkeypatch.setitem(
-        sys.modules, "torch", fake_torch(available=True, integrated=True, total_bytes=15 * GIB)
-    )
+    torch_says(monkeypatch, 15 * GIB, integrated=True)
     profile = detect_profile()
     assert profile.device.type == "cuda" and profile.unified and profile.link is None
     assert profile.device_budget_bytes == profile.host_budget_bytes == 12 * GIB
@@ -205,19 +200,25 @@ def test_unified_memory_that_nvml_does_not_support_is_the_hosts(monkeypatch: pyt
 
 def test_memory_that_nvml_does_not_tell_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetMemoryInfo=None))
-    monkeypatch.setitem(sys.modules, "torch", fake_torch(available=True, total_bytes=6 * GIB))
+    torch_says(monkeypatch, 6 * GIB)
     profile = detect_profile()
     assert profile.device.memory_gib == 6 and not profile.unified and profile.link
 
 
-@pytest.mark.parametrize(
-    "torch", [None, fake_torch(available=False)], ids=["without torch", "torch without CUDA"]
-)
-def test_memory_that_nobody_tells_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, torch: ModuleType | None
-) -> None:
+def test_a_card_that_only_torch_sees_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No driver library, as in some containers and on ROCm: the run must not train on the CPU in silence."""
+    torch_says(monkeypatch, 12 * GIB)
+    profile = detect_profile()
+    assert (profile.device.type, profile.device.compute_dtype) == ("cuda", "bfloat16")
+    assert profile.device.memory_gib == 12 and profile.link and "Test Card" in profile.source
+    assert_round_trip(profile)
+
+
+@pytest.mark.parametrize("no_torch", [True, False], ids=["without torch", "torch without CUDA"])
+def test_memory_that_nobody_tells_is_an_error(monkeypatch: pytest.MonkeyPatch, no_torch: bool) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetMemoryInfo=None))
-    monkeypatch.setitem(sys.modules, "torch", torch)
+    if no_torch:
+        monkeypatch.setitem(sys.modules, "lowmem.machine.device", None)
     with pytest.raises(ProfileError, match="memory of NVIDIA Test Card; write a profile by hand"):
         detect_profile()
 
@@ -272,7 +273,7 @@ def test_a_device_that_torch_cannot_use_is_not_called_measured(
     tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
-    monkeypatch.setitem(sys.modules, "torch", fake_torch(available=False))
+    monkeypatch.setattr(device_module, "cuda_works", lambda: False)
     profile = detect_profile(measure=True, folder=tmp_path)
     assert profile.source.startswith("disk measured ") and profile.device.peak_tflops is None
 

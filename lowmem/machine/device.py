@@ -1,0 +1,333 @@
+"""The device that trains: everything that differs between a CPU and a CUDA card.
+
+Nothing else in the package names `torch.cuda`. A CPU has done its work when a call returns. A card goes on
+after the call, in the order of its streams. So whoever hands memory on says when compute is done with it:
+
+    mark   a point that compute has been given so far; on a CPU there is nothing to wait for, and it is None
+    way    a stream of copies in one direction, beside compute
+
+A thread that fills or reads memory waits for the mark that came with it. Compute itself waits for no mark
+within a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem.units import PAGE
+
+Mark = Any  # None, or an event of torch
+CPU_REFUSAL = "DefaultCPUAllocator"  # stands in torch's message about an allocation that failed on a CPU
+# What torch says of a card's memory that has run out, where it raises no OutOfMemoryError.
+CARD_REFUSALS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "MPS backend out of memory")
+# cuBLAS gives the same bits in every run only with a workspace of a fixed size.
+CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's name since 2.9, and before
+
+
+class DeviceMemory(NamedTuple):
+    """Bytes of torch's allocator on a device."""
+
+    allocated: int  # in tensors
+    reserved: int  # held, in tensors or not
+    peak_reserved: int  # the most since `Device.forget_peak`
+    retries: int  # times that the allocator has emptied its cache for a request
+
+
+class Way:
+    """Copies in one direction. Any thread may call, and each call returns when its bytes are there."""
+
+    def copy(self, target: Tensor, source: Tensor) -> float:
+        """Copies, and returns the seconds that it took."""
+        began = time.perf_counter()
+        target.copy_(source)
+        return time.perf_counter() - began
+
+
+class Device:
+    """A CPU: its memory is the host's, and its work is done when a call returns."""
+
+    kind = "cpu"
+    copies = False  # whether it has memory of its own, which blocks are copied to
+    delay_steps = 0  # so many steps later a step's loss can be read without a wait
+
+    def __init__(self) -> None:
+        self.torch = torch.device(self.kind)
+        self.waits: Counter[str] = Counter()  # times that a thread has waited for compute, by its name
+
+    # --------------------------------------------------------------------------------------------------------
+    # Order
+
+    def mark(self) -> Mark:
+        """What compute has been given so far."""
+        return None
+
+    def wait(self, mark: Mark) -> None:
+        """The calling thread waits until compute has passed the mark."""
+
+    def wait_for_compute(self) -> None:
+        self.wait(self.mark())
+
+    def way(self) -> Way:
+        return Way()
+
+    # --------------------------------------------------------------------------------------------------------
+    # Memory
+
+    def buffer(self, num_bytes: int) -> Tensor:
+        """Memory of the device (uint8) that begins on a page. Kernels may still use what lay there before.
+
+        Raises torch.OutOfMemoryError.
+        """
+        whole = torch.empty(num_bytes + PAGE, dtype=torch.uint8, device=self.torch)
+        # Never at the very start: torch.compile makes a special case of a view at storage offset 0.
+        first = PAGE - whole.data_ptr() % PAGE
+        return whole[first : first + num_bytes]
+
+    def locked(self, num_bytes: int) -> Tensor | None:
+        """Host memory (uint8) that copies read and write without a detour, or None where it is refused."""
+        return None
+
+    def lock(self, buffer: Tensor) -> bool:
+        """Page-locks host memory in place, until `unlock`. Returns False where that is refused."""
+        return False
+
+    def unlock(self, buffer: Tensor) -> None:
+        """Must come before the memory is freed: CUDA never again locks memory that was freed while locked."""
+
+    def bring(self, value: Tensor) -> Tensor:
+        """The host's tensor on the device. The call does not wait for what compute has been given before."""
+        return value.to(self.torch, non_blocking=True)
+
+    def later(self, value: Tensor) -> Callable[[], float]:
+        """Reads a scalar `delay_steps` later."""
+        found = float(value)
+        return lambda: found
+
+    def memory(self) -> DeviceMemory | None:
+        """None where no allocator tells."""
+        return None
+
+    def forget_peak(self) -> None:
+        """`DeviceMemory.peak_reserved` begins again."""
+
+    def cap(self, num_bytes: int) -> None:
+        """Holds torch's allocator to so many bytes from now on, or to what the card has."""
+
+    def give_back(self) -> None:
+        """Gives back what torch's allocator holds without need."""
+
+    # --------------------------------------------------------------------------------------------------------
+    # Numbers
+
+    def random_state(self) -> Tensor | None:
+        """The state of the device's own generator; None where it uses the CPU's."""
+        return None
+
+    def set_random_state(self, state: Tensor) -> None:
+        """Sets what `random_state` has returned."""
+
+    @contextlib.contextmanager
+    def deterministic(self, wanted: bool) -> Iterator[None]:
+        """Within it, the same run gives the same bits. On a CPU it does anyway."""
+        yield
+
+    def total_bytes(self) -> int | None:
+        """Memory of its own."""
+        return None
+
+    def uuid(self) -> str | None:
+        """What NVML calls this card."""
+        return None
+
+    def name(self) -> str:
+        """The card's model. Random draws depend on it."""
+        return "cpu"
+
+
+class CudaWay(Way):
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def copy(self, target: Tensor, source: Tensor) -> float:
+        # `blocking`: the thread sleeps until the event, and leaves its core to compute.
+        start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            start.record()
+            target.copy_(source, non_blocking=True)
+            end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
+
+
+class Cuda(Device):
+    """A CUDA card. ROCm's build of torch shows its cards under the same names."""
+
+    kind = "cuda"
+    copies = True
+    delay_steps = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACE)
+            if sys.platform.startswith("linux") and not any(map(os.environ.get, ALLOCATOR_VARIABLES)):
+                # Freed memory between tensors can then be used again whatever its size, so what is held is
+                # little more than what is used.
+                os.environ.update(dict.fromkeys(ALLOCATOR_VARIABLES, "expandable_segments:True"))
+
+    def mark(self) -> Mark:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.torch))
+        return event
+
+    def wait(self, mark: Mark) -> None:
+        if mark is not None:
+            self.waits[threading.current_thread().name] += 1
+            mark.synchronize()
+
+    def way(self) -> Way:
+        return CudaWay(self.torch)
+
+    def locked(self, num_bytes: int) -> Tensor | None:
+        try:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            return None
+        return buffer if buffer.data_ptr() % PAGE == 0 else None
+
+    def lock(self, buffer: Tensor) -> bool:
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        return self._accepted(cudart.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+
+    def unlock(self, buffer: Tensor) -> None:
+        self._accepted(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))  # type: ignore[no-untyped-call]
+
+    def _accepted(self, error: Any) -> bool:
+        if int(error) == 0:
+            return True
+        # CUDA keeps the refusal and reports it at the next call, whatever that is: let this one meet it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.torch)
+        return False
+
+    def bring(self, value: Tensor) -> Tensor:
+        # A copy from memory that is not locked would wait for all that the card has been given.
+        return (value if value.is_pinned() else value.pin_memory()).to(self.torch, non_blocking=True)
+
+    def later(self, value: Tensor) -> Callable[[], float]:
+        there = torch.empty((), dtype=value.dtype, pin_memory=True)
+        there.copy_(value, non_blocking=True)
+        mark = self.mark()
+
+        def read() -> float:
+            mark.synchronize()
+            return float(there)
+
+        return read
+
+    def memory(self) -> DeviceMemory:
+        found = torch.cuda.memory_stats_as_nested_dict(
+            self.torch
+        )  # one call: each takes the allocator's lock
+        if not found:  # CUDA has not begun
+            return DeviceMemory(0, 0, 0, 0)
+        allocated, reserved = (found[f"{name}_bytes"]["all"] for name in ("allocated", "reserved"))
+        return DeviceMemory(
+            allocated["current"], reserved["current"], reserved["peak"], found["num_alloc_retries"]
+        )
+
+    def forget_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.torch)
+
+    def cap(self, num_bytes: int) -> None:
+        share = min(max(num_bytes, 0) / self.total_bytes(), 1.0)
+        torch.cuda.set_per_process_memory_fraction(share)
+
+    def give_back(self) -> None:
+        torch.cuda.empty_cache()
+
+    def random_state(self) -> Tensor:
+        return torch.cuda.get_rng_state(self.torch)
+
+    def set_random_state(self, state: Tensor) -> None:
+        torch.cuda.set_rng_state(state, self.torch)
+
+    @contextlib.contextmanager
+    def deterministic(self, wanted: bool) -> Iterator[None]:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(wanted or before)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    def total_bytes(self) -> int:
+        return int(torch.cuda.get_device_properties(self.torch).total_memory)
+
+    def uuid(self) -> str | None:
+        found = getattr(torch.cuda.get_device_properties(self.torch), "uuid", None)
+        return None if found is None else f"GPU-{found}"
+
+    def name(self) -> str:
+        return str(torch.cuda.get_device_name(self.torch))
+
+
+CPU = Device()
+KINDS: dict[str, type[Device]] = {"cpu": Device, "cuda": Cuda}
+
+
+def open_device(kind: str) -> Device:
+    """The machine's first device of a kind."""
+    return KINDS[kind]()
+
+
+def device_of(tensor: Tensor) -> Device:
+    """The device on which a tensor lies."""
+    return CPU if tensor.device.type == "cpu" else open_device(tensor.device.type)
+
+
+def cuda_works() -> bool:
+    """Whether torch can use a CUDA card here."""
+    return torch.cuda.is_available()
+
+
+def cuda_has_begun() -> bool:
+    """Whether this process has started CUDA: it must not fork then."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+class CardFacts(NamedTuple):
+    """What torch says of a CUDA card."""
+
+    name: str
+    total_bytes: int
+    capability: tuple[int, int]
+    integrated: bool  # it has no memory of its own, as on a Jetson
+
+
+def cuda_facts() -> CardFacts | None:
+    """Of the first card; None where there is none."""
+    if not cuda_works():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    capability = int(found.major), int(found.minor)
+    return CardFacts(str(found.name), int(found.total_memory), capability, bool(found.is_integrated))
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Whether an allocation has failed, on the host or on a device."""
+    if isinstance(problem, MemoryError | torch.OutOfMemoryError):
+        return True
+    said = str(problem)
+    return isinstance(problem, RuntimeError) and any(part in said for part in (CPU_REFUSAL, *CARD_REFUSALS))
