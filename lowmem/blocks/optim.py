@@ -30,7 +30,8 @@ from lowmem.schedule import mix_seed
 SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024}
 # Temporaries of the 8-bit kernel for each element, measured on a CPU (about nine fp32 copies). CUDA has none.
 EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0}
-ODDS_NUMEL = 256 * 1024  # elements whose rounding is drawn at once
+# Elements whose rounding is drawn at once. The draws depend on it.
+ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024}
 
 
 def workspace_bytes(
@@ -48,8 +49,8 @@ def workspace_bytes(
         updating += EIGHT_BIT_TEMPORARIES[device_kind] * numel
     if not kept_in_bf16:
         return updating
-    odds = 2 * ODDS_NUMEL  # kept from one slice to the next
-    return odds + max(updating, 4 * numel + 4 * min(numel, ODDS_NUMEL))
+    odds = ODDS_NUMEL[device_kind]  # kept from one slice to the next, two bytes each
+    return 2 * odds + max(updating, 4 * numel + 4 * min(numel, odds))
 
 
 class Rounding:
@@ -62,7 +63,8 @@ class Rounding:
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed, self._generator = seed, torch.Generator(device)
         self._part: int | None = None
-        self._odds = torch.empty(ODDS_NUMEL // 4, dtype=torch.int64, device=device)
+        self._numel = ODDS_NUMEL[device.type]
+        self._odds = torch.empty(self._numel // 4, dtype=torch.int64, device=device)
 
     def round(self, values: Tensor, first: int, target: Tensor) -> None:
         """Writes fp32 `values` [n] to bf16 `target` [n], each to one of its two neighbours.
@@ -74,7 +76,7 @@ class Rounding:
         bits = values.view(torch.int32)
         done = 0
         while done < len(values):
-            part, skipped = divmod(first + done, ODDS_NUMEL)
+            part, skipped = divmod(first + done, self._numel)
             odds = self._odds_of(part)[skipped : skipped + len(values) - done]
             bits[done : done + len(odds)].add_(odds.int().bitwise_and_(0xFFFF))
             done += len(odds)

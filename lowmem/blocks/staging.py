@@ -11,7 +11,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -141,18 +141,24 @@ class Ring:
         """Lets go of the chunks; copies must have finished."""
         self._chunks.clear()
 
-    def copy(self, target: Tensor, source: Tensor, way: int) -> None:
-        """Copies past the chunks, where the host's side is page-locked itself. Kernels that write the source
-        must have finished.
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], way: int) -> None:
+        """Copies to each target from its source past the chunks, where the host's side is page-locked itself.
+
+        Kernels that write the sources must have finished.
         """
-        self._copy(target, source, way)
+        num_bytes = sum(source.numel() for _, source in pairs)
+        with self._paces[way](num_bytes):
+            copy_s = self._ways[way].copy(pairs)
+        with self._counting:
+            self._passed_bytes[way] += num_bytes
+            self._copy_s[way] += max(copy_s, self._paces[way].least_s(num_bytes))
 
     @contextlib.contextmanager
     def to_device(self, part: Tensor) -> Iterator[Tensor]:
         """Gives a chunk to fill; on leaving, its bytes are copied to `part`, a tensor on the device."""
         with self._chunk(part) as chunk:
             yield chunk
-            self._copy(part, chunk, IN)
+            self.copy([(part, chunk)], IN)
 
     @contextlib.contextmanager
     def from_device(self, part: Tensor) -> Iterator[Tensor]:
@@ -161,7 +167,7 @@ class Ring:
         Kernels that write `part` must have finished.
         """
         with self._chunk(part) as chunk:
-            self._copy(chunk, part, OUT)
+            self.copy([(chunk, part)], OUT)
             yield chunk
 
     def parts(self, num_bytes: int) -> Iterator[slice]:
@@ -176,13 +182,6 @@ class Ring:
             yield chunk[: part.numel()]
         finally:
             self._chunks.give(chunk)
-
-    def _copy(self, target: Tensor, source: Tensor, way: int) -> None:
-        with self._paces[way](source.numel()):
-            copy_s = self._ways[way].copy(target, source)
-        with self._counting:
-            self._passed_bytes[way] += source.numel()
-            self._copy_s[way] += max(copy_s, self._paces[way].least_s(source.numel()))
 
 
 def ring_bytes(max_chunk_bytes: int) -> int:

@@ -434,24 +434,33 @@ class HostStore(Store):
         self._lockable_bytes, self._locked = lockable_bytes, set[str]()
 
     def read(self, key: str, buffer: Tensor) -> None:
-        self._copy_in(key, self._copy_of(key)[: buffer.numel()], buffer)
+        self._copy_in(key, [(self._copy_of(key)[: buffer.numel()], buffer)])
 
     def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
         copy = self._copy_of(key)
-        for pages, buffer in parts:
-            self._copy_in(key, copy[pages.first : pages.first + pages.num_bytes], buffer)
+        parts_of_it = [copy[pages.first : pages.first + pages.num_bytes] for pages, _ in parts]
+        self._copy_in(key, list(zip(parts_of_it, (buffer for _, buffer in parts), strict=True)))
 
-    def _copy_in(self, key: str, copy: Tensor, buffer: Tensor) -> None:
-        if self.ring is not None and key in self._locked:
-            self.ring.copy(buffer, copy, IN)
+    def _copy_in(self, key: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """From parts of the block's copy to buffers."""
+        if self.ring is not None and self._direct(key, pairs):
+            self.ring.copy([(buffer, part) for part, buffer in pairs], IN)
         else:
-            self.disk.copy_in(copy, buffer)
+            for part, buffer in pairs:
+                self.disk.copy_in(part, buffer)
 
-    def _copy_out(self, key: str, buffer: Tensor, copy: Tensor) -> None:
-        if self.ring is not None and key in self._locked:
-            self.ring.copy(copy, buffer, OUT)
+    def _copy_out(self, key: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """From buffers to parts of the block's copy."""
+        if self.ring is not None and self._direct(key, pairs):
+            self.ring.copy([(part, buffer) for buffer, part in pairs], OUT)
         else:
-            self.disk.copy_out(buffer, copy)
+            for buffer, part in pairs:
+                self.disk.copy_out(buffer, part)
+
+    def _direct(self, key: str, pairs: list[tuple[Tensor, Tensor]]) -> bool:
+        """Whether the copies cross the link, from or to memory that is page-locked."""
+        kinds = {tensor.device.type for pair in pairs for tensor in pair}
+        return key in self._locked and self.ring is not None and kinds == {"cpu", self.ring.device.kind}
 
     def _room(self, key: str, num_bytes: int) -> Tensor:
         """Memory for a block's copy, page-locked as far as that is allowed."""
@@ -466,11 +475,12 @@ class HostStore(Store):
         pass
 
     def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
-        copy = self._copy_of(key)
+        copy, pairs = self._copy_of(key), []
         for pages, buffer in parts:
-            size = pages.stop - pages.start
             skipped = pages.start - pages.first
-            self._copy_out(key, buffer[skipped : skipped + size], copy[pages.start : pages.stop])
+            size = pages.stop - pages.start
+            pairs.append((buffer[skipped : skipped + size], copy[pages.start : pages.stop]))
+        self._copy_out(key, pairs)
 
     def end(self, key: str, visits_done: int) -> FileRecord:
         return self.disk.write(key, self._copy_of(key), visits_done)
@@ -483,7 +493,7 @@ class HostStore(Store):
         if copy is None:
             copy = self._copies[key] = self._room(key, buffer.numel())
         if buffer is not copy:
-            self._copy_out(key, buffer, copy)
+            self._copy_out(key, [(buffer, copy)])
         return copy
 
     def _copy_of(self, key: str) -> Tensor:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +47,11 @@ class DeviceMemory(NamedTuple):
 class Way:
     """Copies in one direction. Any thread may call, and each call returns when its bytes are there."""
 
-    def copy(self, target: Tensor, source: Tensor) -> float:
-        """Copies, and returns the seconds that it took."""
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """Copies to each target from its source, and returns the seconds that it took."""
         began = time.perf_counter()
-        target.copy_(source)
+        for target, source in pairs:
+            target.copy_(source)
         return time.perf_counter() - began
 
 
@@ -159,12 +160,13 @@ class CudaWay(Way):
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def copy(self, target: Tensor, source: Tensor) -> float:
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
         # `blocking`: the thread sleeps until the event, and leaves its core to compute.
         start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             start.record()
-            target.copy_(source, non_blocking=True)
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
             end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000

@@ -62,7 +62,7 @@ def streamed_parts(setup: Setup) -> tuple[Traffic, Traffic, Traffic]:
     """(start, step, commit) without what moves at the borders."""
     units, unified, shared = _unit_traffic(setup), setup.profile.unified, setup.shared
     if setup.settings.tier == "disk":
-        on_disk = [Traffic(disk_read_bytes=m.read, disk_written_bytes=m.written) for m in units]
+        on_disk = [Traffic(disk_read_bytes=m.read + m.patched, disk_written_bytes=m.written) for m in units]
         # A durable file is read again for its digest.
         whole = sum(layout.total_bytes for layout in setup.layouts)
         on_disk[0] += Traffic(disk_read_bytes=file_bytes([shared]))
@@ -83,10 +83,11 @@ class Moved(NamedTuple):
 
     read: int = 0
     written: int = 0
+    patched: int = 0  # pages that also hold other rows: the host reads them from the disk and writes them
 
     def __add__(self, other: object) -> Moved:
         assert isinstance(other, Moved)
-        return Moved(self.read + other.read, self.written + other.written)
+        return Moved(*map(sum, zip(self, other, strict=True)))
 
 
 def _rewritten(pieces: Sequence[Piece], on_disk: bool, fetched: bool) -> Moved:
@@ -98,7 +99,7 @@ def _rewritten(pieces: Sequence[Piece], on_disk: bool, fetched: bool) -> Moved:
             moved += Moved(read=pages.num_bytes if fetched else 0)
             if on_disk:  # pages that hold other rows too are read and written again
                 edges = PAGE * len(pages.edges)
-                moved += Moved(edges, pages.whole.stop - pages.whole.start + edges)
+                moved += Moved(0, pages.whole.stop - pages.whole.start + edges, edges)
             else:
                 moved += Moved(written=pages.stop - pages.start)
     return moved

@@ -211,9 +211,9 @@ def test_what_bf16_has_exactly_stays() -> None:
 
 def test_the_odds_of_elements_and_of_steps_are_independent() -> None:
     """For half-way values: neighbours, parts drawn apart, two steps, and the four 16-bit words of a draw."""
-    count = 4 * optim.ODDS_NUMEL
+    count = 4 * optim.ODDS_NUMEL["cpu"]
     ups = [(rounded(1 + 2**-8, seed, count) > 1).double() - 0.5 for seed in (0, 1)]
-    for other in (*(ups[0].roll(by) for by in (1, 2, 3, 4, 4096, optim.ODDS_NUMEL)), ups[1]):
+    for other in (*(ups[0].roll(by) for by in (1, 2, 3, 4, 4096, optim.ODDS_NUMEL["cpu"])), ups[1]):
         assert abs(float((ups[0] * other).mean())) < 5 * 0.25 / count**0.5
     assert (ups[0].view(-1, 4).mean(0).abs() < 5 * 0.5 / (count / 4) ** 0.5).all()
 
@@ -255,7 +255,7 @@ def test_the_odds_depend_on_no_slicing(optimizer: str, monkeypatch: pytest.Monke
 
 
 def test_the_odds_depend_on_no_order() -> None:
-    values, ends = torch.full((3 * optim.ODDS_NUMEL,), 1 + 2**-8), []
+    values, ends = torch.full((3 * optim.ODDS_NUMEL["cpu"],), 1 + 2**-8), []
     for step in (1, -1):
         rounding, target = (
             optim.Rounding(7, torch.device("cpu")),

@@ -73,10 +73,11 @@ def train_tokens(
     listeners: Sequence[Listener] = (),
     method: str = "diffusion_blocks",
     train: dict[str, Any] | None = None,
+    optimizer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A causal language model, a layer a block, on random tokens in pinned memory; the report of the run.
 
-    `train`: further keys of the recipe's section.
+    `train`, `optimizer`: further keys of the recipe's sections.
     """
     recipe = recipe_from_dict(
         {
@@ -103,7 +104,7 @@ def train_tokens(
                 "deterministic": True,
                 **(train or {}),
             },
-            "optimizer": {"name": "adamw8bit"},
+            "optimizer": {"name": "adamw8bit", **(optimizer or {})},
             "offload": {"write_back": "beside", **offload},
         },
         "tokens",
