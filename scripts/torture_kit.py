@@ -91,6 +91,7 @@ class Tally:
     cases: int = 0
     faults: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    taken_s: float | None = None
 
     def check(self, what: str, found: str | None) -> None:
         self.cases += 1
@@ -98,8 +99,10 @@ class Tally:
             self.faults.append(f"{what}: {found}")
 
     def row(self) -> dict[str, Any]:
-        taken_s = round(time.monotonic() - self.started, 1)
-        return {"part": self.name, "cases": self.cases, "faults": len(self.faults), "wall_s": taken_s}
+        """Called when the part has ended, and again for the file."""
+        if self.taken_s is None:
+            self.taken_s = round(time.monotonic() - self.started, 1)
+        return {"part": self.name, "cases": self.cases, "faults": len(self.faults), "wall_s": self.taken_s}
 
 
 def in_child(call: Callable[[], int], folder: Path, limit_s: float = LIMIT_S) -> Outcome:

@@ -231,7 +231,8 @@ class AwayBorders(Borders):
         self._at_hand.append((place, h, self._thread.submit(self._out, away, place, h, self._device.mark())))
         # What is pushed out must have arrived: its memory on the device is freed now.
         if len(self._at_hand) > AT_HAND:
-            self._waited(self._at_hand.pop(0)[2])
+            self._waited(self._at_hand[0][2])
+            del self._at_hand[0]
 
     def get(self, place: Place) -> Tensor:
         missing, wanted = self._window.get(place)

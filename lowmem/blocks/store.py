@@ -72,7 +72,7 @@ class Store(ABC):
 
     @abstractmethod
     def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
-        """Fills buffers [num_bytes] with pages of the block's data.
+        """Fills buffers [num_bytes] with pages of the block's data, or with the bytes alone that count.
 
         `rewritten`: as `write_pages` has left them, since `begin`. Raises StoreError as `read` does, but sees
         the digest only where this process has not seen it yet.
@@ -438,8 +438,9 @@ class HostStore(Store):
 
     def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
         copy = self._copy_of(key)
-        parts_of_it = [copy[pages.first : pages.first + pages.num_bytes] for pages, _ in parts]
-        self._copy_in(key, list(zip(parts_of_it, (buffer for _, buffer in parts), strict=True)))
+        self._copy_in(
+            key, [(copy[pages.start : pages.stop], pages.inside(buffer)) for pages, buffer in parts]
+        )
 
     def _copy_in(self, key: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """From parts of the block's copy to buffers."""
@@ -475,12 +476,10 @@ class HostStore(Store):
         pass
 
     def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
-        copy, pairs = self._copy_of(key), []
-        for pages, buffer in parts:
-            skipped = pages.start - pages.first
-            size = pages.stop - pages.start
-            pairs.append((buffer[skipped : skipped + size], copy[pages.start : pages.stop]))
-        self._copy_out(key, pairs)
+        copy = self._copy_of(key)
+        self._copy_out(
+            key, [(pages.inside(buffer), copy[pages.start : pages.stop]) for pages, buffer in parts]
+        )
 
     def end(self, key: str, visits_done: int) -> FileRecord:
         return self.disk.write(key, self._copy_of(key), visits_done)

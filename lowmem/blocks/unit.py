@@ -57,9 +57,17 @@ class Pages(NamedTuple):
             parts = [slice(size.start, whole.start), slice(whole.stop, size.stop)]
         return [part for part in parts if part.start < part.stop]
 
-    def of(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    @property
+    def inside_bytes(self) -> int:
+        return self.stop - self.start
+
+    def inside(self, pages: Tensor) -> Tensor:
         """The bytes, in `pages` [num_bytes] that hold them."""
-        return pages[self.start - self.first : self.stop - self.first].view(dtype)
+        return pages[self.start - self.first : self.stop - self.first]
+
+    def of(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the bytes say, in `pages` [num_bytes] that hold them."""
+        return self.inside(pages).view(dtype)
 
 
 class Field(NamedTuple):
@@ -150,6 +158,11 @@ class Unit:
     def num_bytes(self) -> int:
         """Of a buffer that holds all pages of its weights and state."""
         return sum(piece.num_bytes for piece in self.pieces)
+
+    @property
+    def used_weights_bytes(self) -> int:
+        """Of what passes use, without the rest of its pages."""
+        return sum(piece.field(self._computes).pages.inside_bytes for piece in self.pieces)
 
     def weights_pages(self, buffer: Tensor) -> Iterator[tuple[Pages, Tensor]]:
         """The pages of each piece's weights in a buffer [weights_bytes]."""

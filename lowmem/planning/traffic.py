@@ -49,11 +49,11 @@ def _unit_traffic(setup: Setup) -> Parts:
     last = len(setup.units) - 1
     for index, unit in enumerate(setup.units):
         if index in setup.stay:
-            first += Moved(sum(piece.num_bytes for piece in unit.pieces))
+            first += Moved(sum(_fetched(piece, on_disk) for piece in unit.pieces))
             commit += _rewritten(unit.pieces, on_disk, fetched=False)
             continue
         passes = (index < last) + (2 if setup.two_passes else 1)
-        step += Moved(passes * unit.weights_bytes)
+        step += Moved(passes * (unit.weights_bytes if on_disk else unit.used_weights_bytes))
         step += _rewritten([piece for _, piece in unit.chunks()], on_disk, fetched=True)
     return first, step, commit
 
@@ -94,15 +94,22 @@ def _rewritten(pieces: Sequence[Piece], on_disk: bool, fetched: bool) -> Moved:
     """Rows that are written back; `fetched`: and that came before."""
     moved = Moved()
     for piece in pieces:
+        moved += Moved(read=_fetched(piece, on_disk) if fetched else 0)
         for field in piece.fields:
             pages = field.pages
-            moved += Moved(read=pages.num_bytes if fetched else 0)
             if on_disk:  # pages that hold other rows too are read and written again
                 edges = PAGE * len(pages.edges)
                 moved += Moved(0, pages.whole.stop - pages.whole.start + edges, edges)
             else:
                 moved += Moved(written=pages.stop - pages.start)
     return moved
+
+
+def _fetched(piece: Piece, on_disk: bool) -> int:
+    """Bytes that come of a piece: whole pages from the disk, and what is needed from RAM."""
+    if on_disk:
+        return piece.num_bytes
+    return sum(field.pages.inside_bytes for field in piece.fields)
 
 
 def _header_bytes(setup: Setup) -> int:

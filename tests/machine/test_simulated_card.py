@@ -1,0 +1,136 @@
+"""What trains on a CUDA card, on a simulated one: the order of accesses, the bits, and waits of the host.
+
+The card is simulated in a process of its own, because its guard must be loaded before torch
+(`tests/simulated`). Without a C++ compiler there is no guard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIMULATED = Path(__file__).parents[1] / "simulated"
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 600
+
+
+@pytest.fixture(scope="session")
+def guard(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("guard")
+    command = [sys.executable, str(SIMULATED / "build_guard.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if not done.stdout.strip():
+        pytest.skip("no C++ compiler here")
+    return done.stdout.strip()
+
+
+def child(guard: str, script: str, *arguments: str) -> Any:
+    """The line of JSON that a child process prints last."""
+    path = os.pathsep.join([str(ROOT), str(SIMULATED), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(SIMULATED / script), *arguments],
+        env={**os.environ, "PYTHONPATH": path, "SIMULATED_GUARD": guard, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def orders(guard: str, as_it_is: int, with_a_fault: int) -> None:
+    found = child(guard, "order_child.py", str(as_it_is), str(with_a_fault))
+    assert found["clean"] == dict.fromkeys(found["clean"], []) and len(found["clean"]) == 8
+    assert found["faults"] == dict.fromkeys(found["faults"], with_a_fault) and len(found["faults"]) == 8
+
+
+def test_accesses_are_ordered_and_every_planted_fault_is_found(guard: str) -> None:
+    orders(guard, 3, 2)
+
+
+@pytest.mark.slow
+def test_accesses_are_ordered_in_100_seeds_and_every_planted_fault_is_found_in_20(guard: str) -> None:
+    orders(guard, 100, 20)
+
+
+INDEPENDENT = [
+    {"offload__tier": "device"},
+    {"offload__tier": "host", "offload__write_back": "beside"},
+    {"offload__tier": "disk"},
+    {"offload__tier": "disk", "offload__prefetch": False},
+]
+EXACT = [
+    {"offload__tier": "device"},
+    {"offload__tier": "host", "offload__borders": "host", "offload__resident_layers": 0},
+    {"offload__tier": "disk", "offload__borders": "disk", "offload__resident_layers": 0},
+    {"offload__tier": "host", "offload__borders": "device", "offload__resident_layers": 2},
+]
+CASES = {
+    "blocks, bf16, 8-bit": (
+        "vit",
+        INDEPENDENT,
+        {"train__precision": "bfloat16", "optimizer__name": "adamw8bit"},
+    ),
+    "exact, fp32": ("causal_lm", EXACT, {"method": "end_to_end", "train__precision": "float32"}),
+    "exact, bf16 weights, 8-bit": (
+        "causal_lm",
+        EXACT,
+        {
+            "method": "end_to_end",
+            "train__precision": "bfloat16",
+            "train__weights": "bfloat16",
+            "optimizer__name": "adamw8bit",
+        },
+    ),
+}
+MORE_CASES = {
+    "blocks, fp32": ("vit", INDEPENDENT, {"train__precision": "float32"}),
+    "exact, global clip, recompute, two micro-batches": (
+        "vit",
+        EXACT,
+        {
+            "method": "end_to_end",
+            "optimizer__clip": "global",
+            "train__recompute": True,
+            "train__micro_batch_size": 4,
+        },
+    ),
+    **{
+        f"{name}, {method}": (name, EXACT if method == "end_to_end" else INDEPENDENT, {"method": method})
+        for name in ("dit", "masked_lm", "causal_lm", "recurrent_lm", "tied")
+        for method in ("diffusion_blocks", "end_to_end")
+        if (name, method) != ("tied", "diffusion_blocks")
+    },
+}
+
+
+def one_digest(guard: str, model: str, arms: list[dict[str, Any]], common: dict[str, Any]) -> None:
+    """Every arm, in memory, in RAM and on disk, ends with the same bits. Nothing is left unordered, no
+    operation differs from run to run, and within a visit compute waits for nothing but the loss of the step
+    before.
+    """
+    found = child(guard, "trainer_child.py", model, json.dumps(arms), json.dumps(common))
+    tiers = [arm["settings"]["tier"] for arm in found]
+    assert tiers == [arm["offload__tier"] for arm in arms], "each arm is what it is called"
+    assert len({arm["digest"] for arm in found}) == 1
+    for arm in found:
+        assert arm["races"] == [] and arm["odd"] == []
+        assert arm["waits"] == {"event.synchronize": 1}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_tier_gives_one_digest_in_order_and_without_waits(guard: str, case: str) -> None:
+    one_digest(guard, *CASES[case])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES)
+def test_every_tier_of_every_model_gives_one_digest_in_order_and_without_waits(guard: str, case: str) -> None:
+    one_digest(guard, *MORE_CASES[case])

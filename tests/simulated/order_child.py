@@ -1,0 +1,281 @@
+"""Moves blocks, units and borders on the simulated card, as they are and with a fault planted.
+
+    python order_child.py SEEDS_AS_IT_IS SEEDS_WITH_A_FAULT
+
+Prints one line of JSON: for each fault, in how many seeds the order of accesses was wrong. Kernels are short,
+so bytes would be right by luck: only the order tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import simcuda  # before torch
+import torch
+from happens_before import RACES, raw_result
+from simcuda import WORLD, Card
+
+from lowmem.blocks import borders as borders_module
+from lowmem.blocks import staging, store, stream, unit_stream
+from lowmem.blocks import unit as unit_module
+from lowmem.blocks.arena import GROUP_SIZE, ArenaLayout, aligned_buffer
+from lowmem.blocks.borders import AwayBorders
+from lowmem.blocks.optim import Step
+from lowmem.blocks.order import border_calls
+from lowmem.blocks.run_dir import RunDir
+from lowmem.blocks.staging import Ring
+from lowmem.blocks.store import DiskStore, HostStore
+from lowmem.blocks.stream import BlockStream, block_key
+from lowmem.blocks.unit import Unit
+from lowmem.blocks.unit_stream import UnitStream, Update
+from lowmem.machine.device import Cuda, CudaWay
+from lowmem.recipe import OptimizerConfig
+
+BLOCKS = 3
+LAYOUTS = [
+    ArenaLayout([(f"layer{2 * block + half}.w", (64, 48)) for half in (0, 1)], "adamw")
+    for block in range(BLOCKS)
+]
+SHARED = ArenaLayout([("t", (10, 8))], "adamw")
+KEYS = {**{block_key(block): layout for block, layout in enumerate(LAYOUTS)}, "shared": SHARED}
+SLOT = max(layout.total_bytes for layout in LAYOUTS)
+UNITS = 2 * BLOCKS
+
+
+@contextlib.contextmanager
+def opened_store(in_ram: bool) -> Iterator[tuple[Any, Cuda]]:
+    with tempfile.TemporaryDirectory() as folder:
+        first = DiskStore(RunDir(folder), KEYS, {})
+        for key, layout in KEYS.items():
+            first.write(key, aligned_buffer(layout.total_bytes), 0)
+        first.close()
+        device = Cuda()
+        disk = DiskStore(RunDir(folder), KEYS, first.files, Ring(device, SLOT, 4 * SLOT))
+        yield HostStore(disk, 2 * SLOT) if in_ram else disk, device
+
+
+def blocks(in_ram: bool) -> None:
+    """Independent blocks: each trained by kernels, written beside the next; then read only."""
+    with opened_store(in_ram) as (kept, device):
+        moving = BlockStream(kept, LAYOUTS, SHARED, device, False, True)
+        shared = moving.load_shared()
+        try:
+            for visit in range(2 * BLOCKS):
+                block = visit % BLOCKS
+                buffer = moving.load(block)
+                moving.prefetch((block + 1) % BLOCKS)
+                for _ in range(3):
+                    buffer.add_(1)
+                shared.add_(1)
+                moving.store({block: buffer}, shared, visit + 1, lambda files: None, False)
+            for block in range(BLOCKS):
+                buffer = moving.load(block)
+                buffer.add_(0)
+                moving.release(block, buffer)
+            moving.finish()
+        finally:
+            moving.close()
+
+
+def residents() -> None:
+    """Blocks that all stay, in memory that kernels have just freed."""
+    with opened_store(False) as (kept, device):
+        moving = BlockStream(kept, LAYOUTS, SHARED, device, True, True)
+        try:
+            for block in range(BLOCKS):
+                torch.ones(4096, device="cuda").add_(1)
+                moving.load(block).add_(1)
+        finally:
+            moving.close()
+
+
+def units(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
+    """Two exact steps, unit by unit; the second ends a visit."""
+    with opened_store(in_ram) as (kept, device):
+        every = [
+            Unit(block_key(index // 2), LAYOUTS[index // 2], {f"layer{index}.w"}, "cuda")
+            for index in range(UNITS)
+        ]
+        moving = UnitStream(kept, every, device, stay, True)
+        grads = torch.zeros(max(unit.numel for unit in every) + GROUP_SIZE, device="cuda")
+        shared = torch.zeros(SHARED.total_bytes, dtype=torch.uint8, device="cuda")
+        try:
+            for number, durable in ((1, False), (2, True)):
+                for index in range(UNITS - 1):
+                    use(moving, index, index + 1)
+                for index in reversed(range(UNITS)):
+                    use(moving, index, index - 1)
+                    grads.add_(1)
+                    step = Step(number, 1e-3, OptimizerConfig())
+                    unit = every[index]
+
+                    def given(rows: slice, unit: Unit = unit) -> torch.Tensor:
+                        first = unit.place(rows.start)
+                        return grads[first : first + rows.stop - rows.start]
+
+                    moving.update(Update(index, given, step, 1, durable, [], lambda: None))
+                moving.finish()
+            for write in moving.take_written().values():
+                write.result()
+        finally:
+            moving.close()
+            kept.close()
+        del shared
+
+
+def use(moving: UnitStream, index: int, following: int) -> None:
+    weights = moving.load(index)
+    if 0 <= following < UNITS:
+        moving.prefetch(following)
+    for piece in weights:
+        (piece.float() + 1).sum()
+    moving.advance()
+    moving.release(index)
+
+
+def borders(on_disk: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        device = Cuda()
+        ring = Ring(device, 4096, 4 * 4096)
+        away = AwayBorders(5, 2, False, device, Path(folder) if on_disk else None, ring)
+        try:
+            for _ in range(2):
+                away.begin()
+                for is_put, place in border_calls(5, 2, False):
+                    if is_put:
+                        h = torch.ones(2, 3, 500, device="cuda")
+                        h.add_(1)
+                        away.put(place, h)
+                        del h
+                    else:
+                        away.get(place).add(1)
+        finally:
+            away.close()
+
+
+SCENARIOS: dict[str, Callable[[], None]] = {
+    "blocks, disk": lambda: blocks(False),
+    "blocks, ram": lambda: blocks(True),
+    "residents": residents,
+    "units, disk": lambda: units(False),
+    "units, ram": lambda: units(True),
+    "units, some stay": lambda: units(False, frozenset({0, 3})),
+    "borders, ram": lambda: borders(False),
+    "borders, disk": lambda: borders(True),
+}
+
+# ------------------------------------------------------------------------------------------------------------
+# Faults
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """In the place of a wait."""
+
+
+def copy_without_wait(self: CudaWay, pairs: Any) -> float:
+    with torch.cuda.stream(self._stream):
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+    return 0.0
+
+
+def unwaited(self: Any, future: Any) -> Any:
+    return raw_result(future)
+
+
+def give_without_mark(self: Any, slot: Any, mark: Any = None) -> None:
+    self._free.put((slot, None))
+
+
+def wait_in(thread: str) -> Callable[..., None]:
+    """Only threads of another name wait."""
+    import threading
+
+    wait = Cuda.wait
+
+    def waits(self: Cuda, mark: Any) -> None:
+        if not threading.current_thread().name.startswith(thread):
+            wait(self, mark)
+
+    return waits
+
+
+def unfinished(self: UnitStream, unit: int) -> None:
+    """`load` reads what an update may still be writing."""
+
+
+FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "block handed on before its copy's mark": (
+        "blocks, disk",
+        lambda: mock.patch.object(CudaWay, "copy", copy_without_wait),
+    ),
+    "border copied without compute's mark": (
+        "borders, ram",
+        lambda: mock.patch.object(Cuda, "wait", wait_in("lowmem-borders")),
+    ),
+    "border not waited for": ("borders, ram", lambda: mock.patch.object(AwayBorders, "_waited", unwaited)),
+    "slot freed too early": (
+        "units, ram",
+        lambda: mock.patch.object(staging.SlotPool, "give", give_without_mark),
+    ),
+    "no wait before a block is written": (
+        "blocks, ram",
+        lambda: mock.patch.object(Cuda, "wait_for_compute", nothing),
+    ),
+    "no wait before rows are written": (
+        "units, disk",
+        lambda: mock.patch.object(Cuda, "wait", wait_in("lowmem-rows")),
+    ),
+    "chunk used again while its copy reads it": (
+        "units, disk",
+        lambda: mock.patch.object(CudaWay, "copy", copy_without_wait),
+    ),
+    "resident block read into memory in use": (
+        "residents",
+        lambda: mock.patch.object(Cuda, "wait_for_compute", nothing),
+    ),
+}
+
+
+def wrong(scenario: Callable[[], None], seed: int) -> list[str]:
+    RACES.clear()
+    WORLD.late = random.Random(seed)
+    sys.setswitchinterval(random.Random(seed).choice([1e-5, 1e-4, 5e-3]))
+    with Card():
+        scenario()
+    return list(RACES)
+
+
+def main() -> None:
+    simcuda.install()
+    for module in (staging, store):
+        module.CHUNK_BYTES = 8192  # type: ignore[attr-defined]
+    unit_module.CHUNK_NUMEL["cuda"] = 4 * GROUP_SIZE
+    as_it_is, with_a_fault = int(sys.argv[1]), int(sys.argv[2])
+    found: dict[str, Any] = {"clean": {}, "faults": {}}
+    for name, scenario in SCENARIOS.items():
+        races = [race for seed in range(as_it_is) for race in wrong(scenario, seed)]
+        found["clean"][name] = races[:3]
+    for fault, (name, planted) in FAULTS.items():
+        count = 0
+        for seed in range(with_a_fault):
+            with planted():
+                count += bool(wrong(SCENARIOS[name], seed))
+        found["faults"][fault] = count
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # the simulated card must not be torn down in any order
+
+
+assert stream and unit_stream and borders_module
+
+if __name__ == "__main__":
+    main()

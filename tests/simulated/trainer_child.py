@@ -1,0 +1,99 @@
+"""Trains a small model on the simulated card in several ways.
+
+    python trainer_child.py MODEL ARMS COMMON
+
+ARMS: a list of recipe changes in JSON; COMMON: changes for all. Prints one line of JSON: for each arm its
+digest, the accesses that nothing orders, the waits of the thread that computes, by kind, within the steps of
+the second visit, and operations that are not deterministic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import simcuda  # before torch
+import torch
+from happens_before import RACES
+from simcuda import NOT_DETERMINISTIC, WORLD, Card
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import exact_runs  # noqa: E402
+
+from lowmem.blocks.optim import bitsandbytes_functional  # noqa: E402
+from lowmem.machine.profile import load_profile  # noqa: E402
+from lowmem.planning.duration import Work  # noqa: E402
+from lowmem.planning.passes import Pass, PassCounter  # noqa: E402
+from lowmem.planning.plan import make_plan  # noqa: E402
+from lowmem.reporting.report import digest  # noqa: E402
+from lowmem.training.trainer import Trainer  # noqa: E402
+
+VISIT_STEPS = 3
+
+
+def trained(name: str, changes: dict[str, Any], seed: int) -> dict[str, Any]:
+    changes = {
+        "train__num_steps": 2 * VISIT_STEPS,
+        "train__warmup_steps": 1,
+        "blocks__visit_steps": VISIT_STEPS,
+        "train__micro_batch_size": 8,
+        "train__deterministic": True,
+        **changes,
+    }
+    if name != "tied":
+        smaller = {"num_layers": 3} if name != "recurrent_lm" else {"iterations": 2, "backprop_iterations": 1}
+        changes["model"] = {"name": name, **exact_runs.MODELS[name][0], **smaller}
+    recipe, build = exact_runs.setting(name, **changes)
+    plan = make_plan(build, recipe, load_profile("cuda-8gib-host-24gib"))
+    before: Counter[tuple[str, str]] = Counter()
+    waits: Counter[str] = Counter()
+
+    def count(event: dict[str, Any]) -> None:
+        """From the record of a step, which comes when the next has ended, to the record of a later one."""
+        nonlocal before
+        if event["event"] != "step" or event["visit"] != 1:
+            return
+        if event["step"] % VISIT_STEPS == 0:
+            before = WORLD.waits.copy()
+        if event["step"] % VISIT_STEPS == 1:
+            for (what, thread), number in (WORLD.waits - before).items():
+                if thread == "MainThread":
+                    waits[what] += number
+
+    RACES.clear()
+    WORLD.operations.clear()
+    WORLD.late = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder, Card():
+        state = Trainer(build, plan, folder, [count]).fit(exact_runs.batches)
+        found = digest(state)
+    odd = [name for name in NOT_DETERMINISTIC if WORLD.operations[name]]
+    return {
+        "digest": found,
+        "races": list(RACES)[:5],
+        "waits": dict(waits),
+        "odd": odd,
+        "settings": plan.settings.model_dump(mode="json"),
+        "loss": state.blocks[0].loss,
+    }
+
+
+def main() -> None:
+    bitsandbytes_functional()  # its import must not find a card: it would look for its CUDA library
+    simcuda.install()
+    torch.set_num_threads(1)
+    for counted in ("_count", "_count_streamed"):
+        setattr(PassCounter, counted, lambda *_: Pass(1, Work(), Work()))
+    PassCounter.waiting = lambda self, settings: (4096, 4096)  # type: ignore[method-assign]
+    name, arms, common = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+    print(json.dumps([trained(name, {**common, **arm}, seed) for seed, arm in enumerate(arms)]), flush=True)
+    os._exit(0)  # the simulated card must not be torn down in any order
+
+
+if __name__ == "__main__":
+    main()
