@@ -174,15 +174,19 @@ def settled_noise(noise: NoiseConfig, target_shape: tuple[int, int] | None) -> N
 def sample_sigma(uniform: Tensor, interval: Interval, noise: NoiseConfig) -> Tensor:
     """Levels of the log-normal truncated to `interval`, by its inverse CDF in float64.
 
-    `uniform`: draws in [0, 1). Returns float32 of the same shape.
+    `uniform`: draws in [0, 1). Returns float32 of the same shape. A device without float64 leaves it to the
+    CPU.
     """
     import torch
 
+    from lowmem.machine.device import device_of
+
+    wide = uniform if device_of(uniform).has_float64 else uniform.cpu()
     q_low, q_high = quantile(interval.low, noise), quantile(interval.high, noise)
     ln_sigma: Tensor = noise.p_mean + noise.p_std * torch.special.ndtri(
-        q_low + uniform.double() * (q_high - q_low)
+        q_low + wide.double() * (q_high - q_low)
     )
-    return ln_sigma.exp().clamp(interval.low, interval.high).float()
+    return ln_sigma.exp().clamp(interval.low, interval.high).float().to(uniform.device)
 
 
 def drawn_levels(

@@ -12,8 +12,10 @@ is still at hand. What moves is a function of that order alone: the plan counts 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -251,8 +253,11 @@ class AwayBorders(Borders):
         self._at_hand.clear()
         self._fetched.clear()
         self._away = None
-        if self._file is not None:
-            os.close(self._file)
+        if self._file is not None and self._path is not None:
+            self._file.close()
+            if sys.platform == "win32":
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
 
     def _fetch(self, place: Place) -> Future[Tensor]:
         away = self._away
@@ -285,14 +290,16 @@ class AwayBorders(Borders):
                     slot.numpy()[part] = chunk.numpy()
         if self._file is not None and self._path is not None:
             with refusals_of(self._path, StoreError):
-                self._check(os.pwrite(self._file, slot.numpy().data, index * away.slot_bytes), away)
+                self._file.seek(index * away.slot_bytes)
+                self._check(self._file.write(slot.numpy().data), away)
 
     def _in(self, away: _Slots, place: Place, target: Tensor, freed: Mark) -> Tensor:
         index, flat = self._index(place), target.flatten().view(torch.uint8)
         slot = away.slot(index)
         if self._file is not None and self._path is not None:
             with refusals_of(self._path, StoreError):
-                self._check(os.preadv(self._file, [slot.numpy().data], index * away.slot_bytes), away)
+                self._file.seek(index * away.slot_bytes)
+                self._check(self._file.readinto(slot.numpy().data), away)
         self._device.wait(freed)  # compute has used what lay in the target's memory before
         if self._ring is None:
             flat.copy_(slot[: len(flat)])
@@ -328,10 +335,11 @@ class _Slots:
         return self._bytes[start : start + self.slot_bytes]
 
 
-def _open_unnamed(path: Path) -> int:
+def _open_unnamed(path: Path) -> io.FileIO:
     """Opens a file that is gone when the process ends, however it ends; unbuffered where possible.
 
-    Raises StoreError.
+    Windows lets no open file go: there it is gone when it is closed, and a kill leaves it behind. Raises
+    StoreError.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     with refusals_of(path, StoreError):
@@ -345,7 +353,11 @@ def _open_unnamed(path: Path) -> int:
             file = open_regular(path, flags, 0o600)
         try:
             path.unlink()
+        except PermissionError:
+            if sys.platform != "win32":
+                os.close(file)
+                raise
         except OSError:
             os.close(file)
             raise
-    return file
+    return io.FileIO(file, "r+b")

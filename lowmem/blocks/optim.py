@@ -27,11 +27,11 @@ from lowmem.schedule import mix_seed
 
 # Elements updated at once, by kind of device: it bounds the temporaries. On a card it is enough that the host
 # starts kernels faster than they end.
-SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024}
+SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024}
 # Temporaries of the 8-bit kernel for each element, measured on a CPU (about nine fp32 copies). CUDA has none.
-EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0}
+EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0, "mps": 0}
 # Elements whose rounding is drawn at once. The draws depend on it.
-ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024}
+ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024, "mps": 256 * 1024}
 
 
 def workspace_bytes(

@@ -417,7 +417,7 @@ class DiskStore(Store):
         return nullcontext(part) if ring is None else ring.from_device(part)
 
     def _ring_of(self, part: Tensor) -> Ring | None:
-        passes = self.ring is not None and part.device.type == self.ring.device.kind
+        passes = self.ring is not None and part.device.type == self.ring.device.torch.type
         return self.ring if passes else None
 
 
@@ -461,7 +461,7 @@ class HostStore(Store):
     def _direct(self, key: str, pairs: list[tuple[Tensor, Tensor]]) -> bool:
         """Whether the copies cross the link, from or to memory that is page-locked."""
         kinds = {tensor.device.type for pair in pairs for tensor in pair}
-        return key in self._locked and self.ring is not None and kinds == {"cpu", self.ring.device.kind}
+        return key in self._locked and self.ring is not None and kinds == {"cpu", self.ring.device.torch.type}
 
     def _room(self, key: str, num_bytes: int) -> Tensor:
         """Memory for a block's copy, page-locked as far as that is allowed."""

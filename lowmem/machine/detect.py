@@ -41,17 +41,13 @@ RUNTIME_PROBE_TIMEOUT_S = 300
 
 def training_device(profile: Profile) -> Device:
     """Returns the device to train on. Raises ProfileError if this machine has none of the profile's type."""
-    from lowmem.machine.device import cuda_works, open_device
+    from lowmem.machine.device import cuda_works, mps_works, open_device
 
     kind = profile.device.type
-    if kind == "mps":
+    works = {"cuda": ("a CUDA device", cuda_works), "mps": ("an Apple GPU", mps_works)}
+    if kind in works and not works[kind][1]():
         raise ProfileError(
-            f"profile {profile.name}: training on device type 'mps' is not supported; "
-            "use a cpu profile on this machine"
-        )
-    if kind == "cuda" and not cuda_works():
-        raise ProfileError(
-            f"profile {profile.name}: needs a CUDA device and none is found here; "
+            f"profile {profile.name}: needs {works[kind][0]} and none is found here; "
             "use --dry-run, or a cpu profile (`lowmem profiles` lists them)"
         )
     return open_device(kind)

@@ -59,7 +59,8 @@ class Device:
     """A CPU: its memory is the host's, and its work is done when a call returns."""
 
     kind = "cpu"
-    copies = False  # whether it has memory of its own, which blocks are copied to
+    copies = False  # whether blocks are copied to memory that the host does not read itself
+    has_float64 = True
     delay_steps = 0  # so many steps later a step's loss can be read without a wait
 
     def __init__(self) -> None:
@@ -285,8 +286,35 @@ class Cuda(Device):
         return str(torch.cuda.get_device_name(self.torch))
 
 
+class Mps(Device):
+    """An Apple GPU: one memory with the host, but tensors that the host does not read itself.
+
+    Work and copies are given to one queue, whichever thread gives them, so nothing need wait for a mark.
+    """
+
+    kind = "mps"
+    copies = True
+    has_float64 = False
+
+    def memory(self) -> DeviceMemory:
+        held = int(torch.mps.driver_allocated_memory())
+        return DeviceMemory(int(torch.mps.current_allocated_memory()), held, held, 0)
+
+    def give_back(self) -> None:
+        torch.mps.empty_cache()
+
+    def random_state(self) -> Tensor:
+        return torch.mps.get_rng_state()
+
+    def set_random_state(self, state: Tensor) -> None:
+        torch.mps.set_rng_state(state)
+
+    def name(self) -> str:
+        return "Apple GPU"
+
+
 CPU = Device()
-KINDS: dict[str, type[Device]] = {"cpu": Device, "cuda": Cuda}
+KINDS: dict[str, type[Device]] = {"cpu": Device, "cuda": Cuda, "mps": Mps}
 
 
 def open_device(kind: str) -> Device:
@@ -302,6 +330,11 @@ def device_of(tensor: Tensor) -> Device:
 def cuda_works() -> bool:
     """Whether torch can use a CUDA card here."""
     return torch.cuda.is_available()
+
+
+def mps_works() -> bool:
+    """Whether torch can use an Apple GPU here."""
+    return torch.backends.mps.is_available()
 
 
 def cuda_has_begun() -> bool:

@@ -14,6 +14,7 @@ from lowmem.blocks.optim import workspace_bytes
 from lowmem.blocks.stream import staging_bytes
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
+from lowmem.machine.device import KINDS
 from lowmem.machine.floor import measured_floor_bytes
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
@@ -196,7 +197,7 @@ class Staging(NamedTuple):
 
 def _staging(setup: Setup) -> Staging:
     """Slots for blocks beside the one in compute, the ring of the link, and a snapshot of the shared part."""
-    copied = setup.profile.device.type == "cuda"
+    copied = KINDS[setup.profile.device.type].copies
     slots, ring = staging_bytes(
         max(layout.total_bytes for layout in setup.layouts),
         setup.resident,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lowmem.blocks import borders as borders_module
 from lowmem.blocks.borders import AwayBorders, Borders, NearBorders, border_bytes
 from lowmem.blocks.order import border_calls
 from lowmem.blocks.traffic import Traffic
@@ -53,22 +55,48 @@ def one_step(away: AwayBorders) -> None:
             away.get(place)
 
 
-@pytest.mark.parametrize("call", ["pwrite", "preadv"])
-@pytest.mark.parametrize("fault", ["short", "failed"])
+class Faulty(io.FileIO):
+    """A file whose `call` is short, or fails; from the one after `good` on."""
+
+    call, fault, good = "write", OSError(errno.ENOSPC, "No space left on device"), 0
+
+    def write(self, data: Any) -> int:  # type: ignore[override]
+        return self._met("write", super().write(data))
+
+    def readinto(self, buffer: Any) -> int:  # type: ignore[override]
+        return self._met("readinto", super().readinto(buffer))
+
+    def _met(self, call: str, moved: int | None) -> int:
+        cls = type(self)
+        if call != cls.call:
+            return moved or 0
+        cls.good -= 1
+        if cls.good >= 0:
+            return moved or 0
+        if cls.fault is None:
+            return (moved or 0) - 4096 // 8
+        raise cls.fault
+
+
+def faulty(monkeypatch: pytest.MonkeyPatch, call: str, fault: OSError | None, good: int = 0) -> None:
+    kind = type("Faulty", (Faulty,), {"call": call, "fault": fault, "good": good})
+    monkeypatch.setattr(borders_module.io, "FileIO", kind)
+
+
+@pytest.mark.parametrize("call", ["write", "readinto"])
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (None, "moved 7680 of 8192 bytes"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+    ids=["short", "failed"],
+)
 def test_a_short_or_failed_transfer_of_borders_stops_the_step_in_one_line(
-    tmp_path: Path, call: str, fault: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, call: str, fault: OSError | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = getattr(os, call)
-
-    def faulty(file: int, data: Any, offset: int) -> int:
-        if fault == "failed":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        moved: int = real(file, data, offset)
-        return moved - 4096 // 8
-
+    faulty(monkeypatch, call, fault)
     away = AwayBorders(4, 2, False, CPU, tmp_path, None)
-    monkeypatch.setattr(os, call, faulty)
-    expected = "moved 7680 of 8192 bytes" if fault == "short" else "No space left on device"
     with pytest.raises(StoreError, match=expected) as caught:
         one_step(away)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
@@ -79,17 +107,32 @@ def test_a_failed_write_of_the_last_borders_of_a_step_stops_the_next_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those are still at hand in their own step, which does not notice."""
-    away = AwayBorders(2, 1, False, CPU, tmp_path, None)
     puts = sum(is_put for is_put, _ in border_calls(2, 1, False))
-    real, writes = os.pwrite, iter(range(puts))
-
-    def last_fails(file: int, data: Any, offset: int) -> int:
-        if next(writes) == puts - 1:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(file, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", last_fails)
+    faulty(monkeypatch, "write", OSError(errno.EIO, "Input/output error"), puts - 1)
+    away = AwayBorders(2, 1, False, CPU, tmp_path, None)
     one_step(away)
     with pytest.raises(StoreError, match="Input/output error"):
         away.begin()
     away.close()
+
+
+def test_borders_need_nothing_that_windows_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No positional requests, and no open file that is let go: it is gone when it is closed."""
+    for call in ("pwrite", "preadv", "pread", "pwritev"):
+        monkeypatch.delattr(os, call, raising=False)
+    real = Path.unlink
+    opened = True
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if opened:
+            raise PermissionError(errno.EACCES, "The process cannot access the file")
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    monkeypatch.setattr(borders_module.sys, "platform", "win32")
+    away = AwayBorders(3, 2, False, CPU, tmp_path, None)
+    one_step(away)
+    assert len(list(tmp_path.iterdir())) == 1
+    opened = False
+    away.close()
+    assert list(tmp_path.iterdir()) == []

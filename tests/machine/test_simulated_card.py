@@ -31,18 +31,24 @@ def guard(tmp_path_factory: pytest.TempPathFactory) -> str:
     return done.stdout.strip()
 
 
-def child(guard: str, script: str, *arguments: str) -> Any:
-    """The line of JSON that a child process prints last."""
+def run(guard: str, *command: str, limit_s: int = LIMIT_S) -> str:
+    """What a child process prints, which has the simulated card."""
     path = os.pathsep.join([str(ROOT), str(SIMULATED), *sys.path])
     done = subprocess.run(
-        [sys.executable, str(SIMULATED / script), *arguments],
+        [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": path, "SIMULATED_GUARD": guard, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=LIMIT_S,
+        timeout=limit_s,
+        cwd=ROOT,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+def child(guard: str, script: str, *arguments: str) -> Any:
+    """The line of JSON that a child process prints last."""
+    return json.loads(run(guard, str(SIMULATED / script), *arguments).splitlines()[-1])
 
 
 def orders(guard: str, as_it_is: int, with_a_fault: int) -> None:
@@ -125,9 +131,28 @@ def one_digest(guard: str, model: str, arms: list[dict[str, Any]], common: dict[
         assert arm["waits"] == {"event.synchronize": 1}
 
 
+def test_an_apple_gpus_limits_hold_digits_vit(guard: str, tmp_path: Path) -> None:
+    """No float64, no 8-bit kernel, no page-locked memory, one memory with the host."""
+    arms = {tier: child(guard, "mps_child.py", str(tmp_path / tier), tier) for tier in ("device", "disk")}
+    assert len({arm["digest"] for arm in arms.values()}) == 1
+    for tier, arm in arms.items():
+        assert arm["settings"]["tier"] == tier and arm["settings"]["optimizer"] == "adamw"
+        assert arm["locks"] == 0
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_tier_gives_one_digest_in_order_and_without_waits(guard: str, case: str) -> None:
     one_digest(guard, *CASES[case])
+
+
+# What needs a driver, real kernels, or a card's size.
+ONLY_ON_A_CARD = "nvml or card or resident_digest or flat or planned_one or trace or bench or seven or paced"
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_card_pass_on_the_simulated_one(guard: str) -> None:
+    options = ["-p", "card_plugin", "-m", "gpu", "-k", f"not ({ONLY_ON_A_CARD})", "tests/gpu"]
+    run(guard, "-m", "pytest", "-p", "no:cacheprovider", *options, limit_s=3600)
 
 
 @pytest.mark.slow

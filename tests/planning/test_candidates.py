@@ -129,3 +129,13 @@ def test_settings_that_exclude_each_other_are_refused_with_what_is_allowed(
     with pytest.raises(ConfigError) as refused:
         listed("gtx-1650-4gb", **changes)
     assert message in str(refused.value)
+
+
+def test_an_apple_gpu_has_no_8_bit_state() -> None:
+    with pytest.raises(ConfigError, match="found adamw8bit; allowed on device type mps .* adamw"):
+        listed("apple-m2-16gb", optimizer__name="adamw8bit")
+    ((candidate,),) = listed("apple-m2-16gb", **{**FIXED, "optimizer__name": "auto"})
+    assert candidate.optimizer == "adamw"
+    recipe = recipe_with(**{**FIXED, "optimizer__name": "auto"})
+    lines = choices_of(recipe, load_profile("apple-m2-16gb"), candidate, NoiseConfig())
+    assert "optimizer.name adamw: there is no 8-bit kernel for device type mps" in lines

@@ -52,6 +52,7 @@ class World:
         self.locks = self.unlocks = 0
         self.live = self.peak = 0
         self.limit: int | None = None
+        self.has_float64 = True
         self.alarm = "default"  # of `torch.cuda.set_sync_debug_mode`
         self.late: random.Random | None = None  # makes threads late at random
         self.lock = threading.RLock()
@@ -150,7 +151,9 @@ class Allocation:
     again as soon as it is free. So both ends are writes of the default stream.
     """
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
+    def __init__(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> None:
+        if dtype == torch.float64 and not WORLD.has_float64:
+            raise TypeError("Cannot convert a tensor to float64: the device does not support it")
         self.storage, self.num_bytes = storage, storage.nbytes()
         with WORLD.lock:
             WORLD.live += self.num_bytes
@@ -172,7 +175,7 @@ def new_memory(size: Any, stride: Any, dtype: torch.dtype) -> SimTensor:
         raise torch.OutOfMemoryError(f"CUDA out of memory (simulated): {num_bytes} bytes")
     if num_bytes:
         ctypes.memset(bytes_.untyped_storage().data_ptr(), 0xFF, num_bytes)
-    return SimTensor(bytes_, Allocation(bytes_.untyped_storage()))
+    return SimTensor(bytes_, Allocation(bytes_.untyped_storage(), dtype))
 
 
 def is_locked(tensor: torch.Tensor) -> bool:
@@ -304,7 +307,7 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
         if base is not None:
             same = next((one for one in given if isinstance(one, SimTensor) and one.bytes_ is value), None)
             return SimTensor(value, base.allocation) if same is None else same
-        made = SimTensor(value, Allocation(value.untyped_storage()))
+        made = SimTensor(value, Allocation(value.untyped_storage(), value.dtype))
         if not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
             touch(current_stream(), value, True, func._schema.name)
         return made
@@ -389,7 +392,7 @@ class Card(TorchDispatchMode):
             if func._schema.name.startswith(("aten::empty", "aten::new_empty")):
                 return new_memory(result.size(), result.stride(), result.dtype)
             current_stream().given()
-            made = SimTensor(result, Allocation(result.untyped_storage()))
+            made = SimTensor(result, Allocation(result.untyped_storage(), result.dtype))
             touch(current_stream(), result, True, func._schema.name)
             return made
         return func(*args, **kwargs)
