@@ -230,7 +230,10 @@ def choices_of(recipe: Recipe, profile: Profile, settings: Settings, noise: Nois
             train.precision == "auto",
             f"train.precision {settings.precision}: the profile computes in {profile.device.compute_dtype}",
         ),
-        (optimizer.name == "auto", f"optimizer.name {settings.optimizer}: {_why_optimizer(settings, profile)}"),
+        (
+            optimizer.name == "auto",
+            f"optimizer.name {settings.optimizer}: {_why_optimizer(settings, profile)}",
+        ),
         (
             optimizer.during_backward == "auto" and settings.during_backward,
             "optimizer.during_backward true: no clipping and one micro-batch; "

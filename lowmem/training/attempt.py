@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -33,7 +34,7 @@ from lowmem.machine.monitor import Monitor, sample_fields
 from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan, check_continues, read_plan
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of, units_of
-from lowmem.reporting.telemetry import Listener, Recorder
+from lowmem.reporting.telemetry import Listener, Recorder, read_records
 from lowmem.training.first_weights import create_weights
 from lowmem.training.memory_guard import check_available, require_available, smaller
 from lowmem.training.open_run import layouts_by_key, open_borders, open_stream
@@ -63,6 +64,15 @@ class Clock:
             "exposed_transfer_s": self.exposed_transfer_s,
             "commit_s": self.commit_s,
         }
+
+
+def last_device(telemetry: Path) -> str | None:
+    """The device that the run was opened on last, as its telemetry tells."""
+    found = None
+    for record in read_records(telemetry):
+        if record["event"] == "open" and isinstance(record.get("device"), str):
+            found = record["device"]
+    return found
 
 
 class Attempt:
@@ -166,13 +176,21 @@ class Attempt:
     def _open_stream(self, opened: contextlib.ExitStack) -> None:
         """The shared part stays on the device. Blocks come and go, unless they all fit."""
         plan, state = self.plan, self.state
+        now, last = self.device.name(), last_device(self.run.telemetry_path)
         self.recorder.write(
             "open",
             visits_done=state.visits_done,
             visits_total=self.queue.num_visits,
             pid=os.getpid(),
+            device=now,
             environment=read_environment(),
         )
+        if last not in (None, now):
+            message = (
+                f"this run was on {last} and goes on on {now}: cards draw other random numbers, so it will "
+                "not end with the unbroken run's digest"
+            )
+            self.recorder.write("warning", message=message)
         self.stream = open_stream(self.run, plan, self.model, state.files, checked=self._checked)
         opened.callback(self.stream.close)
         self.recorder.write("staging", **self.stream.facts())

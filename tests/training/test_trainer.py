@@ -13,6 +13,7 @@ from conftest import SHORT, first_weights, recipe_with, run_short
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import describe_data, load_data
 from lowmem.errors import BudgetError, ResumeError, StoreError
+from lowmem.machine.device import Device
 from lowmem.machine.monitor import Monitor, Peak
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
@@ -450,3 +451,20 @@ def test_a_blocks_peak_is_the_highest_of_all_its_visits_also_after_a_resumption(
     state = run_short(tmp_path / "run")
     first_visits = {block: taken[block] for block in range(3)}
     assert {block.block: block.measured_peak_bytes for block in state.blocks} == first_visits
+
+
+def test_a_run_that_goes_on_on_another_card_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["visit"] == 4:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_short(tmp_path, [interrupt])
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr(Device, "name", lambda self: "another card")
+    run_short(tmp_path, [events.append])
+    (said,) = [event["message"] for event in events if event["event"] == "warning"]
+    assert "was on cpu and goes on on another card" in said and "digest" in said
