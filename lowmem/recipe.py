@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "masked_lm": "lowmem.models.masked_lm:MaskedLmModel",
     "causal_lm": "lowmem.models.causal_lm:CausalLmModel",
     "recurrent_lm": "lowmem.models.recurrent_lm:RecurrentLmModel",
+    "huggingface": "lowmem.models.huggingface.section:HuggingfaceModel",
     "custom": "lowmem.recipe:CustomModel",
 }
 

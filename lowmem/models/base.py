@@ -9,8 +9,8 @@ keep them in the shared part).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -18,6 +18,18 @@ from lowmem.data.datasets import DataSpec
 from lowmem.errors import ConfigError
 from lowmem.objectives.base import Batch, Objective
 from lowmem.recipe import NoiseConfig, Recipe
+
+
+class GivenWeights(Protocol):
+    """Weights that a model begins with, by the names of its parameters."""
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ConfigError unless there is a weight of its shape for each parameter, and none too many."""
+        ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def close(self) -> None: ...
 
 
 class BlockModel(nn.Module):
@@ -46,6 +58,18 @@ class BlockModel(nn.Module):
     def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
         """What the objective scores, from h after all layers."""
         raise NotImplementedError
+
+    def has_first_weights(self, module: nn.Module) -> bool:
+        """Whether `draw_weights` knows what the parameters of a module begin with."""
+        return hasattr(module, "reset_parameters")
+
+    def draw_weights(self, module: nn.Module) -> None:
+        """Draws the first weights of a module's own parameters. Its children's are drawn already."""
+        module.reset_parameters()  # type: ignore[operator]
+
+    def given_weights(self) -> GivenWeights | None:
+        """What all parameters begin with, where it is not drawn."""
+        return None
 
     def block_slices(self, num_blocks: int) -> list[range]:
         """The layers of each block: contiguous, in order; sizes differ by one at most, larger ones first."""
@@ -80,7 +104,7 @@ def check_model(model: BlockModel) -> None:
         )
     for name, module in model.named_modules():
         owns = any(True for _ in module.parameters(recurse=False))
-        if owns and not hasattr(module, "reset_parameters"):
+        if owns and not model.has_first_weights(module):
             raise ConfigError(
                 f"build_model: module '{name}' ({type(module).__name__}) owns parameters but has no "
                 "reset_parameters(); add one"

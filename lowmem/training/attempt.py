@@ -32,7 +32,7 @@ from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan, check_continues, read_plan
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of, units_of
 from lowmem.reporting.telemetry import Listener, Recorder
-from lowmem.training.first_weights import create_weights
+from lowmem.training.first_weights import check_given, create_weights
 from lowmem.training.memory_guard import check_available, require_available, smaller
 from lowmem.training.open_run import layouts_by_key, open_borders, open_stream
 from lowmem.training.trainable import SHARED, Scratch, Trainable
@@ -130,6 +130,7 @@ class Attempt:
         if state is None or state.visits_done < self.queue.num_visits:
             require_available(self.plan)
         if not run.exists():
+            check_given(self.model)
             run.write_plan(self.frozen.to_dict())
         if state is None:
             run.begin()

@@ -1,0 +1,215 @@
+"""A decoder of transformers as a model of blocks: the library's own modules, on meta until weights come.
+
+The model without its layers is run for the way in. In the place of each layer stands a recorder, which hands
+the residual stream on and keeps what the layer would have been called with: masks and tables of positions.
+The real layers are then run with that, one after the other or one at a time. The last norm and the head are
+the library's as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowmem.models.base import BlockModel, GivenWeights
+from lowmem.models.huggingface.families import Family
+from lowmem.objectives.base import Batch
+from lowmem.objectives.next_tokens import Call, NextTokens
+from lowmem.recipe import NoiseConfig
+
+LISTED = ("full_attention", "sliding_attention")  # the library's names for the kinds of layers
+
+
+class Recorder(nn.Module):
+    """Stands for a layer on the way in."""
+
+    call: Call
+
+    def forward(self, h: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        self.call = Call(arguments, keywords)
+        return h
+
+    def take(self) -> Call:
+        call = self.call
+        del self.call  # its tensors must not live on
+        return call
+
+
+class MadeAnew(nn.Module):
+    """A module that holds tables alone. It is made at every call, on the device of its input.
+
+    So the model has no buffers, which would neither stream nor be counted.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self._make = make
+
+    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        with torch.device(x.device):
+            module = self._make()
+        return module(x, *arguments, **keywords)
+
+
+class Constant:
+    """A number in the place of a buffer that holds one: the library asks it for a tensor of a dtype."""
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        return torch.tensor(self._value).to(dtype)
+
+
+class HuggingfaceLm(BlockModel):
+    given: GivenWeights | None = None  # that it begins with; None: drawn as the library draws them
+
+    def __init__(self, family: Family, config: Any, seq_len: int, head_chunk: int) -> None:
+        super().__init__()
+        self.family, self.config, self.seq_len, self.head_chunk = family, config, seq_len, head_chunk
+        with importlib.import_module("transformers.initialization").no_init_weights():
+            whole = family.model_class()(config)
+        self.body = getattr(whole, family.body)
+        self.layers = getattr(self.body, family.layers)
+        setattr(self.body, family.layers, nn.ModuleList(Recorder() for _ in self.layers))
+        self.norm = getattr(self.body, family.norm)
+        setattr(self.body, family.norm, nn.Identity())
+        self.head = None if config.tie_word_embeddings else whole.lm_head
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._place = {id(layer): index for index, layer in enumerate(self.layers)}
+        self._without_buffers()
+
+    def _without_buffers(self) -> None:
+        config = self.config
+        for module in list(self.body.modules()):
+            for name, child in list(module.named_children()):
+                tables, weights = len(list(child.buffers())), len(list(child.parameters()))
+                if tables and not weights:
+                    made: Any = type(child)
+                    setattr(module, name, MadeAnew(partial(made, config=config)))
+            if "embed_scale" in module._buffers:
+                del module._buffers["embed_scale"]
+                module.embed_scale = Constant(module.scalar_embed_scale)
+
+    # --------------------------------------------------------------------------------------------------------
+    # First weights
+
+    def has_first_weights(self, module: nn.Module) -> bool:
+        return True
+
+    def draw_weights(self, module: nn.Module) -> None:
+        self.body._init_weights(module)
+
+    def given_weights(self) -> GivenWeights | None:
+        return self.given
+
+    def file_names(self) -> dict[str, str]:
+        """The names that the library's own files have for the parameters, by the names of here."""
+        family, names = self.family, {}
+        starts = {
+            "layers.": f"{family.body}.{family.layers}.",
+            "norm.": f"{family.body}.{family.norm}.",
+            "body.": f"{family.body}.",
+            "head.": "lm_head.",
+        }
+        for name, _ in self.named_parameters():
+            start = next(start for start in starts if name.startswith(start))
+            names[name] = starts[start] + name[len(start) :]
+        return names
+
+    # --------------------------------------------------------------------------------------------------------
+    # Passes
+
+    def make_objective(self, noise: NoiseConfig) -> NextTokens:
+        return NextTokens(self, noise, self.head_chunk)
+
+    def example_batch(self, batch_size: int) -> Batch:
+        tokens = torch.zeros(batch_size, self.seq_len, dtype=torch.long)
+        return {"tokens": tokens, "labels": tokens.clone(), "share": torch.ones(batch_size)}
+
+    def way_in(self, batch: Batch) -> tuple[Tensor, tuple[Call, ...]]:
+        """A batch may hold `documents` and `positions` [B, T]: which document a token is of, and where in it.
+
+        Attention stays within a document.
+        """
+        # The library's models take a mask of four dimensions as it is. These two stand for the masks, which
+        # are made below: with none given, it would look at the positions for borders of documents.
+        full, window = torch.empty(1, 1, 1, 1), torch.empty(1, 1, 1, 1)
+        mask: Any = dict(zip(LISTED, (full, window), strict=True))
+        if self.family.windows != "listed":
+            mask = window if self.family.windows == "all" and self.config.sliding_window else full
+        out = self.body(
+            input_ids=batch["tokens"],
+            attention_mask=mask,
+            position_ids=batch.get("positions"),
+            use_cache=False,
+        )
+        h = out.last_hidden_state
+        calls = [recorder.take() for recorder in getattr(self.body, self.family.layers)]
+        masks = {
+            id(m): self._mask(h, batch.get("documents"), m is window) for m in _used(calls, full, window)
+        }
+
+        def put(value: Any) -> Any:
+            return masks.get(id(value), value)
+
+        return h, tuple(
+            Call(tuple(map(put, call.arguments)), {name: put(v) for name, v in call.keywords.items()})
+            for call in calls
+        )
+
+    def _mask(self, h: Tensor, documents: Tensor | None, window: bool) -> Tensor | None:
+        """What the library's attention takes: None where a kernel's own causal flag says all."""
+        library = importlib.import_module("transformers.masking_utils")
+        size = self.config.sliding_window if window else None
+        mask_function = library.causal_mask_function
+        if size is not None:
+            mask_function = library.sliding_window_causal_mask_function(size)
+        if documents is not None:
+            within = library.packed_sequence_mask_function(documents)
+            mask_function = library.and_masks(mask_function, within)
+        made: Tensor | None = library.ALL_MASK_ATTENTION_FUNCTIONS[self.family.attention](
+            batch_size=len(h),
+            q_length=h.shape[1],
+            kv_length=h.shape[1],
+            q_offset=0,
+            kv_offset=0,
+            mask_function=mask_function,
+            attention_mask=None,
+            local_size=size,
+            allow_is_causal_skip=documents is None,
+            dtype=h.dtype,
+            config=self.config,
+            use_vmap=False,
+            device=h.device,
+        )
+        return made
+
+    def index_of(self, layer: nn.Module) -> int:
+        return self._place[id(layer)]
+
+    def input_part(self, batch: Batch, noisy: Tensor | None, c_noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("see way_in: a layer's call holds more than a condition")
+
+    def output_part(self, h: Tensor, cond: Tensor) -> Tensor:
+        """Features [B, T, D] before the head."""
+        return torch.as_tensor(self.norm(h))
+
+    def logits(self, features: Tensor) -> Tensor:
+        if self.head is None:
+            logits = F.linear(features, self.body.get_input_embeddings().weight)
+        else:
+            logits = self.head(features)
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+
+def _used(calls: list[Call], *markers: Tensor) -> list[Tensor]:
+    """Those of the markers that some layer was called with."""
+    given = {id(value) for call in calls for value in (*call.arguments, *call.keywords.values())}
+    return [marker for marker in markers if id(marker) in given]
