@@ -87,3 +87,28 @@ def make_folder(folder: Path, kind: str, shard: str = "40KB", **changes: Any) ->
         warnings.simplefilter("ignore")
         library_model(kind, **changes).save_pretrained(folder, max_shard_size=shard)
     return folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A tokenizer: every byte is a token
+
+CHAT = (
+    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
+BYTES_VOCAB = 259  # 256 bytes, and three special tokens
+
+
+def make_tokenizer(folder: Path, template: str | None = CHAT) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|pad|>"]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder

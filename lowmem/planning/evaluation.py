@@ -19,6 +19,7 @@ from lowmem.objectives.base import Objective
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.objectives.masked import MaskedDenoising
+from lowmem.objectives.next_tokens import NextTokens
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.duration import Work, has_rates, moving_s, pass_s
@@ -207,6 +208,8 @@ def _demand(model: BlockModel, setup: Setup, counter: PassCounter, num_samples: 
     waits = 0
     if setup.streams:
         waits = sum(counter.waiting(setup.settings)) // setup.settings.micro_batch_size
+    if isinstance(objective, NextTokens):
+        return Demand(1, waits, item)
     if isinstance(objective, TokenDenoising):
         length, (_, dim) = item // 8, objective.target_shape()
         if isinstance(objective, RecurrentDenoising):

@@ -70,9 +70,11 @@ class Constant:
 class HuggingfaceLm(BlockModel):
     given: GivenWeights | None = None  # that it begins with; None: drawn as the library draws them
 
-    def __init__(self, family: Family, config: Any, seq_len: int, head_chunk: int) -> None:
+    def __init__(self, family: Family, config: Any, seq_len: int, head_chunk: int, packs: bool) -> None:
+        """`packs`: rows hold several documents."""
         super().__init__()
         self.family, self.config, self.seq_len, self.head_chunk = family, config, seq_len, head_chunk
+        self.packs = packs
         with importlib.import_module("transformers.initialization").no_init_weights():
             whole = family.model_class()(config)
         self.body = getattr(whole, family.body)
@@ -131,7 +133,10 @@ class HuggingfaceLm(BlockModel):
 
     def example_batch(self, batch_size: int) -> Batch:
         tokens = torch.zeros(batch_size, self.seq_len, dtype=torch.long)
-        return {"tokens": tokens, "labels": tokens.clone(), "share": torch.ones(batch_size)}
+        batch = {"tokens": tokens, "labels": tokens.clone(), "share": torch.ones(batch_size)}
+        if self.packs:
+            batch.update(documents=tokens.clone(), positions=tokens.clone())
+        return batch
 
     def way_in(self, batch: Batch) -> tuple[Tensor, tuple[Call, ...]]:
         """A batch may hold `documents` and `positions` [B, T]: which document a token is of, and where in it.

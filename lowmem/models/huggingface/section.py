@@ -38,7 +38,7 @@ class HuggingfaceModel(ModelConfig):
                 f"{self._where}: vocab_size {known} is smaller than the tokenizer's {vocab_size} tokens; "
                 "allowed: a model that knows every token; give the tokenizer of this model"
             )
-        return partial(self._build, content, seq_len)
+        return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False))
 
     def contradiction(self, recipe: Recipe) -> str | None:
         if recipe.method == "end_to_end":
@@ -52,11 +52,11 @@ class HuggingfaceModel(ModelConfig):
     def _where(self) -> str:
         return printable(Path(self.path) / CONFIG)
 
-    def _build(self, content: dict[str, Any], seq_len: int) -> HuggingfaceLm:
+    def _build(self, content: dict[str, Any], seq_len: int, packs: bool) -> HuggingfaceLm:
         family, config = family_of(content, self._where), config_of(content, self._where)
         chunk = self.head_chunk or max(LOGITS // config.vocab_size, 1)
         try:
-            model = HuggingfaceLm(family, config, seq_len, chunk)
+            model = HuggingfaceLm(family, config, seq_len, chunk, packs)
         except Exception as problem:  # the library's errors are of many kinds
             said = shown(" ".join(str(problem).split()), 200)
             raise ConfigError(
