@@ -17,7 +17,7 @@ from lowmem.machine.monitor import Monitor
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.models import model_builder
 from lowmem.planning.plan import Plan, check_continues, make_plan, read_plan
-from lowmem.planning.run_data import keep_identity, spec_of, tokenizer_of, with_identity
+from lowmem.planning.run_data import keep_identity, require_sources, spec_of, tokenizer_of, with_identity
 from lowmem.recipe import MOST_DIM, MOST_LAYERS, Recipe, TransformerModel, load_recipe, recipe_name
 from lowmem.reporting.telemetry import Listener
 from lowmem.training.trainer import Trainer
@@ -25,14 +25,21 @@ from lowmem.training.trainer import Trainer
 MAX_MODEL_PARTS = 32  # the largest model is found to within this part of its size
 
 
+Named = str | os.PathLike[str] | Recipe  # a recipe's name, its path, or itself
+
+
 def plan_recipe(
-    recipe: str | os.PathLike[str],
+    recipe: Named,
     profile: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Plan:
     """The plan of a recipe on a machine (None: this one). It may not fit; see `Plan.fits`."""
-    return _plan_on(_machine(profile), load_recipe(recipe, overrides), folder)
+    return _plan_on(_machine(profile), _settled(recipe, overrides), folder)
+
+
+def _settled(recipe: Named, overrides: Sequence[str]) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
 
 
 def _machine(profile: str | os.PathLike[str] | None) -> Profile:
@@ -95,7 +102,7 @@ def _largest(planned: Callable[[int], Plan], smallest: int, most: int) -> Plan:
 
 
 def plan_run(
-    recipe: str | os.PathLike[str],
+    recipe: Named,
     profile: str | os.PathLike[str] | None,
     overrides: Sequence[str],
     run_dir: Path,
@@ -108,13 +115,14 @@ def plan_run(
     run = RunDir(run_dir)
     if not run.exists():
         return plan_recipe(recipe, profile, overrides, run_dir)
-    plan, settled = read_plan(run), load_recipe(recipe, overrides)
+    plan, settled = read_plan(run), _settled(recipe, overrides)
     frozen: dict[str, Any] = {"recipe": plan.recipe.to_dict()}
     given: dict[str, Any] = {"recipe": settled.to_dict()}
     if profile is not None:
         frozen["profile"] = plan.profile.model_dump(mode="json", by_alias=True)
         given["profile"] = load_profile(profile).model_dump(mode="json", by_alias=True)
     check_continues(run_dir, frozen, given)
+    require_sources(plan)
     return plan.model_copy(update={"recipe": settled})
 
 

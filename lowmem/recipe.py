@@ -93,6 +93,13 @@ class ModelConfig(Section):
         """
         raise NotImplementedError
 
+    def fingerprint(self) -> str | None:
+        """Of what this machine holds and the model is built from, beside the recipe; None: nothing.
+
+        Raises ConfigError where that cannot be read.
+        """
+        return None
+
     def contradiction(self, recipe: Recipe) -> str | None:
         """One line about what in the rest of the recipe does not go with this model, or None."""
         return None
@@ -415,10 +422,15 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises ConfigError: unknown recipe, key or name, wrong type, or settings that contradict each other.
     """
     path = find_file(name, "recipes", "recipe", ConfigError)
-    raw = read_yaml(path, ConfigError)
+    raw = with_overrides(read_yaml(path, ConfigError), overrides)
+    return parse(Recipe, raw, f"recipe {path.stem}", ConfigError)
+
+
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A recipe as YAML holds it, with `key=value` overrides on top. Raises ConfigError."""
     for override in overrides:
         _override(raw, override, "--set", "blocks.num_blocks=6")
-    return parse(Recipe, raw, f"recipe {path.stem}", ConfigError)
+    return raw
 
 
 def recipe_from_dict(raw: dict[str, Any], where: str) -> Recipe:

@@ -25,7 +25,7 @@ FLOORS = [
     {"planning"},
     {"training"},
     {"inference"},
-    {"job", "terminal"},
+    {"job", "finetuning", "terminal"},
     {"cli", "runtime_probe", "floor_probe", "__init__"},
     {"__main__"},
 ]

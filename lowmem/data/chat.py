@@ -154,9 +154,10 @@ def _prepare(path: Path, folder: Path, seq_len: int, files: list[Path]) -> None:
                     ends.append(ends[-1] + len(values))
                     yield values.astype(np.uint32).tobytes()
         if len(ends) == 1:
+            longer = f", or raise train.seq_len {seq_len}, to which rows are cut" if facts.cut else ""
             raise DataError(
                 f"{printable(path)}: {counted(facts.num_rows, 'row')}, and nothing to learn in them; "
-                "give rows with answers or texts"
+                f"give rows with answers or texts{longer}"
             )
         cached(files[1], lambda: [np.array(ends[1:], np.int64).tobytes()])
         cached(files[2], lambda: [json.dumps(vars(facts)).encode()])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -14,9 +15,19 @@ import torch
 from lowmem.blocks.arena import SAFETENSORS_DTYPE, Arena, ArenaLayout, parameter_views
 from lowmem.blocks.stream import block_key
 from lowmem.errors import ConfigError
-from lowmem.inference.frozen_run import open_run
+from lowmem.inference.frozen_run import FrozenRun, open_run
+from lowmem.models.huggingface.folder import CONFIG, read_config
+from lowmem.models.huggingface.model import HuggingfaceLm
 
 INDEX, RECIPE = "model.safetensors.index.json", "recipe.json"
+# What lies beside the weights in a Hugging Face folder, and goes with them.
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 
 
 def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
@@ -24,8 +35,9 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
 
     Optimizer state is left out. Blocks that stay on the device in training are all in memory, else one at a
     time; nothing is copied to be written. Names are the model's own: `build_model().load_state_dict` takes
-    all files' tensors together. Raises ResumeError if the folder holds no run, ConfigError if `out` exists or
-    cannot be made.
+    all files' tensors together. A decoder from a Hugging Face folder becomes such a folder again, with its
+    names, config.json and tokenizer: `from_pretrained` loads it. Raises ResumeError if the folder holds no
+    run, ConfigError if `out` exists or cannot be made.
     """
     folder, where = Path(out), dict[str, str]()
     with open_run(run_dir) as frozen, torch.no_grad():
@@ -36,9 +48,11 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
                 f"{folder}: {problem.strerror}; it is left as it is; give a folder that is not there yet"
             ) from None
         stream, count = frozen.stream, len(frozen.blocks) + 1
+        names = frozen.model.file_names() if isinstance(frozen.model, HuggingfaceLm) else {}
 
         def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
-            views = parameter_views(layout, Arena(layout, buffer).result)
+            mine = parameter_views(layout, Arena(layout, buffer).result)
+            views = {names.get(name, name): view for name, view in mine.items()}
             name = f"model-{number:05d}-of-{count:05d}.safetensors"
             _save(views, folder / name, key)
             where.update(dict.fromkeys(views, name))
@@ -52,7 +66,20 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
         index = {"metadata": {"total_size": total}, "weight_map": where}
         _write(folder / INDEX, index)
         _write(folder / RECIPE, frozen.plan.recipe.to_dict())
+        if isinstance(frozen.model, HuggingfaceLm):
+            _write_beside(folder, frozen, frozen.model)
     return folder
+
+
+def _write_beside(folder: Path, frozen: FrozenRun, model: HuggingfaceLm) -> None:
+    """The configuration with the weights' dtype and the library's class, and the tokenizer's files."""
+    source = Path(getattr(frozen.plan.recipe.model, "path", ""))
+    content = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
+    dtype = "float32" if frozen.plan.settings.ema else frozen.plan.settings.weights
+    _write(folder / CONFIG, {**content, "architectures": [model.family.model], "dtype": dtype})
+    for name in BESIDE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, part: str) -> None:

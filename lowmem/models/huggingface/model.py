@@ -138,10 +138,21 @@ class HuggingfaceLm(BlockModel):
             batch.update(documents=tokens.clone(), positions=tokens.clone())
         return batch
 
-    def way_in(self, batch: Batch) -> tuple[Tensor, tuple[Call, ...]]:
+    def make_cache(self) -> Any:
+        """An empty cache of keys and values, of all layers."""
+        return importlib.import_module("transformers.cache_utils").DynamicCache(config=self.config)
+
+    def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
+        config = self.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return int(2 * len(self.layers) * heads * dim * dtype.itemsize)
+
+    def way_in(self, batch: Batch, cache: Any = None) -> tuple[Tensor, tuple[Call, ...]]:
         """A batch may hold `documents` and `positions` [B, T]: which document a token is of, and where in it.
 
-        Attention stays within a document.
+        Attention stays within a document. `cache`: see `make_cache`; then the first call brings all tokens so
+        far, and each later one the next token, and the layers keep what they need of it.
         """
         # The library's models take a mask of four dimensions as it is. These two stand for the masks, which
         # are made below: with none given, it would look at the positions for borders of documents.
@@ -154,11 +165,14 @@ class HuggingfaceLm(BlockModel):
             attention_mask=mask,
             position_ids=batch.get("positions"),
             use_cache=False,
+            **({} if cache is None else {"cache": cache}),
         )
         h = out.last_hidden_state
         calls = [recorder.take() for recorder in getattr(self.body, self.family.layers)]
+        alone = cache is not None and h.shape[1] == 1  # the next token sees all that the cache holds
         masks = {
-            id(m): self._mask(h, batch.get("documents"), m is window) for m in _used(calls, full, window)
+            id(m): None if alone else self._mask(h, batch.get("documents"), m is window)
+            for m in _used(calls, full, window)
         }
 
         def put(value: Any) -> Any:

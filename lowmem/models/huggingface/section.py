@@ -5,9 +5,12 @@ The library is imported when a model is built, and not before: a plan builds it 
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import xxhash
 
 from lowmem.data.datasets import DataSpec
 from lowmem.errors import ConfigError
@@ -39,6 +42,9 @@ class HuggingfaceModel(ModelConfig):
                 "allowed: a model that knows every token; give the tokenizer of this model"
             )
         return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False))
+
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps(read_config(Path(self.path)), sort_keys=True).encode())
 
     def contradiction(self, recipe: Recipe) -> str | None:
         if recipe.method == "end_to_end":

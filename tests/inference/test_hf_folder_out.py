@@ -1,0 +1,164 @@
+"""Finetuned runs are exported as folders that the library opens, answer as it would, and go on from there."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_folders import BYTES_VOCAB, FAMILIES, make_folder, make_tokenizer
+
+from lowmem import job
+from lowmem.errors import ConfigError, DataError
+from lowmem.finetuning import finetune_recipe
+from lowmem.inference.chat import answer, chat_run
+from lowmem.inference.evaluate import evaluate_run
+from lowmem.inference.export import export_run
+from lowmem.inference.frozen_run import open_run
+from lowmem.inference.sampling import Draw
+from lowmem.models.huggingface.model import HuggingfaceLm
+from lowmem.planning.duration import Work
+from lowmem.planning.passes import Pass, PassCounter
+from lowmem.recipe import Recipe
+
+SHORT = [
+    "train.num_steps=3",
+    "train.lr=0.01",
+    "train.seq_len=48",
+    "train.batch_size=4",
+    "blocks.visit_steps=2",
+    "optimizer.name=adamw",
+]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """To count activations takes longer than the runs do, and every run here fits."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("_count", "_count_streamed", "_count_evaluated"):
+        monkeypatch.setattr(PassCounter, name, lambda *_: Pass(1, Work(), Work()))
+
+
+def rows(path: Path) -> Path:
+    talks = [
+        [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "x" * (n % 7 + 1)}]
+        for n in range(24)
+    ]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    return path
+
+
+def model_folder(folder: Path, kind: str) -> Path:
+    return make_tokenizer(make_folder(folder, kind, vocab_size=BYTES_VOCAB + 2))
+
+
+def finetuned(tmp_path: Path, kind: str = "llama", tier: str = "disk", *overrides: str) -> Path:
+    folder, data = model_folder(tmp_path / kind, kind), rows(tmp_path / "rows.jsonl")
+    recipe = finetune_recipe(folder, data, [*SHORT, f"offload.tier={tier}", *overrides])
+    return job.train(recipe, "cpu-4gib", tmp_path / "run")
+
+
+def library(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_exported_folder_opens_with_the_library_and_its_logits_are_equal(
+    kind: str, tmp_path: Path
+) -> None:
+    out = export_run(finetuned(tmp_path, kind), tmp_path / "out")
+    tokens = torch.randint(BYTES_VOCAB, (2, 30))
+    theirs = library(out)
+    theirs.set_attn_implementation(FAMILIES[kind].attention)
+    with open_run(tmp_path / "run") as frozen, torch.no_grad():
+        assert isinstance(frozen.model, HuggingfaceLm)
+        entered = frozen.objective.enter({"tokens": tokens})
+        h = entered.h
+        for layers in frozen.passed():
+            h = frozen.objective.through(layers, h, entered.cond, entered.kept)
+        ours = frozen.model.logits(frozen.model.output_part(h, entered.cond))
+        assert theirs.dtype == torch.float32
+        torch.testing.assert_close(theirs(input_ids=tokens).logits, ours, rtol=0, atol=1e-6)
+    names = {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors.index.json"}
+    assert names <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_answer_is_the_librarys_own_greedy_one(kind: str, tmp_path: Path) -> None:
+    out = export_run(finetuned(tmp_path, kind), tmp_path / "out")
+    prompt, theirs = torch.randint(BYTES_VOCAB - 3, (1, 9)), library(out)
+    theirs.set_attn_implementation(FAMILIES[kind].attention)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = theirs.generate(
+            prompt,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            attention_mask=torch.ones_like(prompt),
+        )
+    with open_run(tmp_path / "run") as frozen:
+        ours = answer(frozen, prompt, 12, Draw(temperature=0), [])
+    assert ours.tolist() == whole[:, 9:].tolist()
+
+
+def test_a_chat_ends_where_the_answer_ends(tmp_path: Path) -> None:
+    run = finetuned(tmp_path, "llama", "device")
+    with open_run(run) as frozen:
+        start = torch.randint(BYTES_VOCAB, (1, 5))
+        free = answer(frozen, start, 8, Draw(temperature=0), [])[0].tolist()
+        stopped = answer(frozen, start, 8, Draw(temperature=0), [free[2]])[0].tolist()
+    assert stopped == free[: free.index(free[2]) + 1]
+    said = chat_run(run, "hello", 5, temperature=0)
+    assert said == chat_run(run, "hello", 5, temperature=0)
+    with pytest.raises(ConfigError, match="lower --tokens"):
+        chat_run(run, "hello", 100_000_000)
+
+
+def test_a_run_goes_on_from_an_exported_folder_with_its_loss(tmp_path: Path) -> None:
+    first = finetuned(tmp_path)
+    out = export_run(first, tmp_path / "out")
+    found = evaluate_run(first)["value"]
+    recipe = finetune_recipe(out, tmp_path / "rows.jsonl", [*SHORT, "train.lr=1.0e-30", "train.num_steps=1"])
+    again = job.train(recipe, "cpu-4gib", tmp_path / "again")
+    assert evaluate_run(again)["value"] == pytest.approx(found, abs=1e-6)
+
+
+def test_a_changed_configuration_or_tokenizer_is_seen(tmp_path: Path) -> None:
+    run = finetuned(tmp_path)
+    for name, message in {"config.json": "model.path: ", "tokenizer_config.json": "data.tokenizer: "}.items():
+        path = tmp_path / "llama" / name
+        kept = path.read_text()
+        content = json.loads(kept)
+        path.write_text(json.dumps({**content, "rms_norm_eps": 0.5}))
+        with pytest.raises(DataError, match=message):
+            export_run(run, tmp_path / "out")
+        path.write_text(kept)
+
+
+def test_the_epochs_say_the_steps(tmp_path: Path) -> None:
+    folder, data = model_folder(tmp_path / "model", "llama"), rows(tmp_path / "rows.jsonl")
+    recipe = finetune_recipe(folder, data, ["train.batch_size=5"], epochs=3)
+    assert isinstance(recipe, Recipe)
+    assert recipe.train.num_steps == 14  # 23 rows to train on
+    assert recipe.blocks.num_blocks == 3
+    assert recipe.train.seq_len == 64  # the model's longest
+    with pytest.raises(ConfigError, match="--epochs: found 0"):
+        finetune_recipe(folder, data, epochs=0)
+
+
+def test_a_plan_needs_the_configuration_alone(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", "qwen3", vocab_size=BYTES_VOCAB)
+    for path in folder.iterdir():
+        if path.name != "config.json":
+            path.unlink()
+    plan = job.plan_recipe(finetune_recipe(folder), "cpu-4gib")
+    assert plan.fits
+    assert plan.num_parameters > 0
