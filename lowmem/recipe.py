@@ -93,6 +93,13 @@ class ModelConfig(Section):
         """
         raise NotImplementedError
 
+    @property
+    def library_bytes(self) -> int:
+        """What the library that the model is built with takes in a process on a CPU, with torch's compiler;
+        0: it needs none.
+        """
+        return 0
+
     def fingerprint(self) -> str | None:
         """Of what this machine holds and the model is built from, beside the recipe; None: nothing.
 

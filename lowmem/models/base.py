@@ -39,6 +39,7 @@ class BlockModel(nn.Module):
     """
 
     layers: nn.ModuleList  # each: (h [B, T, D], cond [B, 1 or T, D]) -> h [B, T, D]
+    layers_alike = False  # each layer takes as much memory and makes as many operations as the others
 
     def make_objective(self, noise: NoiseConfig) -> Objective[Any, Any]:
         """How a block, and the whole model, is scored: an objective bound to this model and to `noise`."""

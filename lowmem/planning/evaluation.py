@@ -142,7 +142,8 @@ def _counted(model: BlockModel, setup: Setup, counter: PassCounter, layers: rang
     Without gradients a layer's activations are gone when the next one computes. So of a deep model that
     streams layer by layer, the first two layers tell the rest.
     """
-    alike = setup.streams and len({tuple(p.shape for p in layer.parameters()) for layer in model.layers}) == 1
+    shapes = {tuple(p.shape for p in layer.parameters()) for layer in model.layers}
+    alike = model.layers_alike or (setup.streams and len(shapes) == 1)
     if not alike or len(model.units()) != len(layers) or len(layers) <= 2:
         return counter.evaluated(layers, setup.settings, size)
     one, two = (counter.evaluated(range(count), setup.settings, size) for count in (1, 2))

@@ -31,11 +31,19 @@ from lowmem.planning.duration import Work
 from lowmem.planning.settings import COMPUTE_DTYPE, Settings
 from lowmem.recipe import Recipe
 
+PROBED = 3  # layers that tell what more of the same take
+
 
 class Pass(NamedTuple):
     peak_bytes: int  # beyond weights and gradients
     work: Work  # forward and backward
     forward_work: Work  # of a forward pass alone, where the block streams and makes one; else none
+
+    def with_more(self, fewer: Pass, count: int) -> Pass:
+        """With `count` layers more, each of which adds what this pass has beyond one of a layer fewer."""
+        more = {kind: number * count for kind, number in (self.work - fewer.work).items()}
+        peak_bytes = self.peak_bytes + count * (self.peak_bytes - fewer.peak_bytes)
+        return Pass(peak_bytes, self.work + Work(more), self.forward_work)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -126,7 +134,14 @@ class PassCounter:
 
     def __call__(self, layers: range, settings: Settings) -> Pass:
         kind = (settings.optimizer, settings.weights) if settings.during_backward else ()
-        return self._remembered(kind, layers, settings, lambda: self._count(layers, settings))
+
+        def counted(layers: range) -> Pass:
+            return self._remembered(kind, layers, settings, lambda: self._count(layers, settings))
+
+        if self._model.layers_alike and len(layers) > PROBED:
+            fewer, more = (counted(range(layers.start, layers.start + n)) for n in (PROBED - 1, PROBED))
+            return more.with_more(fewer, len(layers) - PROBED)
+        return counted(layers)
 
     def streamed(self, layers: range, settings: Settings) -> Pass:
         """The pass of one unit of a model that is trained end to end and streams; see `waiting`.

@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from lowmem.blocks.arena import bind
 from lowmem.data.datasets import DataSpec
 from lowmem.errors import ConfigError
+from lowmem.machine.profile import load_profile
 from lowmem.models.base import check_model
 from lowmem.models.huggingface.families import config_of
 from lowmem.models.huggingface.folder import INDEX
 from lowmem.models.huggingface.model import HuggingfaceLm
+from lowmem.planning.passes import PassCounter
+from lowmem.planning.plan import make_plan
 from lowmem.recipe import NoiseConfig, recipe_from_dict
 
 
@@ -203,3 +206,24 @@ def test_blocks_trained_alone_are_refused() -> None:
     }
     with pytest.raises(ConfigError, match="allowed with model.name huggingface: end_to_end"):
         recipe_from_dict(raw, "test")
+
+
+def test_a_deep_model_is_counted_by_its_first_layers_as_it_is_counted_whole(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", "llama", num_hidden_layers=7)
+    for recompute in (False, True):
+        raw = {
+            "schema": 1,
+            "method": "end_to_end",
+            "model": {"name": "huggingface", "path": str(folder)},
+            "data": {"name": "custom"},
+            "train": {"num_steps": 1, "batch_size": 2, "lr": 1e-3, "seq_len": LENGTH, "recompute": recompute},
+        }
+        recipe = recipe_from_dict(raw, "test")
+        build = recipe.model.builder(recipe, DataSpec(vocab_size=VOCAB, seq_len=LENGTH))
+        settings = make_plan(build, recipe, load_profile("cpu-4gib")).settings
+        with torch.device("meta"):
+            model = build()
+        objective = model.make_objective(NoiseConfig())
+        by_first = PassCounter(model, objective, recipe)(range(7), settings)
+        model.layers_alike = False
+        assert PassCounter(model, objective, recipe)(range(7), settings) == by_first

@@ -83,6 +83,7 @@ class HuggingfaceLm(BlockModel):
         self.norm = getattr(self.body, family.norm)
         setattr(self.body, family.norm, nn.Identity())
         self.head = None if config.tie_word_embeddings else whole.lm_head
+        self.layers_alike = family.windows != "listed" or len(set(config.layer_types)) == 1
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         self._place = {id(layer): index for index, layer in enumerate(self.layers)}
         self._without_buffers()

@@ -20,8 +20,9 @@ from lowmem.models.huggingface.families import config_of, family_of
 from lowmem.models.huggingface.folder import CONFIG, FolderWeights, read_config
 from lowmem.models.huggingface.model import HuggingfaceLm
 from lowmem.recipe import Count, ModelConfig, Recipe
-from lowmem.units import shown
+from lowmem.units import MIB, shown
 
+LIBRARY_BYTES = 128 * MIB  # that importing transformers takes on a CPU, torch's compiler included; measured
 LOGITS = 2**24  # elements of the logits that are in memory at once, where the recipe does not say
 
 
@@ -42,6 +43,10 @@ class HuggingfaceModel(ModelConfig):
                 "allowed: a model that knows every token; give the tokenizer of this model"
             )
         return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False))
+
+    @property
+    def library_bytes(self) -> int:
+        return LIBRARY_BYTES
 
     def fingerprint(self) -> str:
         return xxhash.xxh3_128_hexdigest(json.dumps(read_config(Path(self.path)), sort_keys=True).encode())
