@@ -261,6 +261,18 @@ class OptimizerConfig(Section):
         return self.clip == "global" and self.grad_clip is not None
 
 
+class AdapterConfig(Section):
+    """Small matrices that are trained beside frozen weights, as in LoRA (Hu et al., 2021)."""
+
+    name: Literal["lora"]
+    r: Annotated[int, Field(gt=0, le=4096)] = 16  # rank
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0  # what they add is scaled by alpha / r
+    # The layers' modules that they stand beside, by the end of their names; auto: every linear one.
+    targets: Auto | Annotated[list[str], Field(min_length=1, max_length=256)] = "auto"
+    dropout: Fraction = 0.0
+    base: Precision = "bfloat16"  # how the frozen weights are kept
+
+
 class OffloadConfig(Section):
     tier: Auto | Tier = "auto"  # where blocks rest that are not visited
     # Where activations at block borders rest while a model trained end to end streams.
@@ -296,6 +308,7 @@ class Recipe(Section):
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig | None = None  # None: all weights are trained
     offload: OffloadConfig = OffloadConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -406,7 +419,14 @@ def _decay_of_whole_weights(recipe: Recipe) -> str | None:
     )
 
 
+def _adapter_of_another_model(recipe: Recipe) -> str | None:
+    if recipe.adapter is None or recipe.model.name == "huggingface":
+        return None
+    return f"adapter: allowed with model.name huggingface, found '{recipe.model.name}'; leave it out"
+
+
 CONTRADICTIONS = (
+    _adapter_of_another_model,
     _step_of_too_many_tokens,
     _step_of_too_many_chunks,
     _decay_of_whole_weights,

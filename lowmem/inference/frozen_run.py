@@ -31,7 +31,7 @@ from lowmem.planning.footprint import without_headroom
 from lowmem.planning.plan import Plan, evaluation_of, read_plan
 from lowmem.planning.run_data import require_sources, spec_of
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of, units_of
-from lowmem.training.open_run import open_stream
+from lowmem.training.open_run import bind_base, open_stream
 from lowmem.units import shown
 
 Item = TypeVar("Item")
@@ -88,6 +88,7 @@ class FrozenRun:
             if self.units is not None:
                 opened.callback(self.units.close)
             self._bind(self.shared_layout, self.stream.load_shared())
+            bind_base(self.stream, self.model, plan)
             self._closing = opened.pop_all()
 
     def _open(

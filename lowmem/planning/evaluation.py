@@ -174,8 +174,9 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     kept["staging"] -= snapshot
     kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel
     if setup.streams:  # no layer stays, and none is updated
-        trained = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch)
-        frozen = unit_bytes(setup.units, frozenset(), setup.recipe.offload.prefetch)
+        prefetch = setup.recipe.offload.prefetch
+        trained = unit_bytes(setup.units, setup.stay, prefetch, not setup.frozen)
+        frozen = unit_bytes(setup.units, frozenset(), prefetch)
         kept["weights"] += frozen.weights - trained.weights
         kept["optimizer_state"] = 0
         kept["staging"] += frozen.fetched - trained.fetched - trained.chunks

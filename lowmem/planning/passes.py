@@ -25,7 +25,12 @@ from lowmem.blocks.arena import ArenaLayout, bind, parameter_views, unbind
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.errors import ConfigError
 from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
-from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
+from lowmem.models.base import (
+    BlockModel,
+    named_base_parameters,
+    named_layer_parameters,
+    named_shared_parameters,
+)
 from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.duration import Work
 from lowmem.planning.settings import COMPUTE_DTYPE, Settings
@@ -194,12 +199,17 @@ class PassCounter:
             return h.numel() * h.element_size(), sum(storages.values())
 
     @contextlib.contextmanager
-    def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-        """Binds fake weights of some layers and of the shared part, in the compute dtype, and their
-        gradients.
+    def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, ...]]:
+        """Binds fake weights of some layers and of the shared part, in the compute dtype, and the gradients
+        of those that are trained.
         """
-        parameters = [*named_layer_parameters(self._model, layers), *named_shared_parameters(self._model)]
-        layout = ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer)
+        blocks, shared = (
+            list(found)
+            for found in (named_layer_parameters(self._model, layers), named_shared_parameters(self._model))
+        )
+        frozen = [*blocks, *named_base_parameters(self._model)] if settings.frozen else []
+        layout = self._laid_out(shared if settings.frozen else [*blocks, *shared], settings)
+        still = self._laid_out(frozen, settings)
         slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
 
         def updated(name: str, parameter: nn.Parameter) -> None:
@@ -213,8 +223,14 @@ class PassCounter:
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
             gathers = updated if settings.during_backward else parameter_views(layout, grads)
             bind(self._model, parameter_views(layout, flat), gathers)
-            yield flat, grads
+            read = torch.zeros(still.numel, dtype=dtype)
+            bind(self._model, parameter_views(still, read), None)
+            yield flat, grads, read
             unbind(self._model, layout)
+            unbind(self._model, still)
+
+    def _laid_out(self, parameters: list[tuple[str, nn.Parameter]], settings: Settings) -> ArenaLayout:
+        return ArenaLayout([(name, tuple(p.shape)) for name, p in parameters], settings.optimizer)
 
     @torch.no_grad()
     def _enter(self, settings: Settings) -> tuple[Entered, Batch]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lowmem.blocks.arena import PAGE
+from lowmem.blocks.arena import PAGE, ArenaLayout
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.traffic import Traffic
 from lowmem.blocks.unit import Piece
@@ -51,11 +51,12 @@ def _unit_traffic(setup: Setup) -> Parts:
     for index, unit in enumerate(setup.units):
         if index in setup.stay:
             first += Moved(sum(piece.num_bytes for piece in unit.pieces))
-            commit += _rewritten(unit.pieces, on_disk, fetched=False)
+            commit += Moved() if setup.frozen else _rewritten(unit.pieces, on_disk, fetched=False)
             continue
         passes = (index < last) + (2 if setup.two_passes else 1)
         step += Moved(passes * unit.weights_bytes)
-        step += _rewritten([piece for _, piece in unit.chunks()], on_disk, fetched=True)
+        if not setup.frozen:
+            step += _rewritten([piece for _, piece in unit.chunks()], on_disk, fetched=True)
     return first, step, commit
 
 
@@ -65,14 +66,15 @@ def streamed_parts(setup: Setup) -> tuple[Traffic, Traffic, Traffic]:
     if setup.settings.tier == "disk":
         on_disk = [Traffic(disk_read_bytes=m.read, disk_written_bytes=m.written) for m in units]
         # A durable file is read again for its digest.
-        whole = sum(layout.total_bytes for layout in setup.layouts)
+        blocks = [] if setup.frozen else setup.layouts
+        whole = sum(layout.total_bytes for layout in blocks)
         on_disk[0] += Traffic(disk_read_bytes=file_bytes([shared]))
         on_disk[2] += Traffic(
-            disk_read_bytes=whole, disk_written_bytes=file_bytes([shared]) + _header_bytes(setup)
+            disk_read_bytes=whole, disk_written_bytes=file_bytes([shared]) + _header_bytes(blocks)
         )
     else:
-        files = file_bytes([*setup.layouts, shared])
-        on_disk = [Traffic(disk_read_bytes=files), Traffic(), Traffic(disk_written_bytes=files)]
+        files, written = file_bytes([*setup.layouts, shared]), file_bytes(setup.updated)
+        on_disk = [Traffic(disk_read_bytes=files), Traffic(), Traffic(disk_written_bytes=written)]
     link = [Traffic(host_to_device_bytes=m.read, device_to_host_bytes=m.written) for m in units]
     link[2] += Traffic(device_to_host_bytes=shared.total_bytes)
     start, step, commit = on_disk if unified else [a + b for a, b in zip(on_disk, link, strict=True)]
@@ -105,8 +107,8 @@ def _rewritten(pieces: Sequence[Piece], on_disk: bool, fetched: bool) -> Moved:
     return moved
 
 
-def _header_bytes(setup: Setup) -> int:
-    return sum(len(layout.header()) for layout in setup.layouts)
+def _header_bytes(layouts: Sequence[ArenaLayout]) -> int:
+    return sum(len(layout.header()) for layout in layouts)
 
 
 def hidden_tokens(setup: Setup) -> int | None:
@@ -126,7 +128,8 @@ def hidden_tokens(setup: Setup) -> int | None:
         if read_rate is None or write_rate is None:
             return None
         forward_s.append(weights / read_rate)
-        backward_s.append((weights + whole) / read_rate + whole / write_rate)
+        rewritten = 0 if setup.frozen else whole
+        backward_s.append((weights + rewritten) / read_rate + rewritten / write_rate)
     if not profile.unified:
         into, out = profile.link_rates
         assert into is not None and out is not None, "the profile checks that there is a link"

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from lowmem.blocks.arena import Arena, aligned_buffer, bind, parameter_views, unbind
 from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.store import DiskStore
-from lowmem.blocks.stream import SHARED_KEY, block_key
+from lowmem.blocks.stream import BASE_KEY, SHARED_KEY, block_key
 from lowmem.models.base import BlockModel, GivenWeights
 from lowmem.planning.plan import Plan
-from lowmem.planning.settings import layouts_of
+from lowmem.planning.settings import base_layout_of, layouts_of
 from lowmem.schedule import mix_seed
 from lowmem.training.open_run import layouts_by_key
 
@@ -24,7 +24,7 @@ def check_given(model: BlockModel) -> None:
     """Raises ConfigError where the weights that a model begins with do not fit it."""
     given = model.given_weights()
     if given is not None:
-        given.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        given.check({name: tuple(p.shape) for name, p in model.named_parameters() if name in given})
         given.close()
 
 
@@ -34,17 +34,18 @@ def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, File
     At most one of them is in memory at a time. Raises StoreError if a file cannot be written.
     """
     layouts, shared_layout = layouts_of(model, plan.settings)
-    store = DiskStore(run, layouts_by_key(layouts, shared_layout), {})
+    base = base_layout_of(model, plan.settings)
+    store = DiskStore(run, layouts_by_key(layouts, shared_layout, base), {})
     # One buffer for all of them: a freed one may stay in the C library's heap.
-    buffer = aligned_buffer(max(layout.total_bytes for layout in (*layouts, shared_layout)))
+    buffer = aligned_buffer(max(layout.total_bytes for layout in store.layouts.values()))
     seed, given = plan.recipe.train.seed, model.given_weights()
     for block, layers in enumerate(model.block_slices(plan.settings.num_blocks)):
         modules = [(f"layers.{i}", model.layers[i]) for i in layers]
         _create(store, block_key(block), buffer, model, modules, seed, given)
-    shared = [(name, module) for name, module in model.named_children() if name != "layers"]
-    if model.has_first_weights(model):
-        shared.append(("model", model))  # for parameters of its own; those of its layers are on meta here
-    _create(store, SHARED_KEY, buffer, model, shared, seed, given)
+    _create(store, SHARED_KEY, buffer, model, model.drawn_modules(), seed, given)
+    if base is not None:
+        others = [(name, module) for name, module in model.named_children() if name != "layers"]
+        _create(store, BASE_KEY, buffer, model, others, seed, given)
     store.close()
     if given is not None:
         given.close()
@@ -68,7 +69,7 @@ def _create(
     arena = Arena(layout, buffer.zero_())
     views = parameter_views(layout, arena.weights)
     with torch.no_grad():
-        if given is not None:
+        if given is not None and all(name in given for name in views):
             for name, view in views.items():
                 view.copy_(given.read(name))
             modules = []

@@ -47,13 +47,14 @@ class Family:
     attention: Literal["sdpa", "eager"] = "sdpa"
     # Which layers see a window of the sequence: none; all, where the config names one; or those that it lists
     windows: Literal["none", "all", "listed"] = "none"
+    transposed: bool = False  # linear weights lie as [in, out]
     renamed: tuple[tuple[str, str], ...] = ()  # beginnings of names in older files, and what they are now
 
     def model_class(self) -> Any:
-        return getattr(_imported(f"transformers.models.{self.package}.modeling_{self.package}"), self.model)
+        return getattr(imported(f"transformers.models.{self.package}.modeling_{self.package}"), self.model)
 
     def config_class(self) -> Any:
-        module = _imported(f"transformers.models.{self.package}.configuration_{self.package}")
+        module = imported(f"transformers.models.{self.package}.configuration_{self.package}")
         return getattr(module, self.config)
 
 
@@ -68,7 +69,7 @@ FAMILIES = {
     # sdpa has no soft cap of its scores, which Gemma 2 asks for
     "gemma2": Family("gemma2", "Gemma2ForCausalLM", "Gemma2Config", attention="eager", windows="listed"),
     "gemma3_text": Family("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", windows="listed"),
-    "gpt2": Family("gpt2", "GPT2LMHeadModel", "GPT2Config", "transformer", "h", "ln_f"),
+    "gpt2": Family("gpt2", "GPT2LMHeadModel", "GPT2Config", "transformer", "h", "ln_f", transposed=True),
     "gpt_neox": Family(
         "gpt_neox",
         "GPTNeoXForCausalLM",
@@ -119,11 +120,11 @@ def config_of(content: dict[str, Any], where: str) -> Any:
     return config
 
 
-def _imported(name: str) -> Any:
+def imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as problem:
         raise ConfigError(
-            f"model.name: 'huggingface' needs the package transformers 5 or newer, which is not installed "
-            f"({printable(str(problem))}); install the extra: pip install 'lowmem[huggingface]'"
+            f"model.name: 'huggingface' needs the packages transformers 5 and peft, and not all are "
+            f"there ({printable(str(problem))}); install the extra: pip install 'lowmem[huggingface]'"
         ) from None

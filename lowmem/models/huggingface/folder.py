@@ -122,6 +122,9 @@ class FolderWeights:
                 "allowed: its weights alone; check config.json"
             )
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._theirs
+
     def read(self, name: str) -> Tensor:
         """A weight, in the file's own dtype."""
         self._open()

@@ -17,13 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowmem.errors import ConfigError
 from lowmem.models.base import BlockModel, GivenWeights
-from lowmem.models.huggingface.families import Family
+from lowmem.models.huggingface.families import Family, imported
 from lowmem.objectives.base import Batch
 from lowmem.objectives.next_tokens import Call, NextTokens
-from lowmem.recipe import NoiseConfig
+from lowmem.recipe import AdapterConfig, NoiseConfig
 
 LISTED = ("full_attention", "sliding_attention")  # the library's names for the kinds of layers
+
+
+RESET, ADAPTER = "reset_lora_parameters", "default"  # peft's names
 
 
 class Recorder(nn.Module):
@@ -101,13 +105,56 @@ class HuggingfaceLm(BlockModel):
                 module.embed_scale = Constant(module.scalar_embed_scale)
 
     # --------------------------------------------------------------------------------------------------------
+    # Adapters
+
+    def adapt(self, config: AdapterConfig) -> None:
+        """Puts peft's own modules in the place of those that the adapter's targets name.
+
+        Raises ConfigError where they name none.
+        """
+        library = imported("peft")
+        wanted = config.targets
+        if wanted == "auto":
+            found = (name for name, module in self.layers.named_modules() if _is_linear(module))
+            wanted = sorted({name.rpartition(".")[2] for name in found})
+        self.peft_config = library.LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            target_modules=wanted,
+            lora_dropout=config.dropout,
+            fan_in_fan_out=self.family.transposed,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            library.inject_adapter_in_model(self.peft_config, self.layers)
+        except ValueError:
+            names = sorted({n.rpartition(".")[2] for n, m in self.layers.named_modules() if _is_linear(m)})
+            raise ConfigError(
+                f"adapter.targets: found {', '.join(wanted)}; allowed: ends of names of linear modules, "
+                f"such as {', '.join(names)}; name some of these"
+            ) from None
+        self.adapted = True
+
+    def is_adapter(self, name: str) -> bool:
+        return self.adapted and ".lora_" in name
+
+    def drawn_modules(self) -> list[tuple[str, nn.Module]]:
+        if not self.adapted:
+            return super().drawn_modules()
+        return [(name, module) for name, module in self.named_modules() if hasattr(module, RESET)]
+
+    # --------------------------------------------------------------------------------------------------------
     # First weights
 
     def has_first_weights(self, module: nn.Module) -> bool:
         return True
 
     def draw_weights(self, module: nn.Module) -> None:
-        self.body._init_weights(module)
+        reset: Any = getattr(module, RESET, None)
+        if reset is not None:
+            reset(ADAPTER, True)  # of an adapter's two matrices the second one begins at zero
+        else:
+            self.body._init_weights(module)
 
     def given_weights(self) -> GivenWeights | None:
         return self.given
@@ -122,8 +169,10 @@ class HuggingfaceLm(BlockModel):
             "head.": "lm_head.",
         }
         for name, _ in self.named_parameters():
+            if self.is_adapter(name):
+                continue
             start = next(start for start in starts if name.startswith(start))
-            names[name] = starts[start] + name[len(start) :]
+            names[name] = starts[start] + name[len(start) :].replace(".base_layer.", ".")
         return names
 
     # --------------------------------------------------------------------------------------------------------
@@ -227,6 +276,10 @@ class HuggingfaceLm(BlockModel):
         else:
             logits = self.head(features)
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _used(calls: list[Call], *markers: Tensor) -> list[Tensor]:

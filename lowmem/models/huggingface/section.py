@@ -19,7 +19,7 @@ from lowmem.models.base import BuildModel, text_of
 from lowmem.models.huggingface.families import config_of, family_of
 from lowmem.models.huggingface.folder import CONFIG, FolderWeights, read_config
 from lowmem.models.huggingface.model import HuggingfaceLm
-from lowmem.recipe import Count, ModelConfig, Recipe
+from lowmem.recipe import AdapterConfig, Count, ModelConfig, Recipe
 from lowmem.units import MIB, shown
 
 LIBRARY_BYTES = 128 * MIB  # that importing transformers takes on a CPU, torch's compiler included; measured
@@ -42,7 +42,7 @@ class HuggingfaceModel(ModelConfig):
                 f"{self._where}: vocab_size {known} is smaller than the tokenizer's {vocab_size} tokens; "
                 "allowed: a model that knows every token; give the tokenizer of this model"
             )
-        return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False))
+        return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False), recipe.adapter)
 
     @property
     def library_bytes(self) -> int:
@@ -63,7 +63,9 @@ class HuggingfaceModel(ModelConfig):
     def _where(self) -> str:
         return printable(Path(self.path) / CONFIG)
 
-    def _build(self, content: dict[str, Any], seq_len: int, packs: bool) -> HuggingfaceLm:
+    def _build(
+        self, content: dict[str, Any], seq_len: int, packs: bool, adapter: AdapterConfig | None
+    ) -> HuggingfaceLm:
         family, config = family_of(content, self._where), config_of(content, self._where)
         chunk = self.head_chunk or max(LOGITS // config.vocab_size, 1)
         try:
@@ -73,6 +75,8 @@ class HuggingfaceModel(ModelConfig):
             raise ConfigError(
                 f"{self._where}: transformers does not build it ({said}); restore the file from a copy"
             ) from None
+        if adapter is not None:
+            model.adapt(adapter)
         if self.weights == "pretrained":
             ignored = list(family.model_class()._keys_to_ignore_on_load_unexpected or [])
             if config.tie_word_embeddings:
