@@ -126,6 +126,9 @@ def finetune(
         typer.Option("--run-dir", help="default: runs/MODEL; the same command again goes on where it stood"),
     ] = None,
     epochs: Annotated[float, typer.Option("--epochs", help="how often every row is trained on")] = 1.0,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="lora: train small matrices beside frozen weights")
+    ] = None,
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
     as_json: JsonOption = False,
@@ -143,7 +146,7 @@ def finetune(
     from lowmem.finetuning import finetune_recipe
 
     folder = run_dir or Path("runs") / Path(model).name
-    recipe = finetune_recipe(model, data, set_ or [], epochs)
+    recipe = finetune_recipe(model, data, set_ or [], epochs, adapter)
     plan = job.plan_run(recipe, profile, [], folder)
     if dry_run or not plan.fits:
         _print_plan(plan, as_json)
@@ -191,6 +194,7 @@ def plan(
         list[str] | None, typer.Option("--profile", help="as of train; several are compared")
     ] = None,
     set_: SetOption = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="as of finetune")] = None,
     max_model: Annotated[
         bool, typer.Option("--max-model", help="the deepest and the widest model of this recipe that fit")
     ] = False,
@@ -202,7 +206,9 @@ def plan(
     from lowmem.planning.plan import plans_table
 
     folder = None if profile else Path("runs")
-    wanted: Any = finetune_recipe(recipe, data, set_ or []) if is_model_folder(recipe) else recipe
+    wanted: Any = recipe
+    if is_model_folder(recipe):
+        wanted = finetune_recipe(recipe, data, set_ or [], adapter=adapter)
     if data is not None and wanted is recipe:
         raise ConfigError(
             f"{data}: a file of rows goes with a model's folder, and {recipe} is none; leave it out"
@@ -417,11 +423,17 @@ def sample(
 
 
 @app.command()
-def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a new folder")]) -> None:
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="of an adapter: the whole model with the adapter in its weights")
+    ] = False,
+) -> None:
     """Write a run's weights as ordinary safetensors files."""
     from lowmem.inference.export import export_run
 
-    say(f"wrote {export_run(run, out)}")
+    say(f"wrote {export_run(run, out, merge)}")
 
 
 @app.command()

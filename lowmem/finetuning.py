@@ -14,6 +14,7 @@ from lowmem.models.huggingface.folder import CONFIG, read_config
 from lowmem.recipe import Recipe, recipe_from_dict, with_overrides
 
 SEQ_LEN, BATCH_SIZE = 1024, 8
+FULL_LR, ADAPTER_LR = 2e-5, 2e-4
 NO_FILE = "rows.jsonl"  # stands for a file that a plan does without
 NO_FILE_STEPS = 1000  # of such a plan
 WARMUP_SHARE = 0.03  # of the steps
@@ -29,15 +30,18 @@ def finetune_recipe(
     data: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     epochs: float = 1.0,
+    adapter: str | None = None,
 ) -> Recipe:
-    """The recipe of full fine-tuning: each layer a block, all else as the planner and the keys say.
+    """The recipe of fine-tuning: each layer a block, all else as the planner and the keys say.
+
+    `adapter`: `lora` trains matrices beside frozen weights; None: all weights are trained.
 
     Without `data` it is enough for a plan, from config.json alone. `overrides`: `key=value` of a recipe.
     `epochs`: times that every row is trained on; `train.num_steps` among the overrides says it in steps.
     Raises ConfigError, and DataError where the rows or the tokenizer cannot be read.
     """
     path, where = Path(folder), f"finetune {Path(folder)}"
-    raw = with_overrides(_defaults(path, data), overrides)
+    raw = with_overrides(_defaults(path, data, adapter), overrides)
     recipe = recipe_from_dict(raw, where)
     if any(override.startswith("train.num_steps=") for override in overrides) or data is None:
         return recipe
@@ -53,7 +57,7 @@ def finetune_recipe(
     return recipe_from_dict(raw, where)
 
 
-def _defaults(folder: Path, data: str | os.PathLike[str] | None) -> dict[str, Any]:
+def _defaults(folder: Path, data: str | os.PathLike[str] | None, adapter: str | None) -> dict[str, Any]:
     config = read_config(folder)
     layers = config.get("num_hidden_layers", config.get("n_layer"))
     longest = config.get("max_position_embeddings", config.get("n_positions"))
@@ -73,8 +77,9 @@ def _defaults(folder: Path, data: str | os.PathLike[str] | None) -> dict[str, An
             "num_steps": NO_FILE_STEPS,
             "batch_size": BATCH_SIZE,
             "seq_len": min(SEQ_LEN, longest) if isinstance(longest, int) else SEQ_LEN,
-            "lr": 2e-5,
+            "lr": FULL_LR if adapter is None else ADAPTER_LR,
         },
         "optimizer": {"betas": [0.9, 0.999], "weight_decay": 0.01},
+        **({} if adapter is None else {"adapter": {"name": adapter}}),
         "eval": {"batch_size": 32},
     }

@@ -154,6 +154,47 @@ def test_the_epochs_say_the_steps(tmp_path: Path) -> None:
         finetune_recipe(folder, data, epochs=0)
 
 
+def outputs_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_an_adapter_is_exported_for_peft_and_merged_with_equal_logits(kind: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    overrides = ["adapter.name=lora", "adapter.r=4", "adapter.base=float32", "train.lr=0.1"]
+    run = finetuned(tmp_path, kind, "disk", *overrides)
+    alone = export_run(run, tmp_path / "adapter")
+    assert {path.name for path in alone.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "recipe.json",
+    }
+    whole = export_run(run, tmp_path / "whole", merge=True)
+    tokens = torch.randint(BYTES_VOCAB, (2, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        beside = PeftModel.from_pretrained(library(tmp_path / kind), str(alone)).eval()
+    with open_run(run) as frozen, torch.no_grad():
+        assert isinstance(frozen.model, HuggingfaceLm)
+        entered = frozen.objective.enter({"tokens": tokens})
+        h = entered.h
+        for layers in frozen.passed():
+            h = frozen.objective.through(layers, h, entered.cond, entered.kept)
+        ours = frozen.model.logits(frozen.model.output_part(h, entered.cond))
+    torch.testing.assert_close(outputs_of(beside, tokens), ours, rtol=0, atol=1e-6)
+    torch.testing.assert_close(outputs_of(library(whole), tokens), ours, rtol=1e-5, atol=1e-5)
+    assert (outputs_of(library(tmp_path / kind), tokens) - ours).abs().max() > 1e-3
+
+
+def test_only_an_adapter_is_merged(tmp_path: Path) -> None:
+    run = finetuned(tmp_path)
+    with pytest.raises(ConfigError, match="--merge: found a run without an adapter"):
+        export_run(run, tmp_path / "out", merge=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_plan_needs_the_configuration_alone(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", "qwen3", vocab_size=BYTES_VOCAB)
     for path in folder.iterdir():
