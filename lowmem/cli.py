@@ -143,9 +143,9 @@ def finetune(
 ) -> None:
     """Train a model from a Hugging Face folder further, on rows of a file. Prints the report."""
     from lowmem import job
-    from lowmem.finetuning import finetune_recipe
+    from lowmem.finetuning import default_run_dir, finetune_recipe
 
-    folder = run_dir or Path("runs") / Path(model).name
+    folder = run_dir or default_run_dir(model)
     recipe = finetune_recipe(model, data, set_ or [], epochs, adapter)
     plan = job.plan_run(recipe, profile, [], folder)
     if dry_run or not plan.fits:

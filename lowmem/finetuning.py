@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lowmem import job
 from lowmem.data.datasets import load_data
 from lowmem.errors import ConfigError
 from lowmem.models.huggingface.folder import CONFIG, read_config
 from lowmem.recipe import Recipe, recipe_from_dict, with_overrides
+from lowmem.reporting.telemetry import Listener
 
 SEQ_LEN, BATCH_SIZE = 1024, 8
 FULL_LR, ADAPTER_LR = 2e-5, 2e-4
@@ -23,6 +25,28 @@ WARMUP_SHARE = 0.03  # of the steps
 def is_model_folder(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a folder with a config.json, and so no recipe."""
     return (Path(path) / CONFIG).is_file()
+
+
+def finetune(
+    folder: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    profile: str | os.PathLike[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    epochs: float = 1.0,
+    adapter: str | None = None,
+    listeners: Sequence[Listener] = (),
+) -> Path:
+    """Trains a model from a Hugging Face folder further, or goes on. Returns the run folder.
+
+    See `finetune_recipe` and `lowmem.train`.
+    """
+    recipe = finetune_recipe(folder, data, overrides, epochs, adapter)
+    return job.train(recipe, profile, run_dir or default_run_dir(folder), listeners=listeners)
+
+
+def default_run_dir(folder: str | os.PathLike[str]) -> Path:
+    return Path("runs") / Path(folder).resolve().name
 
 
 def finetune_recipe(

@@ -131,7 +131,7 @@ def default_run_dir(recipe: str | os.PathLike[str]) -> Path:
 
 
 def train(
-    recipe: str | os.PathLike[str],
+    recipe: Named,
     profile: str | os.PathLike[str] | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
@@ -143,7 +143,12 @@ def train(
     `accept_data`: goes on also if the data have changed, and records that. Raises BudgetError before anything
     is written if the plan does not fit.
     """
-    folder = default_run_dir(recipe) if run_dir is None else Path(run_dir)
+    if run_dir is not None:
+        folder = Path(run_dir)
+    elif isinstance(recipe, Recipe):
+        raise ConfigError("run_dir: missing; allowed where the recipe has no name: a folder; give one")
+    else:
+        folder = default_run_dir(recipe)
     train_plan(plan_run(recipe, profile, overrides, folder), folder, listeners, accept_data)
     return folder
 
@@ -163,15 +168,21 @@ def train_plan(
         keep_identity(folder, plan.data)
     notices += [("warning", {"message": line}) for line in data.warnings]
     trainer = Trainer(model_builder(plan.recipe, spec_of(plan)), plan, folder, listeners, notices)
+    if plan.recipe.model.begins_trained and not RunDir(folder).exists():
+        trainer.begin()
+        _evaluate(plan, folder, data.unaugmented(), listeners, first=True)
     state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
     if state.metrics is None:
         _evaluate(plan, folder, data.unaugmented(), listeners)
 
 
-def _evaluate(plan: Plan, folder: Path, data: Dataset, listeners: Sequence[Listener]) -> RunState:
-    """Commits the finished run's metrics, under the lock: no other process may be writing to the folder.
+def _evaluate(
+    plan: Plan, folder: Path, data: Dataset, listeners: Sequence[Listener], first: bool = False
+) -> RunState:
+    """Commits the finished run's metrics, or the `first` ones, before any step.
 
-    Listeners are told how far it is (event `evaluating`).
+    It does so under the lock, because no other process may be writing to the folder. Listeners are told how
+    far it is (event `evaluating`).
     """
 
     def say(line: str) -> None:
@@ -185,7 +196,8 @@ def _evaluate(plan: Plan, folder: Path, data: Dataset, listeners: Sequence[Liste
     try:
         state = run.read_state() or RunState()
         measured = {**state.measured, "evaluation_peak_bytes": monitor.run_peak.device_bytes}
-        state = state.model_copy(update={"metrics": metrics, "measured": measured})
+        kind = "first_metrics" if first else "metrics"
+        state = state.model_copy(update={kind: metrics, "measured": measured})
         run.commit(state)
     finally:
         run.release()

@@ -94,9 +94,13 @@ class ModelConfig(Section):
         raise NotImplementedError
 
     @property
-    def library_bytes(self) -> int:
+    def begins_trained(self) -> bool:
+        """Whether the first weights are trained ones, so that they are worth an evaluation."""
+        return False
+
+    def library_bytes(self, adapter: bool) -> int:
         """What the library that the model is built with takes in a process on a CPU, with torch's compiler;
-        0: it needs none.
+        0: it needs none. `adapter`: with what it needs for one, bitsandbytes among that.
         """
         return 0
 

@@ -131,8 +131,9 @@ def read_run(run: RunDir) -> tuple[dict[str, Any], RunState]:
     state = run.read_state() or RunState()
     if state.files or state.blocks:
         _require_blocks(state, seen.settings.num_blocks, str(run.state_path))
-    if state.metrics is not None:
-        parse(SeenMetrics, state.metrics, f"{run.state_path}: metrics", StoreError)
+    for name, metrics in {"metrics": state.metrics, "first_metrics": state.first_metrics}.items():
+        if metrics is not None:
+            parse(SeenMetrics, metrics, f"{run.state_path}: {name}", StoreError)
     return plan, state
 
 

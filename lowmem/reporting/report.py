@@ -87,6 +87,7 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
         "time": {name: state.time.get(name, 0.0) for name in TIMES},
         "traffic": state.traffic.model_dump(),
         "stream": moving_figures(plan, state),
+        "first_metrics": state.first_metrics,
         "metrics": state.metrics,
         "progress": {
             "visits_done": state.visits_done,
@@ -261,6 +262,8 @@ class Report:
             rows.append(
                 ("evaluation", f" peak {format_bytes(evaluation)} on the device, after training{by_plan}")
             )
+        if content.get("first_metrics"):
+            rows.append(("at first", _result_text(content["first_metrics"])))
         if content["metrics"]:
             rows.append(("result", _result_text(content["metrics"])))
         return [*rows, ("digest", content["digest"] or "-")]

@@ -87,6 +87,11 @@ class Trainer:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def begin(self) -> None:
+        """Commits the first weights, where nothing is committed yet. Raises as `fit`."""
+        with Attempt(self.run, self.plan, self.model, self.listeners):
+            pass
+
     def _train(self, attempt: Attempt, batches: Batches) -> RunState:
         if attempt.finished:
             return attempt.state

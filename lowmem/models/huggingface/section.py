@@ -23,6 +23,7 @@ from lowmem.recipe import AdapterConfig, Count, ModelConfig, Recipe
 from lowmem.units import MIB, shown
 
 LIBRARY_BYTES = 128 * MIB  # that importing transformers takes on a CPU, torch's compiler included; measured
+ADAPTER_LIBRARY_BYTES = 52 * MIB  # that peft takes beside it, with bitsandbytes; measured
 LOGITS = 2**24  # elements of the logits that are in memory at once, where the recipe does not say
 
 
@@ -45,8 +46,11 @@ class HuggingfaceModel(ModelConfig):
         return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False), recipe.adapter)
 
     @property
-    def library_bytes(self) -> int:
-        return LIBRARY_BYTES
+    def begins_trained(self) -> bool:
+        return self.weights == "pretrained"
+
+    def library_bytes(self, adapter: bool) -> int:
+        return LIBRARY_BYTES + ADAPTER_LIBRARY_BYTES * adapter
 
     def fingerprint(self) -> str:
         return xxhash.xxh3_128_hexdigest(json.dumps(read_config(Path(self.path)), sort_keys=True).encode())
