@@ -18,7 +18,7 @@ from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.reporting.moving import WAYS, moving_figures
-from lowmem.reporting.records import read_run
+from lowmem.reporting.records import BASE, read_run
 from lowmem.reporting.tables import text_table
 from lowmem.reporting.telemetry import read_records
 from lowmem.schema import parse
@@ -140,12 +140,15 @@ def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
 def digest(state: RunState) -> str | None:
     """The sha256 of all weights and optimizer state, None before the first commit.
 
-    It is taken over the digests of the files' data sections: block 0, block 1, ..., the shared part.
+    It is taken over the digests of the files' data sections: block 0, block 1, ..., the shared part,
+    and the frozen base of a run that trains an adapter.
     """
     if not state.files:
         return None
-    keys = sorted((key for key in state.files if key != "shared"), key=lambda key: int(key.partition("-")[2]))
-    return hashlib.sha256("".join(state.files[key].digest for key in [*keys, "shared"]).encode()).hexdigest()
+    blocks = (key for key in state.files if key not in ("shared", BASE))
+    keys = sorted(blocks, key=lambda key: int(key.partition("-")[2]))
+    others = [key for key in ("shared", BASE) if key in state.files]
+    return hashlib.sha256("".join(state.files[key].digest for key in [*keys, *others]).encode()).hexdigest()
 
 
 def _unbroken_traffic(

@@ -23,6 +23,7 @@ from lowmem.models.huggingface.model import HuggingfaceLm
 from lowmem.planning.duration import Work
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.recipe import Recipe
+from lowmem.reporting.report import read_report
 
 SHORT = [
     "train.num_steps=3",
@@ -152,6 +153,33 @@ def test_the_epochs_say_the_steps(tmp_path: Path) -> None:
     assert recipe.train.seq_len == 64  # the model's longest
     with pytest.raises(ConfigError, match="--epochs: found 0"):
         finetune_recipe(folder, data, epochs=0)
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("tier", ["device", "disk"])
+def test_a_run_that_was_stopped_goes_on_to_the_digest_of_an_unbroken_one(
+    tier: str, adapter: bool, tmp_path: Path
+) -> None:
+    more = ["data.pack=true", "train.num_steps=6", *(["adapter.name=lora"] if adapter else [])]
+    whole = finetuned(tmp_path, "llama", tier, *more)
+    data, folder = tmp_path / "rows.jsonl", tmp_path / "llama"
+    recipe = finetune_recipe(folder, data, [*SHORT, f"offload.tier={tier}", *more])
+
+    def stop(record: dict[str, Any]) -> None:
+        if record["event"] == "step" and record["step"] == 3:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        job.train(recipe, "cpu-4gib", tmp_path / "broken", listeners=[stop])
+    broken = job.train(recipe, "cpu-4gib", tmp_path / "broken")
+    unbroken, resumed = (read_report(run).content for run in (whole, broken))
+    assert resumed["digest"] == unbroken["digest"]
+    assert resumed["first_metrics"] == unbroken["first_metrics"]
+    assert resumed["metrics"] == unbroken["metrics"]
 
 
 def outputs_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:

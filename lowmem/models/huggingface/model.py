@@ -9,6 +9,7 @@ the library's as well.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -112,6 +113,9 @@ class HuggingfaceLm(BlockModel):
 
         Raises ConfigError where they name none.
         """
+        logging.getLogger("bitsandbytes").setLevel(
+            logging.ERROR
+        )  # it warns of a package that none should have
         library = imported("peft")
         wanted = config.targets
         if wanted == "auto":
