@@ -47,7 +47,7 @@ def _unit_traffic(setup: Setup) -> Parts:
     """What the units move between the store and the device."""
     on_disk = setup.settings.tier == "disk"
     first, step, commit = Moved(), Moved(), Moved()
-    last = len(setup.units) - 1
+    last, known = len(setup.units) - 1, dict[object, Moved]()
     for index, unit in enumerate(setup.units):
         if index in setup.stay:
             first += Moved(sum(piece.num_bytes for piece in unit.pieces))
@@ -56,7 +56,10 @@ def _unit_traffic(setup: Setup) -> Parts:
         passes = (index < last) + (2 if setup.two_passes else 1)
         step += Moved(passes * unit.weights_bytes)
         if not setup.frozen:
-            step += _rewritten([piece for _, piece in unit.chunks()], on_disk, fetched=True)
+            if unit.shape not in known:
+                chunks = [piece for _, piece in unit.chunks()]
+                known[unit.shape] = _rewritten(chunks, on_disk, fetched=True)
+            step += known[unit.shape]
     return first, step, commit
 
 

@@ -16,12 +16,15 @@ from lowmem.errors import ConfigError, DataError
 from lowmem.finetuning import finetune_recipe
 from lowmem.inference.chat import answer, chat_run
 from lowmem.inference.evaluate import evaluate_run
+from lowmem.inference.evaluation.common import open_batches
 from lowmem.inference.export import export_run
 from lowmem.inference.frozen_run import open_run
 from lowmem.inference.sampling import Draw
 from lowmem.models.huggingface.model import HuggingfaceLm
+from lowmem.objectives.next_tokens import IGNORED
 from lowmem.planning.duration import Work
 from lowmem.planning.passes import Pass, PassCounter
+from lowmem.planning.run_data import own_data
 from lowmem.recipe import Recipe
 from lowmem.reporting.report import read_report
 
@@ -108,6 +111,23 @@ def test_an_answer_is_the_librarys_own_greedy_one(kind: str, tmp_path: Path) -> 
     with open_run(tmp_path / "run") as frozen:
         ours = answer(frozen, prompt, 12, Draw(temperature=0), [])
     assert ours.tolist() == whole[:, 9:].tolist()
+
+
+def test_the_held_out_loss_is_the_mean_over_the_labels_that_are_looked_at(tmp_path: Path) -> None:
+    more = ["data.test_fraction=0.4", "eval.batch_size=2", "eval.num_batches=2"]
+    run = finetuned(tmp_path, "llama", "disk", *more)
+    found, theirs = evaluate_run(run), library(export_run(run, tmp_path / "out"))
+    with open_run(run) as frozen:
+        batches = list(open_batches(frozen, own_data(frozen.plan)))
+    assert len(batches) == 2
+    losses = []
+    for batch in batches:
+        with torch.no_grad():
+            logits = theirs(input_ids=batch["tokens"]).logits
+        known = batch["labels"] != IGNORED
+        losses += torch.nn.functional.cross_entropy(logits[known], batch["labels"][known], reduction="none")
+    assert found["value"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert found["num_labels"] == len(losses)
 
 
 def test_a_chat_ends_where_the_answer_ends(tmp_path: Path) -> None:
