@@ -20,8 +20,10 @@ from lowmem.recipe import Recipe
 from lowmem.schedule import learning_rate, mix_seed
 
 uncounted_activations = pytest.fixture(autouse=True)(uncounted)
+OTHERS = ("gemma2", "gpt_neox", "phi3")
 LORA = {"name": "lora", "r": 4, "alpha": 8.0, "base": "float32"}
-KINDS = ("llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "phi3")
+# one of each kind by default: plain, tied with windows, transposed weights
+KINDS = ["llama", "qwen2", "gpt2", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)]
 
 
 @pytest.fixture(autouse=True)
