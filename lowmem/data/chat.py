@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from lowmem.errors import ConfigError, DataError
 from lowmem.files import printable
 from lowmem.units import counted, round_up
 
+T = TypeVar("T")
 VERSION = 1  # of the cache's files
 LEARNT = np.uint32(1 << 31)  # marks a token that is to be learnt, beside its number
 IGNORED = -100  # the label of a token that is not
@@ -50,10 +51,9 @@ class ChatData(DataSection):
         mark = Fingerprint()
         mark.file("rows", Path(self.path))
         mark.num_items = 1
-        vocab_size = self._prepared(_required(seq_len)).facts.vocab_size
-        return mark.identity(
-            vocab_size=vocab_size, tokenizer=tokenizer_mark(Path(self.tokenizer)).hexdigest()
-        )
+        tokenizer = tokenizer_mark(Path(self.tokenizer)).hexdigest()
+        # The rows are not looked into: somebody else's run may name any file.
+        return mark.identity(vocab_size=_vocab_size(Path(self.tokenizer), tokenizer), tokenizer=tokenizer)
 
     def describe(self, seq_len: int | None, tokenizer: Tokenizer | None) -> DataSpec:
         length = _required(seq_len)
@@ -84,13 +84,27 @@ class ChatData(DataSection):
         stem = cache_dir() / digest("chat", VERSION, mark, facts, seq_len)
         files = [stem.with_suffix(suffix) for suffix in (".tokens", ".ends", ".json")]
         if not all(file.exists() for file in files):
-            from lowmem.machine.child import in_child  # with torch, which a recipe alone need not load
-
-            in_child(lambda: _prepare(path, folder, seq_len, files))
+            _apart(lambda: _prepare(path, folder, seq_len, files))
         tokens, ends, said = files
         return Prepared(
             _mapped(tokens, np.uint32), _mapped(ends, np.int64), Facts(**json.loads(said.read_bytes()))
         )
+
+
+def _apart(call: Callable[[], T]) -> T:
+    """`call()` in a process that ends: tokenizers and their library take memory that training needs."""
+    from lowmem.machine.child import in_child  # with torch, which a recipe alone need not load
+
+    return in_child(call)
+
+
+def _vocab_size(folder: Path, mark: str) -> int:
+    """Tokens that the tokenizer of a folder knows; looked up once for its fingerprint."""
+    path = cache_dir() / f"{digest('vocabulary', VERSION, mark)}.json"
+    if not path.exists():
+        found = _apart(lambda: ChatTokenizer(folder).vocab_size)
+        cached(path, lambda: [json.dumps(found).encode()])
+    return int(json.loads(path.read_bytes()))
 
 
 @dataclass

@@ -229,6 +229,12 @@ def test_the_identity_follows_the_rows_and_the_tokenizer_and_not_their_place(
     assert first.tokenizer != identity("four.jsonl", "ab", other).tokenizer
 
 
+def test_the_identity_does_not_look_into_the_rows(tmp_path: Path, folder: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", ["no JSON\n"])
+    found = identify_data(ChatData(name="chat", path=str(path), tokenizer=str(folder)), 64)
+    assert found.vocab_size == BYTES_VOCAB
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
