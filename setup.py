@@ -12,7 +12,7 @@ VERSION = re.findall(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[0]
 DATA = ["scikit-learn>=1.4", "Pillow>=10"]
 PLOTS = ["matplotlib>=3.8", "jinja2>=3"]
 TEXT = ["tokenizers>=0.21"]
-HUGGINGFACE = ["transformers>=4.50", "datasets>=4", *TEXT]
+HUGGINGFACE = ["transformers>=5.20", "peft>=0.19", "datasets>=4", *TEXT]
 LOGGERS = ["tensorboard>=2.15"]
 DEV = [
     "pytest>=8",

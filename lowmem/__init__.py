@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lowmem.errors import ShortageError as ShortageError
     from lowmem.errors import StoreError as StoreError
     from lowmem.errors import TrainingError as TrainingError
+    from lowmem.finetuning import finetune as finetune
+    from lowmem.inference.chat import chat_run as chat_run
     from lowmem.inference.evaluate import evaluate_run as evaluate_run
     from lowmem.inference.export import export_run as export_run
     from lowmem.inference.generate import sample_run as sample_run
@@ -76,9 +78,11 @@ _HOME = {
     "TokenDenoising": "lowmem.objectives.tokens",
     "Trainer": "lowmem.training.trainer",
     "TrainingError": "lowmem.errors",
+    "chat_run": "lowmem.inference.chat",
     "detect_profile": "lowmem.machine.detect",
     "evaluate_run": "lowmem.inference.evaluate",
     "export_run": "lowmem.inference.export",
+    "finetune": "lowmem.finetuning",
     "list_profiles": "lowmem.machine.profile",
     "list_recipes": "lowmem.recipe",
     "load_profile": "lowmem.machine.profile",

@@ -111,6 +111,52 @@ def train(
     if dry_run or not plan.fits:
         _print_plan(plan, as_json)
         return
+    _train(plan, folder, as_json, quiet, accept_data, log_to or [])
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="a model's folder: config.json and safetensors files")],
+    data: Annotated[
+        str, typer.Argument(help="rows with messages, or prompt and completion, or text: JSONL, CSV, Parquet")
+    ],
+    profile: ProfileOption = None,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option("--run-dir", help="default: runs/MODEL; the same command again goes on where it stood"),
+    ] = None,
+    epochs: Annotated[float, typer.Option("--epochs", help="how often every row is trained on")] = 1.0,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="lora: train small matrices beside frozen weights")
+    ] = None,
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="go on although the data have changed, and record that")
+    ] = False,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option("--log-to", help="also send telemetry to tensorboard, wandb or trackio"),
+    ] = None,
+) -> None:
+    """Train a model from a Hugging Face folder further, on rows of a file. Prints the report."""
+    from lowmem import job
+    from lowmem.finetuning import default_run_dir, finetune_recipe
+
+    folder = run_dir or default_run_dir(model)
+    recipe = finetune_recipe(model, data, set_ or [], epochs, adapter)
+    plan = job.plan_run(recipe, profile, [], folder)
+    if dry_run or not plan.fits:
+        _print_plan(plan, as_json)
+        return
+    _train(plan, folder, as_json, quiet, accept_data, log_to or [])
+
+
+def _train(plan: Any, folder: Path, as_json: bool, quiet: bool, accept_data: bool, log_to: list[str]) -> None:
+    """Trains by a plan and prints the report."""
+    from lowmem import job
     from lowmem.machine.detect import training_device
     from lowmem.reporting.dashboard import live_view
     from lowmem.reporting.loggers import open_logger
@@ -126,10 +172,7 @@ def train(
     with contextlib.ExitStack() as opened:
         listeners = [
             stop_if_interrupted,
-            *(
-                opened.enter_context(open_logger(name, folder, plan.recipe.to_dict()))
-                for name in log_to or []
-            ),
+            *(opened.enter_context(open_logger(name, folder, plan.recipe.to_dict())) for name in log_to),
         ]
         opened.enter_context(_only_json(as_json))
         listeners.append(say_warning if quiet else opened.enter_context(live_view(folder)))
@@ -141,21 +184,35 @@ def train(
 @app.command()
 @no_collection()
 def plan(
-    recipe: RecipeArgument,
+    recipe: Annotated[
+        str, typer.Argument(help="a recipe's name, the path of a YAML file, or a model's folder to finetune")
+    ],
+    data: Annotated[
+        str | None, typer.Argument(help="with a model's folder: the file of rows; not needed")
+    ] = None,
     profile: Annotated[
         list[str] | None, typer.Option("--profile", help="as of train; several are compared")
     ] = None,
     set_: SetOption = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="as of finetune")] = None,
     max_model: Annotated[
         bool, typer.Option("--max-model", help="the deepest and the widest model of this recipe that fit")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
+    from lowmem.finetuning import finetune_recipe, is_model_folder
     from lowmem.job import largest_models, plan_recipe
     from lowmem.planning.plan import plans_table
 
     folder = None if profile else Path("runs")
+    wanted: Any = recipe
+    if is_model_folder(recipe):
+        wanted = finetune_recipe(recipe, data, set_ or [], adapter=adapter)
+    if data is not None and wanted is recipe:
+        raise ConfigError(
+            f"{data}: a file of rows goes with a model's folder, and {recipe} is none; leave it out"
+        )
     if max_model:
         if profile and len(profile) > 1:
             raise ConfigError(
@@ -173,7 +230,7 @@ def plan(
             )
         return
     machines: list[str] | list[None] = profile or [None]
-    plans = [plan_recipe(recipe, name, set_ or [], folder) for name in machines]
+    plans = [plan_recipe(wanted, name, set_ or [], folder) for name in machines]
     if len(plans) == 1:
         _print_plan(plans[0], as_json)
     else:
@@ -350,19 +407,33 @@ def sample(
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", min=0, max=1000)] = 1.0,
     top_p: Annotated[float, typer.Option("--top-p", min=0.01, max=1)] = 0.95,
+    chat: Annotated[
+        str | None, typer.Option("--chat", help="finetuned models: print the answer to this message")
+    ] = None,
 ) -> None:
-    """Write samples of a run's last commit to a file: images, or text."""
+    """Write samples of a run's last commit to a file: images, or text. Or print an answer."""
+    if chat is not None:
+        from lowmem.inference.chat import chat_run
+
+        say(chat_run(run, chat, tokens, temperature, top_p, seed))
+        return
     from lowmem.inference.generate import TextSettings, sample_run
 
     say(f"wrote {sample_run(run, out, num, seed, TextSettings(prompt, tokens, temperature, top_p))}")
 
 
 @app.command()
-def export(run: RunArgument, out: Annotated[Path, typer.Argument(help="a new folder")]) -> None:
+def export(
+    run: RunArgument,
+    out: Annotated[Path, typer.Argument(help="a new folder")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="of an adapter: the whole model with the adapter in its weights")
+    ] = False,
+) -> None:
     """Write a run's weights as ordinary safetensors files."""
     from lowmem.inference.export import export_run
 
-    say(f"wrote {export_run(run, out)}")
+    say(f"wrote {export_run(run, out, merge)}")
 
 
 @app.command()

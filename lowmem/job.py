@@ -17,7 +17,7 @@ from lowmem.machine.monitor import Monitor
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.models import model_builder
 from lowmem.planning.plan import Plan, check_continues, make_plan, read_plan
-from lowmem.planning.run_data import keep_identity, spec_of, tokenizer_of, with_identity
+from lowmem.planning.run_data import keep_identity, require_sources, spec_of, tokenizer_of, with_identity
 from lowmem.recipe import MOST_DIM, MOST_LAYERS, Recipe, TransformerModel, load_recipe, recipe_name
 from lowmem.reporting.telemetry import Listener
 from lowmem.training.trainer import Trainer
@@ -25,14 +25,21 @@ from lowmem.training.trainer import Trainer
 MAX_MODEL_PARTS = 32  # the largest model is found to within this part of its size
 
 
+Named = str | os.PathLike[str] | Recipe  # a recipe's name, its path, or itself
+
+
 def plan_recipe(
-    recipe: str | os.PathLike[str],
+    recipe: Named,
     profile: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Plan:
     """The plan of a recipe on a machine (None: this one). It may not fit; see `Plan.fits`."""
-    return _plan_on(_machine(profile), load_recipe(recipe, overrides), folder)
+    return _plan_on(_machine(profile), _settled(recipe, overrides), folder)
+
+
+def _settled(recipe: Named, overrides: Sequence[str]) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
 
 
 def _machine(profile: str | os.PathLike[str] | None) -> Profile:
@@ -95,7 +102,7 @@ def _largest(planned: Callable[[int], Plan], smallest: int, most: int) -> Plan:
 
 
 def plan_run(
-    recipe: str | os.PathLike[str],
+    recipe: Named,
     profile: str | os.PathLike[str] | None,
     overrides: Sequence[str],
     run_dir: Path,
@@ -108,13 +115,14 @@ def plan_run(
     run = RunDir(run_dir)
     if not run.exists():
         return plan_recipe(recipe, profile, overrides, run_dir)
-    plan, settled = read_plan(run), load_recipe(recipe, overrides)
+    plan, settled = read_plan(run), _settled(recipe, overrides)
     frozen: dict[str, Any] = {"recipe": plan.recipe.to_dict()}
     given: dict[str, Any] = {"recipe": settled.to_dict()}
     if profile is not None:
         frozen["profile"] = plan.profile.model_dump(mode="json", by_alias=True)
         given["profile"] = load_profile(profile).model_dump(mode="json", by_alias=True)
     check_continues(run_dir, frozen, given)
+    require_sources(plan)
     return plan.model_copy(update={"recipe": settled})
 
 
@@ -123,7 +131,7 @@ def default_run_dir(recipe: str | os.PathLike[str]) -> Path:
 
 
 def train(
-    recipe: str | os.PathLike[str],
+    recipe: Named,
     profile: str | os.PathLike[str] | None = None,
     run_dir: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
@@ -135,7 +143,12 @@ def train(
     `accept_data`: goes on also if the data have changed, and records that. Raises BudgetError before anything
     is written if the plan does not fit.
     """
-    folder = default_run_dir(recipe) if run_dir is None else Path(run_dir)
+    if run_dir is not None:
+        folder = Path(run_dir)
+    elif isinstance(recipe, Recipe):
+        raise ConfigError("run_dir: missing; allowed where the recipe has no name: a folder; give one")
+    else:
+        folder = default_run_dir(recipe)
     train_plan(plan_run(recipe, profile, overrides, folder), folder, listeners, accept_data)
     return folder
 
@@ -155,15 +168,21 @@ def train_plan(
         keep_identity(folder, plan.data)
     notices += [("warning", {"message": line}) for line in data.warnings]
     trainer = Trainer(model_builder(plan.recipe, spec_of(plan)), plan, folder, listeners, notices)
+    if plan.recipe.model.begins_trained and not RunDir(folder).exists():
+        trainer.begin()
+        _evaluate(plan, folder, data.unaugmented(), listeners, first=True)
     state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
     if state.metrics is None:
         _evaluate(plan, folder, data.unaugmented(), listeners)
 
 
-def _evaluate(plan: Plan, folder: Path, data: Dataset, listeners: Sequence[Listener]) -> RunState:
-    """Commits the finished run's metrics, under the lock: no other process may be writing to the folder.
+def _evaluate(
+    plan: Plan, folder: Path, data: Dataset, listeners: Sequence[Listener], first: bool = False
+) -> RunState:
+    """Commits the finished run's metrics, or the `first` ones, before any step.
 
-    Listeners are told how far it is (event `evaluating`).
+    It does so under the lock, because no other process may be writing to the folder. Listeners are told how
+    far it is (event `evaluating`).
     """
 
     def say(line: str) -> None:
@@ -177,7 +196,8 @@ def _evaluate(plan: Plan, folder: Path, data: Dataset, listeners: Sequence[Liste
     try:
         state = run.read_state() or RunState()
         measured = {**state.measured, "evaluation_peak_bytes": monitor.run_peak.device_bytes}
-        state = state.model_copy(update={"metrics": metrics, "measured": measured})
+        kind = "first_metrics" if first else "metrics"
+        state = state.model_copy(update={kind: metrics, "measured": measured})
         run.commit(state)
     finally:
         run.release()

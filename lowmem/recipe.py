@@ -34,6 +34,7 @@ ARCHITECTURES = {
     "masked_lm": "lowmem.models.masked_lm:MaskedLmModel",
     "causal_lm": "lowmem.models.causal_lm:CausalLmModel",
     "recurrent_lm": "lowmem.models.recurrent_lm:RecurrentLmModel",
+    "huggingface": "lowmem.models.huggingface.section:HuggingfaceModel",
     "custom": "lowmem.recipe:CustomModel",
 }
 
@@ -91,6 +92,24 @@ class ModelConfig(Section):
         Raises ConfigError where the two do not go together.
         """
         raise NotImplementedError
+
+    @property
+    def begins_trained(self) -> bool:
+        """Whether the first weights are trained ones, so that they are worth an evaluation."""
+        return False
+
+    def library_bytes(self, adapter: bool) -> int:
+        """What the library that the model is built with takes in a process on a CPU, with torch's compiler;
+        0: it needs none. `adapter`: with what it needs for one, bitsandbytes among that.
+        """
+        return 0
+
+    def fingerprint(self) -> str | None:
+        """Of what this machine holds and the model is built from, beside the recipe; None: nothing.
+
+        Raises ConfigError where that cannot be read.
+        """
+        return None
 
     def contradiction(self, recipe: Recipe) -> str | None:
         """One line about what in the rest of the recipe does not go with this model, or None."""
@@ -246,6 +265,18 @@ class OptimizerConfig(Section):
         return self.clip == "global" and self.grad_clip is not None
 
 
+class AdapterConfig(Section):
+    """Small matrices that are trained beside frozen weights, as in LoRA (Hu et al., 2021)."""
+
+    name: Literal["lora"]
+    r: Annotated[int, Field(gt=0, le=4096)] = 16  # rank
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0  # what they add is scaled by alpha / r
+    # The layers' modules that they stand beside, by the end of their names; auto: every linear one.
+    targets: Auto | Annotated[list[str], Field(min_length=1, max_length=256)] = "auto"
+    dropout: Fraction = 0.0
+    base: Precision = "bfloat16"  # how the frozen weights are kept
+
+
 class OffloadConfig(Section):
     tier: Auto | Tier = "auto"  # where blocks rest that are not visited
     # Where activations at block borders rest while a model trained end to end streams.
@@ -281,6 +312,7 @@ class Recipe(Section):
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig | None = None  # None: all weights are trained
     offload: OffloadConfig = OffloadConfig()
     eval: EvalConfig = EvalConfig()
 
@@ -391,7 +423,14 @@ def _decay_of_whole_weights(recipe: Recipe) -> str | None:
     )
 
 
+def _adapter_of_another_model(recipe: Recipe) -> str | None:
+    if recipe.adapter is None or recipe.model.name == "huggingface":
+        return None
+    return f"adapter: allowed with model.name huggingface, found '{recipe.model.name}'; leave it out"
+
+
 CONTRADICTIONS = (
+    _adapter_of_another_model,
     _step_of_too_many_tokens,
     _step_of_too_many_chunks,
     _decay_of_whole_weights,
@@ -414,10 +453,15 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises ConfigError: unknown recipe, key or name, wrong type, or settings that contradict each other.
     """
     path = find_file(name, "recipes", "recipe", ConfigError)
-    raw = read_yaml(path, ConfigError)
+    raw = with_overrides(read_yaml(path, ConfigError), overrides)
+    return parse(Recipe, raw, f"recipe {path.stem}", ConfigError)
+
+
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A recipe as YAML holds it, with `key=value` overrides on top. Raises ConfigError."""
     for override in overrides:
         _override(raw, override, "--set", "blocks.num_blocks=6")
-    return parse(Recipe, raw, f"recipe {path.stem}", ConfigError)
+    return raw
 
 
 def recipe_from_dict(raw: dict[str, Any], where: str) -> Recipe:

@@ -25,13 +25,14 @@ FLOORS = [
     {"planning"},
     {"training"},
     {"inference"},
-    {"job", "terminal"},
+    {"job", "finetuning", "terminal"},
     {"cli", "runtime_probe", "floor_probe", "__init__"},
     {"__main__"},
 ]
 # The order within a floor, where one package imports from another there.
 BESIDE = {("models", "objectives"), ("noise", "recipe"), ("schedule", "recipe"), ("schema", "errors")}
 BESIDE |= {("errors", "units"), ("schema", "units"), ("files", "errors"), ("files", "units")}
+BESIDE |= {("data", "machine"), ("finetuning", "job")}
 LIGHT = [
     "lowmem",
     "lowmem.cli",

@@ -28,6 +28,7 @@ from lowmem.units import PAGE, round_up
 ALIGNMENT = 256  # bytes: alignment of each state field in a buffer
 GROUP_SIZE = 256  # elements that share one absmax of 8-bit state; parameters are aligned to it
 MIN_8BIT_NUMEL = 4096  # smaller parameters keep fp32 state, as in bitsandbytes
+FROZEN = "none"  # in the place of an optimizer: weights that are only read, without state
 SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 
 
@@ -118,6 +119,8 @@ class ArenaLayout:
 
         `rows` begins and ends at multiples of GROUP_SIZE.
         """
+        if not self.fields:
+            return {}
         rest = slice(rows.start - self.fp32_state_start, rows.stop - self.fp32_state_start)
         groups = slice(rows.start // GROUP_SIZE, rows.stop // GROUP_SIZE)
         held = (
@@ -182,6 +185,8 @@ def state_fields(optimizer: str, quantized_numel: int, numel: int, ema: bool = F
     `ema`: also keep the weights' average.
     """
     fp32, average = torch.float32, [StateField("ema", torch.float32, numel)] if ema else []
+    if optimizer == FROZEN:
+        return []
     if optimizer == "adamw":
         return [StateField("exp_avg", fp32, numel), StateField("exp_avg_sq", fp32, numel), *average]
     groups, rest = quantized_numel // GROUP_SIZE, numel - quantized_numel

@@ -88,6 +88,7 @@ class RunState(Section):
     transfer_s: TransferTimes = TransferTimes()
     measured: dict[str, int] = {}  # device_peak_bytes, host_peak_bytes, disk_bytes
     micro_batch_size: int | None = None  # smaller than the plan's where memory ran out
+    first_metrics: dict[str, Any] | None = None  # before the first step, where a model begins with weights
     metrics: dict[str, Any] | None = None  # of the finished run
 
 

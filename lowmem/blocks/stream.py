@@ -30,6 +30,7 @@ from lowmem.machine.device import Device
 HOST_SLOTS = 3  # on a CPU, at most: one in compute, one being filled, one being written
 DEVICE_SLOTS = 2  # on a device of its own: one in compute, one being written and then filled
 SHARED_KEY = "shared"
+BASE_KEY = "base"  # frozen weights that are in no block
 
 Committed = Callable[[dict[str, FileRecord]], None]  # the new files of a visit, by key
 
@@ -113,9 +114,13 @@ class BlockStream:
         Raises StoreError.
         """
         self.finish()  # it may still be being written
-        buffer = aligned_buffer(self.shared_layout.total_bytes)
+        return self.load_whole(SHARED_KEY, self.shared_layout)
+
+    def load_whole(self, key: str, layout: ArenaLayout) -> Tensor:
+        """Returns the bytes of what is no block in a new buffer on the device. Raises StoreError."""
+        buffer = aligned_buffer(layout.total_bytes)
         # Read in one piece and then moved: the ring counts blocks, and the plan does not count this.
-        self.block_store.read(SHARED_KEY, buffer)
+        self.block_store.read(key, buffer)
         return buffer.to(self.device.torch)
 
     def _load_resident(self, block: int) -> Tensor:

@@ -9,7 +9,7 @@ whole pages: `Pages` are the pages that hold some bytes, and tell where in them 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -148,6 +148,13 @@ class Unit:
             self.slots += [replace(slot, start=end + slot.start - mine[0].start) for slot in mine]
             end += piece.numel
         self.numel = end
+
+    @property
+    def shape(self) -> Hashable:
+        """Equal for units that take and move the same bytes: like layers, each a block of its own."""
+        fields = tuple((name, start) for name, (_, start) in self.layout.fields.items())
+        groups = tuple(piece.group for piece in self.pieces)
+        return self.layout.weights_dtype, self.layout.numel, fields, groups
 
     @property
     def weights_bytes(self) -> int:

@@ -42,8 +42,9 @@ def spread(num_units: int, count: int) -> frozenset[int]:
 
 
 def chunk_bytes(units: Sequence[Unit]) -> int:
-    """Of a buffer for any of their chunks."""
-    return max(piece.num_bytes for unit in units for _, piece in unit.chunks())
+    """Of the largest chunk of rows that an update moves."""
+    kinds = {unit.shape: unit for unit in units}
+    return max(piece.num_bytes for unit in kinds.values() for _, piece in unit.chunks())
 
 
 def num_weights_slots(prefetch: bool, num_units: int) -> int:
@@ -60,7 +61,10 @@ class UnitBytes(NamedTuple):
     chunks: int  # of rows, for updates
 
 
-def unit_bytes(units: Sequence[Unit], stay: frozenset[int], prefetch: bool) -> UnitBytes:
+def unit_bytes(
+    units: Sequence[Unit], stay: frozenset[int], prefetch: bool, updates: bool = True
+) -> UnitBytes:
+    """`updates`: see `UnitStream`."""
     kept = [unit for index, unit in enumerate(units) if index in stay]
     moving = [unit for index, unit in enumerate(units) if index not in stay]
     slot = max((unit.weights_bytes for unit in moving), default=0)
@@ -69,7 +73,7 @@ def unit_bytes(units: Sequence[Unit], stay: frozenset[int], prefetch: bool) -> U
         weights=sum(unit.weights_bytes for unit in kept) + slot,
         state=sum(unit.num_bytes - unit.weights_bytes for unit in kept),
         fetched=max(slots - 1, 0) * slot,
-        chunks=CHUNKS * chunk_bytes(moving) if moving else 0,
+        chunks=CHUNKS * chunk_bytes(moving) if moving and updates else 0,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NoReturn
 from pydantic import Field
 
 from lowmem.data.augment import AugmentConfig
+from lowmem.data.chat import ChatData
 from lowmem.data.datasets import DataSection
 from lowmem.data.digits import DigitsData
 from lowmem.data.folder import ImageFolderData
@@ -27,6 +28,7 @@ from lowmem.errors import ConfigError
 __all__ = [
     "DECLARED",
     "AugmentConfig",
+    "ChatData",
     "CustomData",
     "DataConfig",
     "DataSection",
@@ -73,6 +75,7 @@ DataConfig = Annotated[
     | StdlibTextData
     | TextData
     | Annotated[HuggingfaceImages | HuggingfaceText, Field(discriminator="kind")]
+    | ChatData
     | CustomData,
     Field(discriminator="name"),
 ]

@@ -6,53 +6,118 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
 from pathlib import Path
 
 import torch
 
 from lowmem.blocks.arena import SAFETENSORS_DTYPE, Arena, ArenaLayout, parameter_views
-from lowmem.blocks.stream import block_key
+from lowmem.blocks.stream import BASE_KEY, block_key
 from lowmem.errors import ConfigError
-from lowmem.inference.frozen_run import open_run
+from lowmem.inference.export_adapter import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    adapter_weights,
+    merged,
+    peft_config,
+    peft_names,
+)
+from lowmem.inference.frozen_run import FrozenRun, open_run
+from lowmem.models.huggingface.folder import CONFIG, read_config
+from lowmem.models.huggingface.model import HuggingfaceLm
+from lowmem.planning.settings import base_layout_of
 
 INDEX, RECIPE = "model.safetensors.index.json", "recipe.json"
+# What lies beside the weights in a Hugging Face folder, and goes with them.
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 
 
-def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str], merge: bool = False) -> Path:
     """Writes the last commit's weights, or their average where one is kept, to a new folder. Returns it.
 
     Optimizer state is left out. Blocks that stay on the device in training are all in memory, else one at a
     time; nothing is copied to be written. Names are the model's own: `build_model().load_state_dict` takes
-    all files' tensors together. Raises ResumeError if the folder holds no run, ConfigError if `out` exists or
-    cannot be made.
+    all files' tensors together. A decoder from a Hugging Face folder becomes such a folder again, with its
+    names, config.json and tokenizer: `from_pretrained` loads it. Of a run that trained an adapter it is
+    peft's folder of the adapter alone, or with `merge` the whole model with the adapter in its weights.
+    Raises ResumeError if the folder holds no run, ConfigError if `out` exists or cannot be made, or for
+    `merge` of a run without an adapter.
     """
-    folder, where = Path(out), dict[str, str]()
+    folder = Path(out)
     with open_run(run_dir) as frozen, torch.no_grad():
+        if merge and not frozen.model.adapted:
+            raise ConfigError("--merge: found a run without an adapter; leave it out")
         try:
             folder.mkdir(parents=True)
         except OSError as problem:
             raise ConfigError(
                 f"{folder}: {problem.strerror}; it is left as it is; give a folder that is not there yet"
             ) from None
-        stream, count = frozen.stream, len(frozen.blocks) + 1
-
-        def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
-            views = parameter_views(layout, Arena(layout, buffer).result)
-            name = f"model-{number:05d}-of-{count:05d}.safetensors"
-            _save(views, folder / name, key)
-            where.update(dict.fromkeys(views, name))
-
-        for block in frozen.blocks:
-            buffer = stream.load(block)
-            save(block + 1, block_key(block), frozen.layouts[block], buffer)
-            stream.release(block, buffer)
-        save(count, "shared", frozen.shared_layout, stream.load_shared())
-        total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        _write(folder / INDEX, index)
+        if frozen.model.adapted and not merge:
+            _write_adapter(folder, frozen)
+        else:
+            _write_weights(folder, frozen)
         _write(folder / RECIPE, frozen.plan.recipe.to_dict())
     return folder
+
+
+def _write_weights(folder: Path, frozen: FrozenRun) -> None:
+    """A file for each block and one for the rest, with an index of what is where."""
+    where, stream, count, model = dict[str, str](), frozen.stream, len(frozen.blocks) + 1, frozen.model
+    library = model if isinstance(model, HuggingfaceLm) else None
+    names = {} if library is None else library.file_names()
+    adapter = adapter_weights(frozen) if model.adapted else {}
+
+    def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
+        views = parameter_views(layout, Arena(layout, buffer).result)
+        if library is not None and adapter:
+            views = merged(library, views, adapter)
+        views = {names.get(name, name): view for name, view in views.items()}
+        name = f"model-{number:05d}-of-{count:05d}.safetensors"
+        _save(views, folder / name, key)
+        where.update(dict.fromkeys(views, name))
+
+    for block in frozen.blocks:
+        buffer = stream.load(block)
+        save(block + 1, block_key(block), frozen.layouts[block], buffer)
+        stream.release(block, buffer)
+    base = base_layout_of(model, frozen.plan.settings)
+    if base is None:
+        save(count, "shared", frozen.shared_layout, stream.load_shared())
+    else:
+        save(count, BASE_KEY, base, stream.load_whole(BASE_KEY, base))
+    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    _write(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+    if library is not None:
+        _write_beside(folder, frozen, library)
+
+
+def _write_adapter(folder: Path, frozen: FrozenRun) -> None:
+    """A folder that peft loads beside the model's own."""
+    model = frozen.model
+    assert isinstance(model, HuggingfaceLm), "no other model is adapted"
+    weights = adapter_weights(frozen)
+    names = peft_names(model, list(weights))
+    _save({names[name]: view for name, view in weights.items()}, folder / PEFT_WEIGHTS, "adapter")
+    _write(folder / PEFT_CONFIG, peft_config(frozen, model))
+
+
+def _write_beside(folder: Path, frozen: FrozenRun, model: HuggingfaceLm) -> None:
+    """The configuration with the weights' dtype and the library's class, and the tokenizer's files."""
+    source, settings = Path(getattr(frozen.plan.recipe.model, "path", "")), frozen.plan.settings
+    content = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
+    dtype = settings.frozen or ("float32" if settings.ema else settings.weights)
+    _write(folder / CONFIG, {**content, "architectures": [model.family.model], "dtype": dtype})
+    for name in BESIDE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, part: str) -> None:

@@ -29,9 +29,9 @@ from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.evaluation import Evaluation
 from lowmem.planning.footprint import without_headroom
 from lowmem.planning.plan import Plan, evaluation_of, read_plan
-from lowmem.planning.run_data import spec_of
+from lowmem.planning.run_data import require_sources, spec_of
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of, units_of
-from lowmem.training.open_run import open_stream
+from lowmem.training.open_run import bind_base, open_stream
 from lowmem.units import shown
 
 Item = TypeVar("Item")
@@ -50,6 +50,7 @@ def open_run(run_dir: str | os.PathLike[str], for_drawing: bool = False) -> Froz
     run = RunDir(run_dir)
     plan = read_plan(run)
     _require_fingerprint(plan, run)
+    require_sources(plan)
     return FrozenRun(run, plan, model_builder(plan.recipe, spec_of(plan)), for_drawing)
 
 
@@ -87,6 +88,7 @@ class FrozenRun:
             if self.units is not None:
                 opened.callback(self.units.close)
             self._bind(self.shared_layout, self.stream.load_shared())
+            bind_base(self.stream, self.model, plan)
             self._closing = opened.pop_all()
 
     def _open(

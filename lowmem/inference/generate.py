@@ -62,7 +62,8 @@ def sample_run(
             )
         name = frozen.plan.recipe.model.name
     raise ConfigError(
-        f"model.name: '{name}' makes no samples; allowed: dit, masked_lm, causal_lm, recurrent_lm"
+        f"model.name: '{name}' makes no samples; allowed: dit, masked_lm, causal_lm, recurrent_lm, and "
+        "huggingface with --chat"
     )
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from lowmem.data.datasets import Dataset
 from lowmem.errors import ConfigError
 from lowmem.inference import image_samples, sampling
-from lowmem.inference.evaluation import images, labels, masked, recurrent, tokens
+from lowmem.inference.evaluation import images, labels, masked, next_tokens, recurrent, tokens
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import Draw
 from lowmem.objectives.base import Objective
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.objectives.masked import MaskedDenoising
+from lowmem.objectives.next_tokens import NextTokens
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.objectives.tokens import TokenDenoising
 
@@ -43,6 +44,7 @@ KINDS: dict[type[Objective[Any, Any]], Kind] = {
     ImageDenoising: Kind(images.evaluate, write_images=image_samples.write_samples),
     MaskedDenoising: Kind(masked.evaluate, draw_tokens=sampling.fill),
     TokenDenoising: Kind(tokens.evaluate, draw_tokens=sampling.generate),
+    NextTokens: Kind(next_tokens.evaluate),
     RecurrentDenoising: Kind(recurrent.evaluate, draw_tokens=sampling.generate_recurrent),
 }
 

@@ -9,8 +9,8 @@ keep them in the shared part).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -20,6 +20,20 @@ from lowmem.objectives.base import Batch, Objective
 from lowmem.recipe import NoiseConfig, Recipe
 
 
+class GivenWeights(Protocol):
+    """Weights that a model begins with, by the names of its parameters."""
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises ConfigError unless there is a weight of its shape for each parameter, and none too many."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
 class BlockModel(nn.Module):
     """`layers` are cut into blocks.
 
@@ -27,6 +41,10 @@ class BlockModel(nn.Module):
     """
 
     layers: nn.ModuleList  # each: (h [B, T, D], cond [B, 1 or T, D]) -> h [B, T, D]
+    # Only the parameters that `is_adapter` names are trained; all others are frozen. They count as the shared
+    # part, wherever they are; what else is in no layer is the *base*, which is on the device and only read.
+    adapted = False
+    layers_alike = False  # each layer takes as much memory and makes as many operations as the others
 
     def make_objective(self, noise: NoiseConfig) -> Objective[Any, Any]:
         """How a block, and the whole model, is scored: an objective bound to this model and to `noise`."""
@@ -47,6 +65,28 @@ class BlockModel(nn.Module):
         """What the objective scores, from h after all layers."""
         raise NotImplementedError
 
+    def is_adapter(self, name: str) -> bool:
+        """Whether a parameter is trained while others are frozen."""
+        return False
+
+    def has_first_weights(self, module: nn.Module) -> bool:
+        """Whether `draw_weights` knows what the parameters of a module begin with."""
+        return hasattr(module, "reset_parameters")
+
+    def draw_weights(self, module: nn.Module) -> None:
+        """Draws the first weights of a module's own parameters. Its children's are drawn already."""
+        module.reset_parameters()  # type: ignore[operator]
+
+    def given_weights(self) -> GivenWeights | None:
+        """What all parameters begin with, where it is not drawn."""
+        return None
+
+    def drawn_modules(self) -> list[tuple[str, nn.Module]]:
+        """The modules of the shared part, by name, in the order in which they are drawn."""
+        found = [(name, module) for name, module in self.named_children() if name != "layers"]
+        # for parameters of its own; those of its layers are on meta then
+        return [*found, ("model", self)] if self.has_first_weights(self) else found
+
     def block_slices(self, num_blocks: int) -> list[range]:
         """The layers of each block: contiguous, in order; sizes differ by one at most, larger ones first."""
         size, larger = divmod(len(self.layers), num_blocks)
@@ -63,13 +103,24 @@ BuildModel = Callable[[], BlockModel]
 
 def named_layer_parameters(model: BlockModel, layers: range) -> Iterator[tuple[str, nn.Parameter]]:
     for index in layers:
-        yield from model.layers[index].named_parameters(prefix=f"layers.{index}")
+        for name, parameter in model.layers[index].named_parameters(prefix=f"layers.{index}"):
+            if not model.is_adapter(name):
+                yield name, parameter
 
 
 def named_shared_parameters(model: BlockModel) -> Iterator[tuple[str, nn.Parameter]]:
-    return (
-        (name, parameter) for name, parameter in model.named_parameters() if not name.startswith("layers.")
-    )
+    """What is trained and on the device all along."""
+    for name, parameter in model.named_parameters():
+        if model.is_adapter(name) if model.adapted else not name.startswith("layers."):
+            yield name, parameter
+
+
+def named_base_parameters(model: BlockModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is frozen and on the device all along."""
+    if model.adapted:
+        for name, parameter in model.named_parameters():
+            if not (name.startswith("layers.") or model.is_adapter(name)):
+                yield name, parameter
 
 
 def check_model(model: BlockModel) -> None:
@@ -80,7 +131,7 @@ def check_model(model: BlockModel) -> None:
         )
     for name, module in model.named_modules():
         owns = any(True for _ in module.parameters(recurse=False))
-        if owns and not hasattr(module, "reset_parameters"):
+        if owns and not model.has_first_weights(module):
             raise ConfigError(
                 f"build_model: module '{name}' ({type(module).__name__}) owns parameters but has no "
                 "reset_parameters(); add one"

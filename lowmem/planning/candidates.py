@@ -55,6 +55,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
                 micro_batch_size=size,
                 precision=_precision(recipe, profile),
                 weights="float32" if recipe.train.weights == "auto" else recipe.train.weights,
+                frozen=None if recipe.adapter is None else recipe.adapter.base,
                 recompute=place.recompute,
                 optimizer=_optimizer(recipe, profile),
                 ema=recipe.optimizer.ema is not None,
@@ -181,7 +182,9 @@ def _during_backward(setup: Setup) -> bool:
     That saves the memory of the gradients and changes no bit.
     """
     optimizer = setup.recipe.optimizer
-    allowed = optimizer.grad_clip is None and setup.micro_batches == 1 and not setup.streams
+    allowed = (
+        optimizer.grad_clip is None and setup.micro_batches == 1 and not setup.streams and not setup.frozen
+    )
     return allowed and optimizer.during_backward is not False
 
 

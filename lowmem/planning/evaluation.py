@@ -19,6 +19,7 @@ from lowmem.objectives.base import Objective
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.objectives.masked import MaskedDenoising
+from lowmem.objectives.next_tokens import NextTokens
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.duration import Work, has_rates, moving_s, pass_s
@@ -141,7 +142,8 @@ def _counted(model: BlockModel, setup: Setup, counter: PassCounter, layers: rang
     Without gradients a layer's activations are gone when the next one computes. So of a deep model that
     streams layer by layer, the first two layers tell the rest.
     """
-    alike = setup.streams and len({tuple(p.shape for p in layer.parameters()) for layer in model.layers}) == 1
+    shapes = {tuple(p.shape for p in layer.parameters()) for layer in model.layers}
+    alike = model.layers_alike or (setup.streams and len(shapes) == 1)
     if not alike or len(model.units()) != len(layers) or len(layers) <= 2:
         return counter.evaluated(layers, setup.settings, size)
     one, two = (counter.evaluated(range(count), setup.settings, size) for count in (1, 2))
@@ -172,8 +174,9 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     kept["staging"] -= snapshot
     kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel
     if setup.streams:  # no layer stays, and none is updated
-        trained = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch)
-        frozen = unit_bytes(setup.units, frozenset(), setup.recipe.offload.prefetch)
+        prefetch = setup.recipe.offload.prefetch
+        trained = unit_bytes(setup.units, setup.stay, prefetch, not setup.frozen)
+        frozen = unit_bytes(setup.units, frozenset(), prefetch)
         kept["weights"] += frozen.weights - trained.weights
         kept["optimizer_state"] = 0
         kept["staging"] += frozen.fetched - trained.fetched - trained.chunks
@@ -207,6 +210,8 @@ def _demand(model: BlockModel, setup: Setup, counter: PassCounter, num_samples: 
     waits = 0
     if setup.streams:
         waits = sum(counter.waiting(setup.settings)) // setup.settings.micro_batch_size
+    if isinstance(objective, NextTokens):
+        return Demand(1, waits, item)
     if isinstance(objective, TokenDenoising):
         length, (_, dim) = item // 8, objective.target_shape()
         if isinstance(objective, RecurrentDenoising):

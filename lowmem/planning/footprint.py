@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes, border_bytes
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.blocks.stream import staging_bytes
@@ -170,7 +171,7 @@ def _workspace_bytes(setup: Setup) -> int:
     dtypes = COMPUTE_DTYPE[settings.weights], COMPUTE_DTYPE[settings.precision]
     return max(
         workspace_bytes(group.stop - group.start, group.quantized, *dtypes, setup.profile.device.type)
-        for layout in (*setup.layouts, setup.shared)
+        for layout in setup.updated
         for group in layout.groups
     )
 
@@ -206,7 +207,7 @@ def _staging(setup: Setup) -> Staging:
         num_blocks=len(setup.layouts),
     )
     if setup.streams:
-        taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch)
+        taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch, not setup.frozen)
         slots = taken.fetched + taken.chunks
     snapshot_and_ring = setup.shared.total_bytes + ring
     if setup.profile.unified:
@@ -223,7 +224,9 @@ def _device_categories(
         **(_streaming_categories if setup.streams else _visiting_categories)(setup),
         "activations": activations,
         "borders": borders.device + (borders.host if profile.unified else 0),
-        "shared_part": shared.total_bytes + (setup.gradient_bytes + setup.copy_bytes) * shared.numel,
+        "shared_part": shared.total_bytes
+        + (setup.gradient_bytes + setup.copy_bytes) * shared.numel
+        + _base_bytes(setup),
         "staging": _staging(setup).device,
         "runtime_floor": _floor_bytes(setup.profile) + _cpu_runtime_bytes(setup),
     }
@@ -232,12 +235,21 @@ def _device_categories(
     return {**categories, "data": data_bytes} if profile.unified else categories
 
 
+def _bases(setup: Setup) -> list[ArenaLayout]:
+    return [] if setup.base is None else [setup.base]
+
+
+def _base_bytes(setup: Setup) -> int:
+    """Of what is frozen and on the device all along."""
+    return 0 if setup.base is None else setup.base.total_bytes + setup.block_copy_bytes * setup.base.numel
+
+
 def _visiting_categories(setup: Setup) -> dict[str, int]:
     """Of blocks that are on the device whole."""
     trained = sum(layout.numel for layout in setup.visited)
     return {
-        "weights": sum(layout.weights_bytes for layout in setup.on_device) + setup.copy_bytes * trained,
-        "gradients": setup.gradient_bytes * trained,
+        "weights": sum(layout.weights_bytes for layout in setup.on_device) + setup.block_copy_bytes * trained,
+        "gradients": 0 if setup.frozen else setup.gradient_bytes * trained,
         "optimizer_state": sum(layout.state_bytes for layout in setup.on_device),
     }
 
@@ -245,12 +257,12 @@ def _visiting_categories(setup: Setup) -> dict[str, int]:
 def _streaming_categories(setup: Setup) -> dict[str, int]:
     """Of units that come and go, and of those that stay."""
     taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch)
-    copied = setup.copy_bytes * max(unit.numel for unit in setup.units)
+    copied = setup.block_copy_bytes * max(unit.numel for unit in setup.units)
     by_block = gathers_by_block(setup.recipe.optimizer.grad_clip)
     gathered = max(part.numel for part in (setup.layouts if by_block else setup.units))
     return {
         "weights": taken.weights + copied,
-        "gradients": GRADIENTS * setup.gradient_bytes * gathered,
+        "gradients": 0 if setup.frozen else GRADIENTS * setup.gradient_bytes * gathered,
         "optimizer_state": taken.state,
     }
 
@@ -272,13 +284,14 @@ def _cpu_runtime_bytes(setup: Setup) -> int:
     if setup.profile.device.type != "cpu":
         return 0
     eight_bit, bf16 = setup.settings.optimizer == "adamw8bit", setup.settings.precision == "bfloat16"
-    compiler = COMPILER_BYTES if eight_bit or compiler_stays() else 0
-    return BITSANDBYTES_BYTES * eight_bit + CPU_BFLOAT16_BYTES * bf16 + compiler
+    library = setup.recipe.model.library_bytes(setup.frozen)
+    compiler = COMPILER_BYTES if not library and (eight_bit or compiler_stays()) else 0
+    return library + BITSANDBYTES_BYTES * eight_bit + CPU_BFLOAT16_BYTES * bf16 + compiler
 
 
 def _host_categories(setup: Setup, borders: BorderBytes, data_bytes: int) -> dict[str, int]:
     """Bytes of host memory by category, beside a device that has its own memory."""
-    everything = sum(layout.total_bytes for layout in (*setup.layouts, setup.shared))
+    everything = sum(layout.total_bytes for layout in (*setup.layouts, setup.shared, *_bases(setup)))
     return {
         "blocks": everything if setup.settings.tier == "host" else 0,
         "borders": borders.host,
@@ -292,6 +305,6 @@ def _disk_bytes(setup: Setup, borders: BorderBytes) -> int:
     """The most that the run folder takes: the committed files, what the commit before had instead of some of
     them, and the next commit's.
     """
-    committed = file_bytes([*setup.layouts, setup.shared])
-    new = file_bytes([*(setup.layouts if setup.end_to_end else setup.visited), setup.shared])
+    committed = file_bytes([*setup.layouts, setup.shared, *_bases(setup)])
+    new = file_bytes(setup.updated if setup.end_to_end else [*setup.visited, setup.shared])
     return committed + 2 * new + borders.disk

@@ -25,17 +25,30 @@ from lowmem.blocks.arena import ArenaLayout, bind, parameter_views, unbind
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.errors import ConfigError
 from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
-from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
+from lowmem.models.base import (
+    BlockModel,
+    named_base_parameters,
+    named_layer_parameters,
+    named_shared_parameters,
+)
 from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.duration import Work
 from lowmem.planning.settings import COMPUTE_DTYPE, Settings
 from lowmem.recipe import Recipe
+
+PROBED = 3  # layers that tell what more of the same take
 
 
 class Pass(NamedTuple):
     peak_bytes: int  # beyond weights and gradients
     work: Work  # forward and backward
     forward_work: Work  # of a forward pass alone, where the block streams and makes one; else none
+
+    def with_more(self, fewer: Pass, count: int) -> Pass:
+        """With `count` layers more, each of which adds what this pass has beyond one of a layer fewer."""
+        more = {kind: number * count for kind, number in (self.work - fewer.work).items()}
+        peak_bytes = self.peak_bytes + count * (self.peak_bytes - fewer.peak_bytes)
+        return Pass(peak_bytes, self.work + Work(more), self.forward_work)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -126,7 +139,14 @@ class PassCounter:
 
     def __call__(self, layers: range, settings: Settings) -> Pass:
         kind = (settings.optimizer, settings.weights) if settings.during_backward else ()
-        return self._remembered(kind, layers, settings, lambda: self._count(layers, settings))
+
+        def counted(layers: range) -> Pass:
+            return self._remembered(kind, layers, settings, lambda: self._count(layers, settings))
+
+        if self._model.layers_alike and len(layers) > PROBED:
+            fewer, more = (counted(range(layers.start, layers.start + n)) for n in (PROBED - 1, PROBED))
+            return more.with_more(fewer, len(layers) - PROBED)
+        return counted(layers)
 
     def streamed(self, layers: range, settings: Settings) -> Pass:
         """The pass of one unit of a model that is trained end to end and streams; see `waiting`.
@@ -179,12 +199,17 @@ class PassCounter:
             return h.numel() * h.element_size(), sum(storages.values())
 
     @contextlib.contextmanager
-    def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, Tensor]]:
-        """Binds fake weights of some layers and of the shared part, in the compute dtype, and their
-        gradients.
+    def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, ...]]:
+        """Binds fake weights of some layers and of the shared part, in the compute dtype, and the gradients
+        of those that are trained.
         """
-        parameters = [*named_layer_parameters(self._model, layers), *named_shared_parameters(self._model)]
-        layout = ArenaLayout([(n, tuple(p.shape)) for n, p in parameters], settings.optimizer)
+        blocks, shared = (
+            list(found)
+            for found in (named_layer_parameters(self._model, layers), named_shared_parameters(self._model))
+        )
+        frozen = [*blocks, *named_base_parameters(self._model)] if settings.frozen else []
+        layout = self._laid_out(shared if settings.frozen else [*blocks, *shared], settings)
+        still = self._laid_out(frozen, settings)
         slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
 
         def updated(name: str, parameter: nn.Parameter) -> None:
@@ -198,8 +223,14 @@ class PassCounter:
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
             gathers = updated if settings.during_backward else parameter_views(layout, grads)
             bind(self._model, parameter_views(layout, flat), gathers)
-            yield flat, grads
+            read = torch.zeros(still.numel, dtype=dtype)
+            bind(self._model, parameter_views(still, read), None)
+            yield flat, grads, read
             unbind(self._model, layout)
+            unbind(self._model, still)
+
+    def _laid_out(self, parameters: list[tuple[str, nn.Parameter]], settings: Settings) -> ArenaLayout:
+        return ArenaLayout([(name, tuple(p.shape)) for name, p in parameters], settings.optimizer)
 
     @torch.no_grad()
     def _enter(self, settings: Settings) -> tuple[Entered, Batch]:

@@ -51,6 +51,7 @@ class Plan(Section):
     predicted: Predicted
     num_parameters: int
     choices: list[str]  # what was `auto`, what it became, and why
+    model_source: str | None = None  # see `ModelConfig.fingerprint`
     data: DataIdentity | None = None  # known once the run begins; None: batches that Python gives
 
     @property
@@ -177,6 +178,7 @@ def _made_plan(
     noise = objective.noise
     counter = PassCounter(model, objective, recipe, in_heap=profile.device.type == "cpu")
     budget = _budget(profile, folder)
+    source = recipe.model.fingerprint()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
 
     def planned(settings: Settings, counted: bool = True) -> Plan:
@@ -190,6 +192,7 @@ def _made_plan(
             predicted=predict(model, setup, counter if counted else None, data_bytes),
             num_parameters=num_parameters,
             choices=choices_of(recipe, profile, setup.settings, noise),
+            model_source=source,
         )
 
     plan = _first_that_fits(candidates_of(recipe, profile, len(model.layers)), planned)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.blocks.run_dir import RunDir
-from lowmem.data.config import DataSection, TextConfig
+from lowmem.data.chat_tokens import tokenizer_mark
+from lowmem.data.config import ChatData, DataSection, TextConfig
 from lowmem.data.datasets import Dataset, DataSpec, describe_data, identify_data, load_data
 from lowmem.data.identity import DataIdentity
 from lowmem.data.text import load_tokenizer
@@ -54,6 +55,26 @@ def tokenizer_of(plan: Plan) -> Tokenizer | None:
             f"{identity.tokenizer}; restore the tokenizer's files from a copy"
         )
     return tokenizer
+
+
+def require_sources(plan: Plan) -> None:
+    """Raises DataError where what the run's model was built from has changed: its folder's configuration, or
+    the tokenizer of its rows.
+    """
+    found = plan.recipe.model.fingerprint()
+    if found != plan.model_source:
+        raise DataError(
+            f"model.path: {getattr(plan.recipe.model, 'path', '')}: found a configuration of fingerprint "
+            f"{found}, trained with {plan.model_source}; restore the folder from a copy"
+        )
+    section = plan.recipe.data
+    if isinstance(section, ChatData) and plan.data is not None:
+        mark = tokenizer_mark(Path(section.tokenizer)).hexdigest()
+        if mark != plan.data.tokenizer:
+            raise DataError(
+                f"data.tokenizer: {section.tokenizer}: found {mark}, trained with {plan.data.tokenizer}; "
+                "restore the tokenizer's files from a copy"
+            )
 
 
 def own_data(plan: Plan) -> Dataset:

@@ -62,7 +62,7 @@ def _streamed(setup: Setup, queue: BlockQueue, passes_s: list[float], traffic: S
     )
     steps = min(queue.visit_steps, queue.num_steps)
     return Visits(
-        [sum(passes_s) + _updates_s(setup, [*setup.layouts, setup.shared])],
+        [sum(passes_s) + _updates_s(setup, setup.updated)],
         [Moving(steps * a_step_s)],
         traffic.moved(queue.num_steps, queue.num_visits).disk_written_bytes,
     )
@@ -70,7 +70,7 @@ def _streamed(setup: Setup, queue: BlockQueue, passes_s: list[float], traffic: S
 
 def _together(setup: Setup, queue: BlockQueue, passes_s: list[float]) -> Visits:
     """All blocks stay on the device and are trained at once: only commits move them."""
-    everything = [*setup.layouts, setup.shared]
+    everything = setup.updated
     written = file_bytes(everything)
     return Visits(
         [sum(passes_s) + _updates_s(setup, everything)],

@@ -13,12 +13,17 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lowmem.blocks.arena import ArenaLayout
+from lowmem.blocks.arena import FROZEN, ArenaLayout
 from lowmem.blocks.stream import block_key
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import spread
 from lowmem.machine.profile import Profile
-from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
+from lowmem.models.base import (
+    BlockModel,
+    named_base_parameters,
+    named_layer_parameters,
+    named_shared_parameters,
+)
 from lowmem.recipe import OptimizerName, Precision, Recipe, Tier
 from lowmem.schema import Section
 
@@ -34,6 +39,7 @@ class Settings(Section):
     micro_batch_size: int
     precision: Precision  # of compute and gradients
     weights: Precision = "float32"  # of the weights as they are kept
+    frozen: Precision | None = None  # how frozen weights are kept, where an adapter is trained
     recompute: bool
     optimizer: OptimizerName
     # each parameter is updated, and its gradient freed, as soon as the gradient is whole
@@ -48,18 +54,27 @@ class Settings(Section):
 def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout], ArenaLayout]:
     """The arenas of the blocks, and the arena of the shared part."""
 
-    def layout(parameters: Iterable[tuple[str, nn.Parameter]]) -> ArenaLayout:
-        return ArenaLayout(
-            [(name, tuple(parameter.shape)) for name, parameter in parameters],
-            settings.optimizer,
-            settings.ema,
-            COMPUTE_DTYPE[settings.weights],
-        )
-
+    frozen = settings.frozen is not None
     blocks = [
-        layout(named_layer_parameters(model, layers)) for layers in model.block_slices(settings.num_blocks)
+        _layout(named_layer_parameters(model, layers), settings, frozen)
+        for layers in model.block_slices(settings.num_blocks)
     ]
-    return blocks, layout(named_shared_parameters(model))
+    return blocks, _layout(named_shared_parameters(model), settings)
+
+
+def base_layout_of(model: BlockModel, settings: Settings) -> ArenaLayout | None:
+    """The arena of the base (see `BlockModel.adapted`), where there is one."""
+    parameters = list(named_base_parameters(model))
+    return _layout(parameters, settings, frozen=True) if parameters else None
+
+
+def _layout(
+    parameters: Iterable[tuple[str, nn.Parameter]], settings: Settings, frozen: bool = False
+) -> ArenaLayout:
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters]
+    if frozen and settings.frozen is not None:
+        return ArenaLayout(shapes, FROZEN, False, COMPUTE_DTYPE[settings.frozen])
+    return ArenaLayout(shapes, settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
 
 
 def units_of(
@@ -70,7 +85,8 @@ def units_of(
     frozen: bool = False,
 ) -> list[Unit]:
     """The model's units, in order. `layouts`: of the blocks. `frozen`: to evaluate what is trained."""
-    computes, units = "ema" if frozen and settings.ema else "weights", []
+    averaged = frozen and settings.ema and settings.frozen is None
+    computes, units = "ema" if averaged else "weights", []
     for block, layers in enumerate(model.block_slices(settings.num_blocks)):
         for run in model.units():
             if run.start in layers:
@@ -99,6 +115,17 @@ class Setup:
     layouts: list[ArenaLayout]  # one for each block
     shared: ArenaLayout
     units: list[Unit]  # what moves where the model streams
+    base: ArenaLayout | None = None  # frozen, and on the device all along
+
+    @property
+    def frozen(self) -> bool:
+        """Whether blocks are only read."""
+        return self.settings.frozen is not None
+
+    @property
+    def updated(self) -> list[ArenaLayout]:
+        """The arenas that a step of all blocks updates, and a commit writes."""
+        return [self.shared] if self.frozen else [*self.layouts, self.shared]
 
     @property
     def stay(self) -> frozenset[int]:
@@ -154,6 +181,13 @@ class Setup:
         return 0 if self.settings.weights == self.settings.precision else self.compute_bytes
 
     @property
+    def block_copy_bytes(self) -> int:
+        """The same of the blocks' weights, and of the base's."""
+        if self.settings.frozen is None:
+            return self.copy_bytes
+        return 0 if self.settings.frozen == self.settings.precision else self.compute_bytes
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes per weight of gradients that live until the update; 0 where updates run during backward."""
         return 0 if self.settings.during_backward else self.compute_bytes
@@ -161,6 +195,5 @@ class Setup:
 
 def setup_of(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings) -> Setup:
     layouts, shared = layouts_of(model, settings)
-    return Setup(
-        recipe, profile, settings, layouts, shared, units_of(model, settings, layouts, profile.device.type)
-    )
+    units, base = units_of(model, settings, layouts, profile.device.type), base_layout_of(model, settings)
+    return Setup(recipe, profile, settings, layouts, shared, units, base)

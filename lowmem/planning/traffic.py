@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.traffic import Traffic
 from lowmem.blocks.unit import Piece
@@ -46,15 +47,19 @@ def _unit_traffic(setup: Setup) -> Parts:
     """What the units move between the store and the device."""
     on_disk = setup.settings.tier == "disk"
     first, step, commit = Moved(), Moved(), Moved()
-    last = len(setup.units) - 1
+    last, known = len(setup.units) - 1, dict[object, Moved]()
     for index, unit in enumerate(setup.units):
         if index in setup.stay:
             first += Moved(sum(_fetched(piece, on_disk) for piece in unit.pieces))
-            commit += _rewritten(unit.pieces, on_disk, fetched=False)
+            commit += Moved() if setup.frozen else _rewritten(unit.pieces, on_disk, fetched=False)
             continue
         passes = (index < last) + (2 if setup.two_passes else 1)
         step += Moved(passes * (unit.weights_bytes if on_disk else unit.used_weights_bytes))
-        step += _rewritten([piece for _, piece in unit.chunks()], on_disk, fetched=True)
+        if not setup.frozen:
+            if unit.shape not in known:
+                chunks = [piece for _, piece in unit.chunks()]
+                known[unit.shape] = _rewritten(chunks, on_disk, fetched=True)
+            step += known[unit.shape]
     return first, step, commit
 
 
@@ -64,14 +69,15 @@ def streamed_parts(setup: Setup) -> tuple[Traffic, Traffic, Traffic]:
     if setup.settings.tier == "disk":
         on_disk = [Traffic(disk_read_bytes=m.read + m.patched, disk_written_bytes=m.written) for m in units]
         # A durable file is read again for its digest.
-        whole = sum(layout.total_bytes for layout in setup.layouts)
+        blocks = [] if setup.frozen else setup.layouts
+        whole = sum(layout.total_bytes for layout in blocks)
         on_disk[0] += Traffic(disk_read_bytes=file_bytes([shared]))
         on_disk[2] += Traffic(
-            disk_read_bytes=whole, disk_written_bytes=file_bytes([shared]) + _header_bytes(setup)
+            disk_read_bytes=whole, disk_written_bytes=file_bytes([shared]) + _header_bytes(blocks)
         )
     else:
-        files = file_bytes([*setup.layouts, shared])
-        on_disk = [Traffic(disk_read_bytes=files), Traffic(), Traffic(disk_written_bytes=files)]
+        files, written = file_bytes([*setup.layouts, shared]), file_bytes(setup.updated)
+        on_disk = [Traffic(disk_read_bytes=files), Traffic(), Traffic(disk_written_bytes=written)]
     link = [Traffic(host_to_device_bytes=m.read, device_to_host_bytes=m.written) for m in units]
     link[2] += Traffic(device_to_host_bytes=shared.total_bytes)
     start, step, commit = on_disk if unified else [a + b for a, b in zip(on_disk, link, strict=True)]
@@ -112,8 +118,8 @@ def _fetched(piece: Piece, on_disk: bool) -> int:
     return sum(field.pages.inside_bytes for field in piece.fields)
 
 
-def _header_bytes(setup: Setup) -> int:
-    return sum(len(layout.header()) for layout in setup.layouts)
+def _header_bytes(layouts: Sequence[ArenaLayout]) -> int:
+    return sum(len(layout.header()) for layout in layouts)
 
 
 def hidden_tokens(setup: Setup) -> int | None:
@@ -133,7 +139,8 @@ def hidden_tokens(setup: Setup) -> int | None:
         if read_rate is None or write_rate is None:
             return None
         forward_s.append(weights / read_rate)
-        backward_s.append((weights + whole) / read_rate + whole / write_rate)
+        rewritten = 0 if setup.frozen else whole
+        backward_s.append((weights + rewritten) / read_rate + rewritten / write_rate)
     if not profile.unified:
         into, out = profile.link_rates
         assert into is not None and out is not None, "the profile checks that there is a link"

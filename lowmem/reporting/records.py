@@ -120,6 +120,9 @@ class SeenMetrics(Seen):
     value: Number
 
 
+BASE = "base"  # the file of frozen weights that are in no block, where an adapter is trained
+
+
 def read_run(run: RunDir) -> tuple[dict[str, Any], RunState]:
     """plan.json as a dict that holds all that reports read, and the committed state (empty before the first).
 
@@ -131,8 +134,9 @@ def read_run(run: RunDir) -> tuple[dict[str, Any], RunState]:
     state = run.read_state() or RunState()
     if state.files or state.blocks:
         _require_blocks(state, seen.settings.num_blocks, str(run.state_path))
-    if state.metrics is not None:
-        parse(SeenMetrics, state.metrics, f"{run.state_path}: metrics", StoreError)
+    for name, metrics in {"metrics": state.metrics, "first_metrics": state.first_metrics}.items():
+        if metrics is not None:
+            parse(SeenMetrics, metrics, f"{run.state_path}: {name}", StoreError)
     return plan, state
 
 
@@ -155,7 +159,7 @@ def _require_blocks(state: RunState, num_blocks: int, where: str) -> None:
             "has; restore it from a copy"
         )
     expected = {"shared", *(f"block-{number}" for number in range(num_blocks))}
-    odd = sorted(expected ^ set(state.files))
+    odd = sorted((expected ^ set(state.files)) - {BASE})
     if odd:
         raise StoreError(
             f"{where}: files: found {len(state.files)}, with '{odd[0]}' missing or not of the plan's "

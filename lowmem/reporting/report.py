@@ -18,7 +18,7 @@ from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.reporting.moving import WAYS, moving_figures
-from lowmem.reporting.records import read_run
+from lowmem.reporting.records import BASE, read_run
 from lowmem.reporting.tables import text_table
 from lowmem.reporting.telemetry import read_records
 from lowmem.schema import parse
@@ -87,6 +87,7 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
         "time": {name: state.time.get(name, 0.0) for name in TIMES},
         "traffic": state.traffic.model_dump(),
         "stream": moving_figures(plan, state),
+        "first_metrics": state.first_metrics,
         "metrics": state.metrics,
         "progress": {
             "visits_done": state.visits_done,
@@ -139,12 +140,15 @@ def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
 def digest(state: RunState) -> str | None:
     """The sha256 of all weights and optimizer state, None before the first commit.
 
-    It is taken over the digests of the files' data sections: block 0, block 1, ..., the shared part.
+    It is taken over the digests of the files' data sections: block 0, block 1, ..., the shared part,
+    and the frozen base of a run that trains an adapter.
     """
     if not state.files:
         return None
-    keys = sorted((key for key in state.files if key != "shared"), key=lambda key: int(key.partition("-")[2]))
-    return hashlib.sha256("".join(state.files[key].digest for key in [*keys, "shared"]).encode()).hexdigest()
+    blocks = (key for key in state.files if key not in ("shared", BASE))
+    keys = sorted(blocks, key=lambda key: int(key.partition("-")[2]))
+    others = [key for key in ("shared", BASE) if key in state.files]
+    return hashlib.sha256("".join(state.files[key].digest for key in [*keys, *others]).encode()).hexdigest()
 
 
 def _unbroken_traffic(
@@ -261,6 +265,8 @@ class Report:
             rows.append(
                 ("evaluation", f" peak {format_bytes(evaluation)} on the device, after training{by_plan}")
             )
+        if content.get("first_metrics"):
+            rows.append(("at first", _result_text(content["first_metrics"])))
         if content["metrics"]:
             rows.append(("result", _result_text(content["metrics"])))
         return [*rows, ("digest", content["digest"] or "-")]

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem.blocks.arena import unbind
+from lowmem.blocks.arena import ArenaLayout, unbind
 from lowmem.blocks.borders import Borders
 from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import BlockRecord, FileRecord, RunDir, RunState
@@ -33,11 +33,11 @@ from lowmem.machine.heap import give_back_freed
 from lowmem.machine.monitor import Monitor, sample_fields
 from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan, check_continues, read_plan
-from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of, units_of
+from lowmem.planning.settings import COMPUTE_DTYPE, base_layout_of, layouts_of, units_of
 from lowmem.reporting.telemetry import Listener, Recorder, read_records
-from lowmem.training.first_weights import create_weights
+from lowmem.training.first_weights import check_given, create_weights
 from lowmem.training.memory_guard import check_available, require_available, smaller
-from lowmem.training.open_run import layouts_by_key, open_borders, open_stream
+from lowmem.training.open_run import bind_base, layouts_by_key, open_borders, open_stream
 from lowmem.training.trainable import SHARED, Scratch, Trainable
 
 # GiB per second of a disk whose files are read whole before the first visit: four seconds per GiB
@@ -97,6 +97,7 @@ class Attempt:
         self.layouts, self.shared_layout = layouts_of(model, frozen.settings)
         self.queue = frozen.queue()
         self.monitor = Monitor(frozen.profile.unified, self.device)
+        self.base: ArenaLayout | None = None  # frozen weights that are in no block
         self.units: UnitStream | None = None  # where a model that is trained end to end streams
         self.borders: Borders | None = None  # where a model that is trained end to end streams
         self.visit: Visit | None = None  # under way
@@ -143,6 +144,7 @@ class Attempt:
         if state is None or state.visits_done < self.queue.num_visits:
             require_available(self.plan)
         if not run.exists():
+            check_given(self.model)
             run.write_plan(self.frozen.to_dict())
         if state is None:
             run.begin()
@@ -158,7 +160,8 @@ class Attempt:
 
     def _check(self, state: RunState) -> None:
         """Looks at everything that the run goes on from, before the first visit. Raises StoreError."""
-        run, keys = self.run, set(layouts_by_key(self.layouts, self.shared_layout))
+        base = base_layout_of(self.model, self.frozen.settings)
+        run, keys = self.run, set(layouts_by_key(self.layouts, self.shared_layout, base))
         if set(state.files) != keys:
             odd = min(set(state.files) ^ keys)
             raise StoreError(f"{run.state_path}: files: found {odd!r} missing or too much; {BACK}")
@@ -208,6 +211,7 @@ class Attempt:
         self.shared = self.scratch.trainable(SHARED, self.shared_layout, self.stream.load_shared())
         opened.callback(self._let_go)
         self.shared.bind(self.model)
+        self.base = bind_base(self.stream, self.model, plan)
         self.model.train()
         if whole and not self.stream.resident:
             self.borders = open_borders(
@@ -217,7 +221,8 @@ class Attempt:
             units = units_of(self.model, plan.settings, self.layouts, self.device.kind)
             stay = spread(len(units), plan.settings.resident_layers)
             prefetch = plan.recipe.offload.prefetch
-            self.units = UnitStream(self.stream.block_store, units, self.device, stay, prefetch)
+            updates, store = plan.settings.frozen is None, self.stream.block_store
+            self.units = UnitStream(store, units, self.device, stay, prefetch, updates)
             opened.callback(self.units.close)
         self._files = dict(state.files)
         before = self.run.read_previous()
@@ -228,7 +233,7 @@ class Attempt:
         """Gives back all that the attempt has on the device: an evaluation, or the next attempt, needs the
         room.
         """
-        for layout in (*self.layouts, self.shared_layout):
+        for layout in (*self.layouts, self.shared_layout, *([] if self.base is None else [self.base])):
             unbind(self.model, layout)
         del self.scratch, self.shared
 

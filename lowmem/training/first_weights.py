@@ -1,4 +1,4 @@
-"""Creates a run's first weights and writes them to its files, one block at a time.
+"""Creates a run's first weights and writes them to its files, one block at a time: drawn, or given.
 
 A module draws its weights with a seed of its own, so they do not depend on how layers are grouped into
 blocks.
@@ -12,12 +12,20 @@ from torch import Tensor, nn
 from lowmem.blocks.arena import Arena, aligned_buffer, bind, parameter_views, unbind
 from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.store import DiskStore
-from lowmem.blocks.stream import SHARED_KEY, block_key
-from lowmem.models.base import BlockModel
+from lowmem.blocks.stream import BASE_KEY, SHARED_KEY, block_key
+from lowmem.models.base import BlockModel, GivenWeights
 from lowmem.planning.plan import Plan
-from lowmem.planning.settings import layouts_of
+from lowmem.planning.settings import base_layout_of, layouts_of
 from lowmem.schedule import mix_seed
 from lowmem.training.open_run import layouts_by_key
+
+
+def check_given(model: BlockModel) -> None:
+    """Raises ConfigError where the weights that a model begins with do not fit it."""
+    given = model.given_weights()
+    if given is not None:
+        given.check({name: tuple(p.shape) for name, p in model.named_parameters() if name in given})
+        given.close()
 
 
 def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, FileRecord]:
@@ -26,18 +34,21 @@ def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, File
     At most one of them is in memory at a time. Raises StoreError if a file cannot be written.
     """
     layouts, shared_layout = layouts_of(model, plan.settings)
-    store = DiskStore(run, layouts_by_key(layouts, shared_layout), {})
+    base = base_layout_of(model, plan.settings)
+    store = DiskStore(run, layouts_by_key(layouts, shared_layout, base), {})
     # One buffer for all of them: a freed one may stay in the C library's heap.
-    buffer = aligned_buffer(max(layout.total_bytes for layout in (*layouts, shared_layout)))
-    seed = plan.recipe.train.seed
+    buffer = aligned_buffer(max(layout.total_bytes for layout in store.layouts.values()))
+    seed, given = plan.recipe.train.seed, model.given_weights()
     for block, layers in enumerate(model.block_slices(plan.settings.num_blocks)):
         modules = [(f"layers.{i}", model.layers[i]) for i in layers]
-        _create(store, block_key(block), buffer, model, modules, seed)
-    shared = [(name, module) for name, module in model.named_children() if name != "layers"]
-    if hasattr(model, "reset_parameters"):
-        shared.append(("model", model))  # for parameters of its own; those of its layers are on meta here
-    _create(store, SHARED_KEY, buffer, model, shared, seed)
+        _create(store, block_key(block), buffer, model, modules, seed, given)
+    _create(store, SHARED_KEY, buffer, model, model.drawn_modules(), seed, given)
+    if base is not None:
+        others = [(name, module) for name, module in model.named_children() if name != "layers"]
+        _create(store, BASE_KEY, buffer, model, others, seed, given)
     store.close()
+    if given is not None:
+        given.close()
     return store.files
 
 
@@ -48,12 +59,20 @@ def _create(
     model: BlockModel,
     modules: list[tuple[str, nn.Module]],
     seed: int,
+    given: GivenWeights | None,
 ) -> None:
-    """Draws the weights of `modules`, given by name, into `buffer` and writes them as the block `key`."""
+    """Puts first weights into `buffer` and writes them as the block `key`.
+
+    They are those `given`, or the modules, by name, draw them.
+    """
     layout = store.layouts[key]
     arena = Arena(layout, buffer.zero_())
     views = parameter_views(layout, arena.weights)
     with torch.no_grad():
+        if given is not None and all(name in given for name in views):
+            for name, view in views.items():
+                view.copy_(given.read(name))
+            modules = []
         for name, module in modules:
             # Drawn in fp32 whatever the weights' dtype is, so that both start from the same values.
             drawn = {
@@ -63,9 +82,8 @@ def _create(
             torch.manual_seed(mix_seed(seed, "weights", name))
             owners = [module] if module is model else list(module.modules())
             for owner in reversed(owners):  # children first, so that a module may change what they drew
-                reset = getattr(owner, "reset_parameters", None)
-                if reset is not None:
-                    reset()
+                if model.has_first_weights(owner):
+                    model.draw_weights(owner)
             for n, value in drawn.items():
                 views[n].copy_(value)
             unbind(model, layout)

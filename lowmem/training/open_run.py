@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowmem.blocks.arena import ArenaLayout
+from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views
 from lowmem.blocks.borders import AwayBorders, Borders, NearBorders
 from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.staging import RING_CHUNKS, Pace, Ring, ring_bytes
 from lowmem.blocks.store import DiskStore, HostStore
-from lowmem.blocks.stream import SHARED_KEY, BlockStream, block_key
+from lowmem.blocks.stream import BASE_KEY, SHARED_KEY, BlockStream, block_key
 from lowmem.machine.detect import training_device
 from lowmem.machine.device import Device
 from lowmem.machine.monitor import NvmlReader, Sample
 from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan
-from lowmem.planning.settings import is_resident, layouts_of
+from lowmem.planning.settings import COMPUTE_DTYPE, base_layout_of, is_resident, layouts_of
 
 
 def open_stream(
@@ -38,7 +38,8 @@ def open_stream(
     layouts, shared_layout = layouts_of(model, plan.settings)
     profile, device = plan.profile, training_device(plan.profile)
     ring, paces = _open_ring(plan, device, layouts), _paces(plan, profile.disk_rates)
-    disk = DiskStore(run, layouts_by_key(layouts, shared_layout), files, ring, paces, checked)
+    base = base_layout_of(model, plan.settings)
+    disk = DiskStore(run, layouts_by_key(layouts, shared_layout, base), files, ring, paces, checked)
     in_ram = plan.settings.tier == "host" and not profile.unified
     return BlockStream(
         HostStore(disk, profile.pinned_max_bytes - ring_locked(ring)) if in_ram else disk,
@@ -100,6 +101,19 @@ def cap_allocator(plan: Plan, device: Device) -> None:
     device.cap(plan.profile.device_budget_bytes - max(beyond_torch, planned))
 
 
-def layouts_by_key(layouts: list[ArenaLayout], shared_layout: ArenaLayout) -> dict[str, ArenaLayout]:
-    """Layouts by the keys that a store uses."""
-    return {**{block_key(block): layout for block, layout in enumerate(layouts)}, SHARED_KEY: shared_layout}
+def layouts_by_key(
+    layouts: list[ArenaLayout], shared_layout: ArenaLayout, base: ArenaLayout | None = None
+) -> dict[str, ArenaLayout]:
+    """Layouts by the keys that a store uses. `base`: see `BlockModel.adapted`."""
+    blocks = {block_key(block): layout for block, layout in enumerate(layouts)}
+    return {**blocks, SHARED_KEY: shared_layout, **({} if base is None else {BASE_KEY: base})}
+
+
+def bind_base(stream: BlockStream, model: BlockModel, plan: Plan) -> ArenaLayout | None:
+    """Makes the base's weights the model's, in the compute dtype. Returns its layout, where there is one."""
+    layout = base_layout_of(model, plan.settings)
+    if layout is not None:
+        weights = Arena(layout, stream.load_whole(BASE_KEY, layout)).weights
+        dtype = COMPUTE_DTYPE[plan.settings.precision]
+        bind(model, parameter_views(layout, weights.to(dtype)), None)
+    return layout

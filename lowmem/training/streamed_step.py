@@ -86,9 +86,11 @@ class StreamedStep:
         self.block_of = [int(unit.key.rpartition("-")[2]) for unit in self.units]
         self._ranges = self.model.units()
         dtype = COMPUTE_DTYPE[attempt.plan.settings.precision]
+        self._frozen = attempt.plan.settings.frozen is not None  # units have neither gradients nor updates
         self._by_block = gathers_by_block(self.recipe.optimizer.grad_clip)
         numel = max(part.numel for part in (self.layouts if self._by_block else self.units))
-        self._free = [torch.zeros(numel, dtype=dtype, device=device.torch) for _ in range(GRADIENTS)]
+        count = 0 if self._frozen else GRADIENTS
+        self._free = [torch.zeros(numel, dtype=dtype, device=device.torch) for _ in range(count)]
         self._copy: Tensor | None = None  # of a unit's weights, where they are not in the compute dtype
         if self.layouts[0].weights_dtype != dtype:
             largest = max(unit.numel for unit in self.units)
@@ -123,7 +125,8 @@ class StreamedStep:
         self.watch.look(step, self.shared.update(factor), self.shared.weights_norm())
         if durable:
             self.stream.finish()
-            self.watch.look(step, *norms)
+            if norms:
+                self.watch.look(step, *norms)
         total = torch.zeros((), device=self.stream.device.torch)
         for part in parts:
             assert part.loss is not None
@@ -138,7 +141,7 @@ class StreamedStep:
             norms[gathered.block] = optim.gradient_norm(gathered.flat)
             self._free.append(gathered.whole)
         self._backward_of_input(parts)
-        every = [*(norms[block] for block in range(len(self.layouts))), self.shared.gradient_norm()]
+        every = [*(norms[block] for block in sorted(norms)), self.shared.gradient_norm()]
         self.watch.look(step, *every)
         self.shared.forget()
         return optim.whole_factor(every, self.recipe.optimizer)
@@ -154,6 +157,9 @@ class StreamedStep:
         gathered: Gathered | None = None
         for unit in reversed(range(len(self.units))):
             block = self.block_of[unit]
+            if self._frozen:
+                self._backward(unit, unit - 1 if unit else following, None, parts)
+                continue
             if gathered is None:
                 layout = self.layouts[block] if self._by_block else self.units[unit]
                 gathered = Gathered(block, self._vector(), layout.numel)
@@ -240,18 +246,16 @@ class StreamedStep:
             self.stream.advance()
         self._let_go(unit)
 
-    def _backward(self, unit: int, following: int | None, gathered: Gathered, parts: list[Part]) -> None:
-        """Adds the unit's gradients to what is gathered. `following`: the unit that is needed next."""
+    def _backward(
+        self, unit: int, following: int | None, gathered: Gathered | None, parts: list[Part]
+    ) -> None:
+        """Adds the unit's gradients to what is gathered; None: it has none. `following`: the unit that is
+        needed next.
+        """
         weights = self._weights(unit)
         if following is not None:
             self.stream.prefetch(following)
-        layout: HasSlots = self.layouts[gathered.block] if self._by_block else self.units[unit]
-        grads = parameter_views(layout, gathered.flat)
-        bind(self.model, weights, {name: grads[name] for name in weights})
-        for name in weights:
-            parameter = self.model.get_parameter(name)
-            # Updates of other units go on while this one computes.
-            parameter.register_post_accumulate_grad_hook(lambda _: self.stream.advance())  # type: ignore[no-untyped-call]
+        self._bind(unit, weights, gathered)
         count, last = len(self.units), unit == len(self.units) - 1
         for index, part in enumerate(parts):
             self.states.restore(unit, index)
@@ -272,6 +276,18 @@ class StreamedStep:
             self.borders.put((count, index), h.grad)
             part.cond_grad = cond.grad
         self._let_go(unit)
+
+    def _bind(self, unit: int, weights: dict[str, Tensor], gathered: Gathered | None) -> None:
+        if gathered is None:
+            bind(self.model, weights, None)
+            return
+        layout: HasSlots = self.layouts[gathered.block] if self._by_block else self.units[unit]
+        grads = parameter_views(layout, gathered.flat)
+        bind(self.model, weights, {name: grads[name] for name in weights})
+        for name in weights:
+            parameter = self.model.get_parameter(name)
+            # Updates of other units go on while this one computes.
+            parameter.register_post_accumulate_grad_hook(lambda _: self.stream.advance())  # type: ignore[no-untyped-call]
 
     def _backward_of_input(self, parts: list[Part]) -> None:
         for index, part in enumerate(parts):

@@ -130,7 +130,7 @@ class Scratch:
     ) -> None:
         numels = [layout.numel for layout in layouts]
         self._numels = {SHARED: shared_layout.numel, **dict(enumerate(numels if together else [max(numels)]))}
-        self._dtype, self._device, self._seed, self._during_backward = dtype, device, seed, during_backward
+        self.dtype, self._device, self._seed, self._during_backward = dtype, device, seed, during_backward
         self._kept: dict[tuple[str, int], Tensor] = {}
 
     def trainable(self, place: int, layout: ArenaLayout, buffer: Tensor) -> Trainable:
@@ -138,7 +138,7 @@ class Scratch:
         arena = Arena(layout, buffer)
         compute = (
             arena.weights
-            if arena.weights.dtype == self._dtype
+            if arena.weights.dtype == self.dtype
             else self._flat("compute", place)[: layout.numel]
         )
         grads = None if self._during_backward else self._flat("grads", place)[: layout.numel]
@@ -146,5 +146,5 @@ class Scratch:
 
     def _flat(self, use: str, place: int) -> Tensor:
         if (use, place) not in self._kept:
-            self._kept[use, place] = torch.zeros(self._numels[place], dtype=self._dtype, device=self._device)
+            self._kept[use, place] = torch.zeros(self._numels[place], dtype=self.dtype, device=self._device)
         return self._kept[use, place]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.blocks.arena import unbind
+from lowmem.blocks.arena import Arena, bind, parameter_views, unbind
 from lowmem.blocks.optim import whole_factor
 from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import RunDir, RunState
@@ -83,6 +83,11 @@ class Trainer:
             # here, not before: the error held the frames in which it was raised, and their tensors
             del attempt
             self.device.give_back()
+
+    def begin(self) -> None:
+        """Commits the first weights, where nothing is committed yet. Raises as `fit`."""
+        with Attempt(self.run, self.plan, self.model, self.listeners):
+            pass
 
     def _train(self, attempt: Attempt, batches: Batches) -> RunState:
         if attempt.finished:
@@ -157,12 +162,20 @@ class Trainer:
         buffers = {block: stream.load(block) for block in visit.blocks}
         if upcoming is not None and not set(upcoming.blocks) & set(visit.blocks):
             stream.prefetch(upcoming.blocks[0])
-        trainables = [
-            scratch.trainable(place, self.layouts[block], buffers[block])
-            for place, block in enumerate(visit.blocks)
-        ]
+        frozen = attempt.plan.settings.frozen is not None
+        trainables = (
+            []
+            if frozen
+            else [
+                scratch.trainable(place, self.layouts[block], buffers[block])
+                for place, block in enumerate(visit.blocks)
+            ]
+        )
         for trainable in trainables:
             trainable.bind(self.model)
+        for block in visit.blocks if frozen else ():
+            weights = Arena(self.layouts[block], buffers[block]).weights.to(scratch.dtype)
+            bind(self.model, parameter_views(self.layouts[block], weights), None)
         every, losses = [*trainables, attempt.shared], []
         shared_step = self.queue.steps_done(visit.index)
         for step in range(visit.first_step, visit.first_step + visit.num_steps):
@@ -185,7 +198,7 @@ class Trainer:
         watch.look(step, *(trainable.weights_norm() for trainable in every))
         for block in visit.blocks:
             unbind(self.model, self.layouts[block])
-        return losses, buffers
+        return losses, {} if frozen else buffers
 
     def _streamed_steps(
         self, attempt: Attempt, streamed: StreamedStep, visit: Visit, batches: Batches

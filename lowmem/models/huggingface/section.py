@@ -1,0 +1,91 @@
+"""`model.name: huggingface`: a decoder from a folder, with its weights or with random ones.
+
+The library is imported when a model is built, and not before: a plan builds it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from lowmem.data.datasets import DataSpec
+from lowmem.errors import ConfigError
+from lowmem.files import printable
+from lowmem.models.base import BuildModel, text_of
+from lowmem.models.huggingface.families import config_of, family_of
+from lowmem.models.huggingface.folder import CONFIG, FolderWeights, read_config
+from lowmem.models.huggingface.model import HuggingfaceLm
+from lowmem.recipe import AdapterConfig, Count, ModelConfig, Recipe
+from lowmem.units import MIB, shown
+
+LIBRARY_BYTES = 128 * MIB  # that importing transformers takes on a CPU, torch's compiler included; measured
+ADAPTER_LIBRARY_BYTES = 52 * MIB  # that peft takes beside it, with bitsandbytes; measured
+LOGITS = 2**24  # elements of the logits that are in memory at once, where the recipe does not say
+
+
+class HuggingfaceModel(ModelConfig):
+    name: Literal["huggingface"]
+    path: str  # of the folder
+    weights: Literal["pretrained", "random"] = "pretrained"
+    head_chunk: Count | None = None  # tokens whose logits are in memory at once; None: as LOGITS allows
+
+    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
+        folder, (vocab_size, seq_len) = Path(self.path), text_of(recipe, spec)
+        content = read_config(folder)
+        family_of(content, self._where)
+        known = content.get("vocab_size")
+        if isinstance(known, int) and known < vocab_size:
+            raise ConfigError(
+                f"{self._where}: vocab_size {known} is smaller than the tokenizer's {vocab_size} tokens; "
+                "allowed: a model that knows every token; give the tokenizer of this model"
+            )
+        return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False), recipe.adapter)
+
+    @property
+    def begins_trained(self) -> bool:
+        return self.weights == "pretrained"
+
+    def library_bytes(self, adapter: bool) -> int:
+        return LIBRARY_BYTES + ADAPTER_LIBRARY_BYTES * adapter
+
+    def fingerprint(self) -> str:
+        return xxhash.xxh3_128_hexdigest(json.dumps(read_config(Path(self.path)), sort_keys=True).encode())
+
+    def contradiction(self, recipe: Recipe) -> str | None:
+        if recipe.method == "end_to_end":
+            return None
+        return (
+            f"method: found '{recipe.method}'; allowed with model.name huggingface: end_to_end; change "
+            "one of them"
+        )
+
+    @property
+    def _where(self) -> str:
+        return printable(Path(self.path) / CONFIG)
+
+    def _build(
+        self, content: dict[str, Any], seq_len: int, packs: bool, adapter: AdapterConfig | None
+    ) -> HuggingfaceLm:
+        family, config = family_of(content, self._where), config_of(content, self._where)
+        chunk = self.head_chunk or max(LOGITS // config.vocab_size, 1)
+        try:
+            model = HuggingfaceLm(family, config, seq_len, chunk, packs)
+        except Exception as problem:  # the library's errors are of many kinds
+            said = shown(" ".join(str(problem).split()), 200)
+            raise ConfigError(
+                f"{self._where}: transformers does not build it ({said}); restore the file from a copy"
+            ) from None
+        if adapter is not None:
+            model.adapt(adapter)
+        if self.weights == "pretrained":
+            ignored = list(family.model_class()._keys_to_ignore_on_load_unexpected or [])
+            if config.tie_word_embeddings:
+                ignored.append(r"^lm_head\.")
+            model.given = FolderWeights(
+                Path(self.path), model.file_names(), family.body, family.renamed, ignored
+            )
+        return model

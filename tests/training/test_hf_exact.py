@@ -1,0 +1,95 @@
+"""Full fine-tuning of every family: streamed from disk, resident and a plain loop end with the same bits."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hf_folders import FAMILIES, make_folder
+from hf_training import STEPS, batches, setting, trained, uncounted
+from torch import Tensor
+
+from lowmem.errors import ConfigError
+from lowmem.models.huggingface.model import HuggingfaceLm
+from lowmem.recipe import Recipe
+from lowmem.schedule import learning_rate, mix_seed
+
+uncounted_activations = pytest.fixture(autouse=True)(uncounted)
+
+
+def plain_loop(folder: Path, recipe: Recipe, kind: str) -> dict[str, Tensor]:
+    """transformers' own model from the folder, and torch's AdamW."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FAMILIES[kind].model_class().from_pretrained(folder, dtype=torch.float32)
+    model.set_attn_implementation(FAMILIES[kind].attention)
+    model.train()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    betas = recipe.optimizer.betas
+    optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=recipe.optimizer.eps, fused=True)
+    for step in range(STEPS):
+        torch.manual_seed(mix_seed(recipe.train.seed, "step", 0, step, 0))
+        batch = batches(step)
+        logits = model(input_ids=batch["tokens"]).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        (losses.view(batch["labels"].shape).sum(1) * batch["share"]).mean().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.train)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {}
+    for name, parameter in model.named_parameters():
+        state = optimizer.state[parameter]
+        found[f"{name} weight"] = parameter.detach()
+        found.update({f"{name} {field}": state[field] for field in ("exp_avg", "exp_avg_sq")})
+    return found
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_streamed_resident_and_a_plain_loop_of_the_library_end_with_the_same_bits(
+    kind: str, tmp_path: Path
+) -> None:
+    folder = make_folder(tmp_path / "model", kind)
+    plan, resident = trained(tmp_path / "resident", folder, "device")
+    _, streamed = trained(tmp_path / "streamed", folder, "disk")
+    recipe, build = setting(folder, "disk")
+    with torch.device("meta"):
+        model = build()
+    assert isinstance(model, HuggingfaceLm)
+    theirs = plain_loop(folder, recipe, kind)
+    names = model.file_names()
+    assert {
+        f"{theirs} {field}" for theirs in names.values() for field in ("weight", "exp_avg", "exp_avg_sq")
+    } == set(theirs)
+    for name, value in resident.items():
+        ours, _, field = name.rpartition(" ")
+        assert torch.equal(value, streamed[name]), name
+        assert torch.equal(value, theirs[f"{names[ours]} {field}"]), name
+    assert plan.settings.tier == "device"
+
+
+def test_micro_batches_a_norm_over_the_model_and_chunks_of_logits_change_no_more_than_rounding(
+    tmp_path: Path,
+) -> None:
+    folder = make_folder(tmp_path / "model", "qwen2")
+    changes: dict[str, Any] = {"optimizer__grad_clip": 1.0, "optimizer__clip": "global"}
+    _, whole = trained(tmp_path / "whole", folder, "device", **changes)
+    changes["train__micro_batch_size"] = 1
+    changes["model"] = {"name": "huggingface", "path": str(folder), "head_chunk": 7}
+    _, parts = trained(tmp_path / "parts", folder, "disk", **changes)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=2e-3, atol=2e-4)
+
+
+def test_nothing_is_written_where_the_weights_do_not_fit(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", "llama")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(ConfigError, match="missing; allowed: all"):
+        trained(tmp_path / "run", folder, "disk")
+    assert not (tmp_path / "run" / "plan.json").exists()
