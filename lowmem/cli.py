@@ -187,18 +187,18 @@ def plan(
     recipe: Annotated[
         str, typer.Argument(help="a recipe's name, the path of a YAML file, or a model's folder to finetune")
     ],
-    data: Annotated[
-        str | None, typer.Argument(help="with a model's folder: the file of rows; not needed")
-    ] = None,
     profile: Annotated[
         list[str] | None, typer.Option("--profile", help="as of train; several are compared")
     ] = None,
     set_: SetOption = None,
-    adapter: Annotated[str | None, typer.Option("--adapter", help="as of finetune")] = None,
     max_model: Annotated[
         bool, typer.Option("--max-model", help="the deepest and the widest model of this recipe that fit")
     ] = False,
     as_json: JsonOption = False,
+    data: Annotated[
+        str | None, typer.Argument(help="with a model's folder: the file of rows; not needed")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option("--adapter", help="as of finetune")] = None,
 ) -> None:
     """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
     from lowmem.finetuning import finetune_recipe, is_model_folder
