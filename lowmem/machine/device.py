@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,13 +55,27 @@ class Way:
         return time.perf_counter() - began
 
 
+class Later:
+    """A number that compute was told to make."""
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can be read without a wait."""
+        return True
+
+    def read(self) -> float:
+        return self._value
+
+
 class Device:
     """A CPU: its memory is the host's, and its work is done when a call returns."""
 
     kind = "cpu"
     copies = False  # whether blocks are copied to memory that the host does not read itself
     has_float64 = True
-    delay_steps = 0  # so many steps later a step's loss can be read without a wait
 
     def __init__(self) -> None:
         self.torch = torch.device(self.kind)
@@ -111,10 +125,9 @@ class Device:
         """The host's tensor on the device. The call does not wait for what compute has been given before."""
         return value.to(self.torch, non_blocking=True)
 
-    def later(self, value: Tensor) -> Callable[[], float]:
-        """Reads a scalar `delay_steps` later."""
-        found = float(value)
-        return lambda: found
+    def later(self, value: Tensor) -> Later:
+        """A scalar to be read when compute has made it."""
+        return Later(float(value))
 
     def memory(self) -> DeviceMemory | None:
         """None where no allocator tells."""
@@ -173,12 +186,27 @@ class CudaWay(Way):
         return float(start.elapsed_time(end)) / 1000
 
 
+class CudaLater(Later):
+    def __init__(self, value: Tensor, device: Device) -> None:
+        self._there = torch.empty((), dtype=value.dtype, pin_memory=True)
+        self._there.copy_(value, non_blocking=True)
+        self._mark = device.mark()
+
+    @property
+    def ready(self) -> bool:
+        return bool(self._mark.query())
+
+    def read(self) -> float:
+        if not self.ready:
+            self._mark.synchronize()
+        return float(self._there)
+
+
 class Cuda(Device):
     """A CUDA card. ROCm's build of torch shows its cards under the same names."""
 
     kind = "cuda"
     copies = True
-    delay_steps = 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,16 +256,8 @@ class Cuda(Device):
         # A copy from memory that is not locked would wait for all that the card has been given.
         return (value if value.is_pinned() else value.pin_memory()).to(self.torch, non_blocking=True)
 
-    def later(self, value: Tensor) -> Callable[[], float]:
-        there = torch.empty((), dtype=value.dtype, pin_memory=True)
-        there.copy_(value, non_blocking=True)
-        mark = self.mark()
-
-        def read() -> float:
-            mark.synchronize()
-            return float(there)
-
-        return read
+    def later(self, value: Tensor) -> Later:
+        return CudaLater(value, self)
 
     def memory(self) -> DeviceMemory:
         found = torch.cuda.memory_stats_as_nested_dict(

@@ -28,6 +28,7 @@ from lowmem.blocks.unit_stream import UnitStream, spread
 from lowmem.blocks.verify import check_contents
 from lowmem.errors import StoreError
 from lowmem.machine.detect import training_device
+from lowmem.machine.device import Later
 from lowmem.machine.environment import read_environment
 from lowmem.machine.heap import give_back_freed
 from lowmem.machine.monitor import Monitor, sample_fields
@@ -101,7 +102,7 @@ class Attempt:
         self.units: UnitStream | None = None  # where a model that is trained end to end streams
         self.borders: Borders | None = None  # where a model that is trained end to end streams
         self.visit: Visit | None = None  # under way
-        self._late: deque[tuple[dict[str, Any], Callable[[], float]]] = deque()  # steps and their losses
+        self._late: deque[tuple[dict[str, Any], Later]] = deque()  # steps and their losses
         self._checked = False  # whether the content of the committed files is known to be right
         self._closing = contextlib.ExitStack()
 
@@ -252,14 +253,14 @@ class Attempt:
         sample = self.monitor.last
         fields = {"visit": visit.index, "block": block, "step": step, "lr": lr, "step_s": round(step_s, 6)}
         self._late.append(({**fields, **sample_fields(sample)}, self.device.later(loss)))
-        self.record_late(self.device.delay_steps)
+        self.record_late(ready=True)
         check_available(self.plan, sample, committed=False)
 
-    def record_late(self, left: int = 0) -> None:
-        """Writes the records of steps that wait for their loss, but for the last `left`."""
-        while len(self._late) > left:
+    def record_late(self, ready: bool = False) -> None:
+        """Writes the records of steps that wait for their loss; `ready`: those whose loss is there by now."""
+        while self._late and (not ready or self._late[0][1].ready):
             fields, loss = self._late.popleft()
-            self.recorder.write("step", **fields, loss=round(loss(), 6))
+            self.recorder.write("step", **fields, loss=round(loss.read(), 6))
 
     def next_state(self, visit: Visit, loss: float, health: dict[str, float]) -> RunState:
         """What will be committed after the visit; its files and traffic are known to `committer` alone."""

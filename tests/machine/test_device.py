@@ -53,11 +53,11 @@ def test_a_buffer_begins_on_a_page_and_never_where_its_storage_begins() -> None:
         assert buffer.data_ptr() % PAGE == 0 and buffer.storage_offset() > 0 and buffer.numel() == num_bytes
 
 
-def test_a_loss_is_read_when_its_turn_comes() -> None:
+def test_a_loss_is_read_later_as_it_was() -> None:
     loss = torch.tensor(2.5)
-    read = CPU.later(loss)
+    later = CPU.later(loss)
     loss.fill_(7.0)  # the next step's
-    assert read() == 2.5
+    assert later.ready and later.read() == 2.5
 
 
 def test_devices_are_found_by_kind_and_by_tensor() -> None:

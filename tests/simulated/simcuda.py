@@ -117,6 +117,8 @@ class Event:
         me().learn(self.clock)
 
     def query(self) -> bool:
+        """Kernels run when they are called, so it has been passed; the thread knows it now."""
+        me().learn(self.clock)
         return True
 
     def elapsed_time(self, other: Event) -> float:

@@ -55,7 +55,7 @@ def trained(name: str, changes: dict[str, Any], seed: int) -> dict[str, Any]:
     waits: Counter[str] = Counter()
 
     def count(event: dict[str, Any]) -> None:
-        """From the record of a step, which comes when the next has ended, to the record of a later one."""
+        """From the record of a step to that of the next. A loss is there at once, so both come at its end."""
         nonlocal before
         if event["event"] != "step" or event["visit"] != 1:
             return
