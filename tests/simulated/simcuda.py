@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
-TOTAL_BYTES = 16 << 30
+TOTAL_BYTES, PAGE = 16 << 30, 4096
 # What the host waits for the card for.
 READ_BY_THE_HOST = ("aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero")
 # What gives other bits in another run, and raises where `use_deterministic_algorithms` is on.
@@ -366,6 +366,15 @@ def to_other_device(source: torch.Tensor, kwargs: Any) -> torch.Tensor | None:
     return copied_across(target, source, not kwargs.get("non_blocking", False))
 
 
+def on_a_page(tensor: torch.Tensor) -> torch.Tensor:
+    """A flat tensor in memory that begins on a page, as the driver gives it; others as they are."""
+    if tensor.dim() != 1:
+        return tensor
+    whole = torch.empty(tensor.numel() * tensor.element_size() + PAGE, dtype=torch.uint8)
+    first = -whole.data_ptr() % PAGE
+    return whole[first : first + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+
+
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
     with WORLD.lock:
         WORLD.pinned[tensor.untyped_storage().data_ptr()] = tensor
@@ -384,7 +393,7 @@ class Card(TorchDispatchMode):
         if func in asks or any(isinstance(value, SimTensor) for value in tree_leaves((args, kwargs))):
             return dispatch(func, args, kwargs)
         if kwargs.get("pin_memory") and not on_card:
-            return pinned(func(*args, **{**kwargs, "pin_memory": False}))
+            return pinned(on_a_page(func(*args, **{**kwargs, "pin_memory": False})))
         if on_card and func is aten._to_copy.default:
             return dispatch(func, args, kwargs)
         if on_card:
