@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -35,22 +35,33 @@ INTERRUPTED = 130
 MOST_SEED = 2**63 - 1  # as of a recipe
 MOST_SAMPLES, MOST_TOKENS = 100_000, 1_000_000  # of one file; each sample is in memory until it is written
 
-app = typer.Typer(
-    help="Train models that do not fit: one block at a time, with a memory budget you can check.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _known(kind: str) -> Callable[[str], list[str]]:
+    """What a shell completes a name to."""
+
+    def complete(incomplete: str) -> list[str]:
+        from lowmem.schema import names_in
+
+        return [name for name in names_in(kind) if name.startswith(incomplete)]
+
+    return complete
+
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="a recipe's name (`lowmem recipes`) or the path of a YAML file")
+    str,
+    typer.Argument(
+        help="a recipe's name (`lowmem recipes`) or the path of a YAML file", autocompletion=_known("recipes")
+    ),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="a run folder, as written by `lowmem train`")]
 ProfileOption = Annotated[
     str | None,
     typer.Option(
-        "--profile", help="a machine's name (`lowmem profiles`) or a YAML file; default: this machine"
+        "--profile",
+        help="a machine's name (`lowmem profiles`) or a YAML file; default: this machine",
+        autocompletion=_known("hardware"),
     ),
 ]
 SetOption = Annotated[
@@ -58,6 +69,27 @@ SetOption = Annotated[
     typer.Option("--set", help="override a key of the recipe, as in --set blocks.num_blocks=6"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from lowmem import __version__
+
+        say(f"lowmem {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def lowmem(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version", callback=_say_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Train models that do not fit: one block at a time, with a memory budget you can check."""
+    if context.invoked_subcommand is None:
+        say(context.get_help())
 
 
 @contextlib.contextmanager
@@ -188,7 +220,10 @@ def plan(
         str, typer.Argument(help="a recipe's name, the path of a YAML file, or a model's folder to finetune")
     ],
     profile: Annotated[
-        list[str] | None, typer.Option("--profile", help="as of train; several are compared")
+        list[str] | None,
+        typer.Option(
+            "--profile", help="as of train; several are compared", autocompletion=_known("hardware")
+        ),
     ] = None,
     set_: SetOption = None,
     max_model: Annotated[
@@ -285,7 +320,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe's
     width = max(map(len, list_recipes())) + 2
     for known in list_recipes():
         comment = text(known).splitlines()[0]
-        print(f"{known:<{width}}{comment.lstrip('# ')}")
+        say(f"{known:<{width}}{comment.lstrip('# ')}")
 
 
 @app.command()
@@ -502,7 +537,7 @@ def _outcome() -> int:
             words = "interrupted: what is committed is kept; run the same command again to go on"
             print(words, file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+    except BrokenPipeError:  # whoever read what `say` does not print has gone
         return 1
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the command line itself

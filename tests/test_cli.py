@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import as_overrides
 
-from lowmem import cli
+from lowmem import __version__, cli
 
 REPORT_FIELDS = {
     "": ["method", "recipe", "profile", "device_type", "metrics", "digest"],
@@ -164,6 +164,48 @@ def test_bad_input_exits_2_with_one_line_and_writes_nothing(
 def test_an_unknown_verb_or_option_exits_2(run: Any) -> None:
     assert run("trian")[0] == 2
     assert run("train", "digits-vit", "--profil", "x")[0] == 2
+
+
+def test_the_bare_command_shows_the_help_and_the_version_is_an_option(run: Any) -> None:
+    code, out, err = run()
+    assert code == 0 and "Usage: lowmem" in out and "finetune" in out and err == ""
+    assert run("--version") == (0, f"lowmem {__version__}\n", "")
+
+
+def test_a_reader_that_goes_after_the_first_line_makes_no_error() -> None:
+    """As `lowmem recipes | head -1` does, also where each line is written at once."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "lowmem", "recipes"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("lowmem train digits-v", "digits-vit"), ("lowmem plan digits-vit --profile cpu-4", "cpu-4gib")],
+)
+def test_a_shell_completes_names_of_recipes_and_machines(words: str, found: str) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {
+        **os.environ,
+        **asked,
+        "_LOWMEM_COMPLETE": "complete_bash",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    program = "import sys; sys.argv[0] = 'lowmem'; from lowmem.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert found in done.stdout.split(), done.stderr
 
 
 def test_report_json_has_every_field_of_the_contract(run: Any, trained: Path) -> None:

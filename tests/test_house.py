@@ -32,7 +32,7 @@ FLOORS = [
 # The order within a floor, where one package imports from another there.
 BESIDE = {("models", "objectives"), ("noise", "recipe"), ("schedule", "recipe"), ("schema", "errors")}
 BESIDE |= {("errors", "units"), ("schema", "units"), ("files", "errors"), ("files", "units")}
-BESIDE |= {("data", "machine"), ("finetuning", "job")}
+BESIDE |= {("data", "machine"), ("finetuning", "job"), ("cli", "__init__")}
 LIGHT = [
     "lowmem",
     "lowmem.cli",
