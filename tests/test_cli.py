@@ -122,7 +122,12 @@ def test_a_budget_too_small_exits_3_with_the_table_the_largest_part_and_the_cure
             ["train", "digits-vit", "--profile", "cpu-4gib", "--set", "optimizer.name=adam8bit"],
             "did you mean 'adamw8bit'?",
         ),
-        (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.lr=3e-4"], "write 3.0e-4"),
+        (
+            ["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.lr='3e-4'"],
+            "write the number 3.0e-4",
+        ),
+        (["train", "digits-vit", "--profile", "rtx4060"], "did you mean 'rtx-4060-laptop-8gb'?"),
+        (["train", "digits-vit", "--set", "data.path=notes.txt"], "as in --set data.name=text"),
         (["train", "digits-vit", "--profile", "rtx-3060-12gb"], "needs a CUDA device"),
         (
             [
