@@ -147,6 +147,37 @@ def train(
 
 
 @app.command()
+def resume(
+    run: RunArgument,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", min=1, help="train.num_steps in all: further than first planned, or less far"
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="go on although the data have changed, and record that")
+    ] = False,
+) -> None:
+    """Go on with a run as it was begun, from its folder alone; or train a finished one further."""
+    from lowmem import job
+    from lowmem.machine.detect import training_device
+
+    plan = job.plan_resume(run, steps)
+    if dry_run or not plan.fits:
+        _print_plan(plan, as_json)
+        return
+    training_device(plan.profile)
+    told = job.keep_length(plan, run, accept_data)
+    if told:
+        say(told, sys.stderr)
+    _train(plan, run, as_json, quiet, accept_data, [])
+
+
+@app.command()
 def finetune(
     model: Annotated[str, typer.Argument(help="a model's folder: config.json and safetensors files")],
     data: Annotated[
@@ -200,7 +231,11 @@ def _train(plan: Any, folder: Path, as_json: bool, quiet: bool, accept_data: boo
         say(plan.table(), sys.stderr)
     status = read_report(folder).content["progress"] if (folder / "plan.json").exists() else None
     if status and status["visits_done"] == status["visits_total"]:
-        say(f"{folder}: this run is finished; choose another --run-dir to train again", sys.stderr)
+        further = f"train it further with lowmem resume {folder} --steps N"
+        say(
+            f"{folder}: this run is finished; choose another --run-dir to train again, or {further}",
+            sys.stderr,
+        )
     with contextlib.ExitStack() as opened:
         listeners = [
             stop_if_interrupted,
