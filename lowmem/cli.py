@@ -52,7 +52,8 @@ def _known(kind: str) -> Callable[[str], list[str]]:
 RecipeArgument = Annotated[
     str,
     typer.Argument(
-        help="a recipe's name (`lowmem recipes`) or the path of a YAML file", autocompletion=_known("recipes")
+        help="a recipe's name (`lowmem recipes`) or the path of a YAML file; of train: or your data",
+        autocompletion=_known("recipes"),
     ),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="a run folder, as written by `lowmem train`")]
@@ -136,14 +137,41 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
-    from lowmem import job
+    from lowmem import from_data, job
 
+    wanted: Any = recipe
+    overrides, text = set_ or [], ""
     folder = run_dir or job.default_run_dir(recipe)
-    plan = job.plan_run(recipe, profile, set_ or [], folder)
+    if from_data.is_data(recipe):
+        folder = run_dir or from_data.default_run_dir(recipe)
+        wanted, lines = from_data.recipe_from_data(recipe, overrides)
+        overrides, text = [], from_data.recipe_text(wanted, lines)
+        say("\n".join(lines), sys.stderr)
+    plan = job.plan_run(wanted, profile, overrides, folder)
     if dry_run or not plan.fits:
         _print_plan(plan, as_json)
         return
-    _train(plan, folder, as_json, quiet, accept_data, log_to or [])
+    _train(plan, folder, as_json, quiet, accept_data, log_to or [], text)
+
+
+@app.command()
+def init(
+    path: Annotated[str, typer.Argument(help="a text file, or a folder of pictures")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="default: NAME.yaml in this folder, after the data")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Write the recipe that `lowmem train PATH` would train, and say what was found and guessed."""
+    from lowmem import from_data
+    from lowmem.reporting.output import check_output, write_output
+
+    recipe, lines = from_data.recipe_from_data(path, set_ or [])
+    target = out or Path(f"{from_data.default_run_dir(path).name}.yaml")
+    if check_output(target, "--out").exists():
+        raise ConfigError(f"--out: {target} exists; it is left as it is; give another name")
+    text = from_data.recipe_text(recipe, lines)
+    say("\n".join([*lines, f"wrote {write_output(target, text.encode(), '--out')}"]))
 
 
 @app.command()
@@ -217,8 +245,16 @@ def finetune(
     _train(plan, folder, as_json, quiet, accept_data, log_to or [])
 
 
-def _train(plan: Any, folder: Path, as_json: bool, quiet: bool, accept_data: bool, log_to: list[str]) -> None:
-    """Trains by a plan and prints the report."""
+def _train(
+    plan: Any,
+    folder: Path,
+    as_json: bool,
+    quiet: bool,
+    accept_data: bool,
+    log_to: list[str],
+    recipe_text: str = "",
+) -> None:
+    """Trains by a plan and prints the report. `recipe_text`: of a recipe that no file holds, for the run."""
     from lowmem import job
     from lowmem.machine.detect import training_device
     from lowmem.reporting.dashboard import live_view
@@ -243,9 +279,22 @@ def _train(plan: Any, folder: Path, as_json: bool, quiet: bool, accept_data: boo
         ]
         opened.enter_context(_only_json(as_json))
         listeners.append(say_warning if quiet else opened.enter_context(live_view(folder)))
+        if recipe_text:
+            listeners.append(_keeper(folder, recipe_text))
         job.train_plan(plan, folder, listeners, accept_data)
     report = read_report(folder)
     say_json(report.content) if as_json else say(report.table())
+
+
+def _keeper(folder: Path, text: str) -> Callable[[dict[str, Any]], None]:
+    """A listener that keeps the recipe in the run, once its folder is the run's."""
+    from lowmem.from_data import keep_recipe
+
+    def keep(record: dict[str, Any]) -> None:
+        if not (folder / "recipe.yaml").exists():
+            keep_recipe(folder, text)
+
+    return keep
 
 
 @app.command()

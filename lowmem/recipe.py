@@ -458,8 +458,7 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     path = find_file(name, "recipes", "recipe", ConfigError)
     raw, where = _with_paths(read_yaml(path, ConfigError)), f"recipe {path.stem}"
-    planned = _steps(raw)
-    _fit_warmup(with_overrides(raw, overrides), planned, overrides)
+    with_overrides(raw, overrides)
     _require_kind_of_path(raw, overrides)
     return parse(Recipe, raw, where, ConfigError)
 
@@ -516,8 +515,10 @@ def _require_kind_of_path(raw: dict[str, Any], overrides: Sequence[str]) -> None
 
 def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A recipe as YAML holds it, with `key=value` overrides on top. Raises ConfigError."""
+    planned = _steps(raw)
     for override in overrides:
         _override(raw, override, "--set", "blocks.num_blocks=6")
+    _fit_warmup(raw, planned, overrides)
     return raw
 
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"planning"},
     {"training"},
     {"inference"},
-    {"job", "finetuning", "terminal"},
+    {"job", "finetuning", "from_data", "terminal"},
     {"cli", "runtime_probe", "floor_probe", "__init__"},
     {"__main__"},
 ]
