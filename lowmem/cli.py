@@ -137,6 +137,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
+    _check_names(recipe, profile)
     from lowmem import from_data, job
 
     wanted: Any = recipe
@@ -284,6 +285,18 @@ def _train(
         job.train_plan(plan, folder, listeners, accept_data)
     report = read_report(folder)
     say_json(report.content) if as_json else say(report.table())
+
+
+def _check_names(recipe: str, profile: str | None) -> None:
+    """Refuses an unknown recipe or machine at once: to load torch takes seconds."""
+    from lowmem.from_data import is_data
+    from lowmem.machine.profile import load_profile
+    from lowmem.schema import find_file
+
+    if not is_data(recipe):
+        find_file(recipe, "recipes", "recipe", ConfigError)
+    if profile is not None:
+        load_profile(profile)
 
 
 def _keeper(folder: Path, text: str) -> Callable[[dict[str, Any]], None]:

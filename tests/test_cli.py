@@ -79,6 +79,18 @@ def test_light_verbs_answer_without_loading_torch(arguments: list[str], trained:
     assert done.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments", [["train", "digit-vit"], ["train", "digits-vit", "--profile", "rtx4060"]]
+)
+def test_unknown_names_are_told_before_torch_is_loaded(arguments: list[str]) -> None:
+    lines = ["import sys", "from lowmem import cli", "try: cli.main()"]
+    lines += ["except SystemExit as e: assert e.code == 2, e.code", "assert 'torch' not in sys.modules"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", "\n".join(lines), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0 and "did you mean" in done.stderr, done.stderr
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Any, tmp_path: Path) -> None:
     code, out, _ = run("train", "digits-vit", "--profile", "cpu-4gib", "--dry-run")
     assert code == 0
