@@ -11,7 +11,7 @@ import atexit
 import contextlib
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -35,22 +35,34 @@ INTERRUPTED = 130
 MOST_SEED = 2**63 - 1  # as of a recipe
 MOST_SAMPLES, MOST_TOKENS = 100_000, 1_000_000  # of one file; each sample is in memory until it is written
 
-app = typer.Typer(
-    help="Train models that do not fit: one block at a time, with a memory budget you can check.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+def _known(kind: str) -> Callable[[str], list[str]]:
+    """What a shell completes a name to."""
+
+    def complete(incomplete: str) -> list[str]:
+        from lowmem.schema import names_in
+
+        return [name for name in names_in(kind) if name.startswith(incomplete)]
+
+    return complete
+
 
 RecipeArgument = Annotated[
-    str, typer.Argument(help="a recipe's name (`lowmem recipes`) or the path of a YAML file")
+    str,
+    typer.Argument(
+        help="a recipe's name (`lowmem recipes`) or the path of a YAML file; of train: or your data",
+        autocompletion=_known("recipes"),
+    ),
 ]
 RunArgument = Annotated[Path, typer.Argument(help="a run folder, as written by `lowmem train`")]
 ProfileOption = Annotated[
     str | None,
     typer.Option(
-        "--profile", help="a machine's name (`lowmem profiles`) or a YAML file; default: this machine"
+        "--profile",
+        help="a machine's name (`lowmem profiles`) or a YAML file; default: this machine",
+        autocompletion=_known("hardware"),
     ),
 ]
 SetOption = Annotated[
@@ -58,6 +70,27 @@ SetOption = Annotated[
     typer.Option("--set", help="override a key of the recipe, as in --set blocks.num_blocks=6"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from lowmem import __version__
+
+        say(f"lowmem {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def lowmem(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="print the version", callback=_say_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Train models that do not fit: one block at a time, with a memory budget you can check."""
+    if context.invoked_subcommand is None:
+        say(context.get_help())
 
 
 @contextlib.contextmanager
@@ -104,14 +137,73 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
-    from lowmem import job
+    _check_names(recipe, profile)
+    from lowmem import from_data, job
 
+    wanted: Any = recipe
+    overrides, text = set_ or [], ""
     folder = run_dir or job.default_run_dir(recipe)
-    plan = job.plan_run(recipe, profile, set_ or [], folder)
+    if from_data.is_data(recipe):
+        folder = run_dir or from_data.default_run_dir(recipe)
+        wanted, lines = from_data.recipe_from_data(recipe, overrides)
+        overrides, text = [], from_data.recipe_text(wanted, lines)
+        say("\n".join(lines), sys.stderr)
+    plan = job.plan_run(wanted, profile, overrides, folder)
     if dry_run or not plan.fits:
         _print_plan(plan, as_json)
         return
-    _train(plan, folder, as_json, quiet, accept_data, log_to or [])
+    _train(plan, folder, as_json, quiet, accept_data, log_to or [], text)
+
+
+@app.command()
+def init(
+    path: Annotated[str, typer.Argument(help="a text file, or a folder of pictures")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="default: NAME.yaml in this folder, after the data")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Write the recipe that `lowmem train PATH` would train, and say what was found and guessed."""
+    from lowmem import from_data
+    from lowmem.reporting.output import check_output, write_output
+
+    recipe, lines = from_data.recipe_from_data(path, set_ or [])
+    target = out or Path(f"{from_data.default_run_dir(path).name}.yaml")
+    if check_output(target, "--out").exists():
+        raise ConfigError(f"--out: {target} exists; it is left as it is; give another name")
+    text = from_data.recipe_text(recipe, lines)
+    say("\n".join([*lines, f"wrote {write_output(target, text.encode(), '--out')}"]))
+
+
+@app.command()
+def resume(
+    run: RunArgument,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", min=1, help="train.num_steps in all: further than first planned, or less far"
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
+    as_json: JsonOption = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="go on although the data have changed, and record that")
+    ] = False,
+) -> None:
+    """Go on with a run as it was begun, from its folder alone; or train a finished one further."""
+    from lowmem import job
+    from lowmem.machine.detect import training_device
+
+    plan = job.plan_resume(run, steps)
+    if dry_run or not plan.fits:
+        _print_plan(plan, as_json)
+        return
+    training_device(plan.profile)
+    told = job.keep_length(plan, run, accept_data)
+    if told:
+        say(told, sys.stderr)
+    _train(plan, run, as_json, quiet, accept_data, [])
 
 
 @app.command()
@@ -154,8 +246,16 @@ def finetune(
     _train(plan, folder, as_json, quiet, accept_data, log_to or [])
 
 
-def _train(plan: Any, folder: Path, as_json: bool, quiet: bool, accept_data: bool, log_to: list[str]) -> None:
-    """Trains by a plan and prints the report."""
+def _train(
+    plan: Any,
+    folder: Path,
+    as_json: bool,
+    quiet: bool,
+    accept_data: bool,
+    log_to: list[str],
+    recipe_text: str = "",
+) -> None:
+    """Trains by a plan and prints the report. `recipe_text`: of a recipe that no file holds, for the run."""
     from lowmem import job
     from lowmem.machine.detect import training_device
     from lowmem.reporting.dashboard import live_view
@@ -168,7 +268,11 @@ def _train(plan: Any, folder: Path, as_json: bool, quiet: bool, accept_data: boo
         say(plan.table(), sys.stderr)
     status = read_report(folder).content["progress"] if (folder / "plan.json").exists() else None
     if status and status["visits_done"] == status["visits_total"]:
-        say(f"{folder}: this run is finished; choose another --run-dir to train again", sys.stderr)
+        further = f"train it further with lowmem resume {folder} --steps N"
+        say(
+            f"{folder}: this run is finished; choose another --run-dir to train again, or {further}",
+            sys.stderr,
+        )
     with contextlib.ExitStack() as opened:
         listeners = [
             stop_if_interrupted,
@@ -176,9 +280,34 @@ def _train(plan: Any, folder: Path, as_json: bool, quiet: bool, accept_data: boo
         ]
         opened.enter_context(_only_json(as_json))
         listeners.append(say_warning if quiet else opened.enter_context(live_view(folder)))
+        if recipe_text:
+            listeners.append(_keeper(folder, recipe_text))
         job.train_plan(plan, folder, listeners, accept_data)
     report = read_report(folder)
     say_json(report.content) if as_json else say(report.table())
+
+
+def _check_names(recipe: str, profile: str | None) -> None:
+    """Refuses an unknown recipe or machine at once: to load torch takes seconds."""
+    from lowmem.from_data import is_data
+    from lowmem.machine.profile import load_profile
+    from lowmem.schema import find_file
+
+    if not is_data(recipe):
+        find_file(recipe, "recipes", "recipe", ConfigError)
+    if profile is not None:
+        load_profile(profile)
+
+
+def _keeper(folder: Path, text: str) -> Callable[[dict[str, Any]], None]:
+    """A listener that keeps the recipe in the run, once its folder is the run's."""
+    from lowmem.from_data import keep_recipe
+
+    def keep(record: dict[str, Any]) -> None:
+        if not (folder / "recipe.yaml").exists():
+            keep_recipe(folder, text)
+
+    return keep
 
 
 @app.command()
@@ -188,7 +317,10 @@ def plan(
         str, typer.Argument(help="a recipe's name, the path of a YAML file, or a model's folder to finetune")
     ],
     profile: Annotated[
-        list[str] | None, typer.Option("--profile", help="as of train; several are compared")
+        list[str] | None,
+        typer.Option(
+            "--profile", help="as of train; several are compared", autocompletion=_known("hardware")
+        ),
     ] = None,
     set_: SetOption = None,
     max_model: Annotated[
@@ -285,7 +417,7 @@ def recipes(name: Annotated[str | None, typer.Argument(help="print this recipe's
     width = max(map(len, list_recipes())) + 2
     for known in list_recipes():
         comment = text(known).splitlines()[0]
-        print(f"{known:<{width}}{comment.lstrip('# ')}")
+        say(f"{known:<{width}}{comment.lstrip('# ')}")
 
 
 @app.command()
@@ -502,7 +634,7 @@ def _outcome() -> int:
             words = "interrupted: what is committed is kept; run the same command again to go on"
             print(words, file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+    except BrokenPipeError:  # whoever read what `say` does not print has gone
         return 1
     except Exception as error:
         show = getattr(error, "show", None)  # a usage error of the command line itself

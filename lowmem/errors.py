@@ -16,10 +16,12 @@ A message is one line: where - what was found - what is allowed - what to do.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from lowmem.units import shown
 
+NUMBER = re.compile(r"\d{2,}")  # in a name: what tells machines apart
 MOST_CHARACTERS = 600  # of a message; what it says fits, and what it quotes from a file may not
 
 
@@ -76,6 +78,24 @@ class BudgetError(LowmemError):
 def nearest(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known name, then all known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"did you mean '{close[0]}'? " if close else ""
+    close = _close(str(name), names)
+    hint = f"did you mean '{close}'? " if close else ""
     return f"{hint}known: {', '.join(names)}"
+
+
+def _close(name: str, known: list[str]) -> str | None:
+    """The known name that begins alike, else the one with the same numbers, else the one of few edits.
+
+    `rtx4060` and `RTX 4060` mean `rtx-4060-laptop-8gb`, which is fewer edits away from other cards.
+    """
+    plain, numbers = _plain(name), set(NUMBER.findall(name))
+    alike = [other for other in known if plain and _plain(other).startswith(plain)]
+    if not alike and numbers:
+        alike = [other for other in known if numbers <= set(NUMBER.findall(other))]
+    if alike:
+        return min(alike, key=len)
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))

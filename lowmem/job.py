@@ -10,15 +10,30 @@ from typing import Any
 
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import Dataset, describe_data, load_data
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, ResumeError
 from lowmem.inference.evaluate import evaluate_on
 from lowmem.machine.detect import detect_profile
 from lowmem.machine.monitor import Monitor
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.models import model_builder
 from lowmem.planning.plan import Plan, check_continues, make_plan, read_plan
-from lowmem.planning.run_data import keep_identity, require_sources, spec_of, tokenizer_of, with_identity
-from lowmem.recipe import MOST_DIM, MOST_LAYERS, Recipe, TransformerModel, load_recipe, recipe_name
+from lowmem.planning.run_data import (
+    keep_identity,
+    require_known_data,
+    require_sources,
+    spec_of,
+    tokenizer_of,
+    with_identity,
+)
+from lowmem.recipe import (
+    MOST_DIM,
+    MOST_LAYERS,
+    Recipe,
+    TransformerModel,
+    load_recipe,
+    recipe_from_dict,
+    recipe_name,
+)
 from lowmem.reporting.telemetry import Listener
 from lowmem.training.trainer import Trainer
 
@@ -124,6 +139,72 @@ def plan_run(
     check_continues(run_dir, frozen, given)
     require_sources(plan)
     return plan.model_copy(update={"recipe": settled})
+
+
+def plan_resume(folder: Path, num_steps: int | None = None) -> Plan:
+    """The frozen plan of a run, to go on with; `num_steps`: with so many steps in all. Writes nothing.
+
+    Raises ResumeError where visits that are made would have been others with so many steps, and where the
+    folder alone does not tell the data.
+    """
+    run = RunDir(folder)
+    plan = read_plan(run)
+    require_known_data(plan, folder)
+    require_sources(plan)
+    was = plan.recipe.train.num_steps
+    if num_steps is None or num_steps == was:
+        return plan
+    raw = plan.recipe.to_dict()
+    recipe = recipe_from_dict({**raw, "train": {**raw["train"], "num_steps": num_steps}}, "--steps")
+    other = plan.model_copy(update={"recipe": recipe})
+    _require_same_visits(folder, plan, other)
+    made = _plan_on(plan.profile, recipe, folder)
+    known = made.fits and made.settings == plan.settings
+    return other.model_copy(update={"predicted": made.predicted}) if known else other
+
+
+def _require_same_visits(folder: Path, plan: Plan, other: Plan) -> None:
+    """Raises ResumeError where visits that are made would have been others by the `other` plan."""
+    done = (RunDir(folder).read_state() or RunState()).visits_done
+    before, now = plan.queue(), other.queue()
+    if not done or (done <= now.num_visits and before.visit(done - 1) == now.visit(done - 1)):
+        return
+    last = before.visit(done - 1)
+    reached, allowed = last.first_step + last.num_steps, f"{last.first_step + last.num_steps} or more"
+    if last.num_steps < before.visit_steps:
+        allowed = f"{before.num_steps}, because its last visits were cut to {last.num_steps} steps"
+    raise ResumeError(
+        f"run folder {folder}: --steps: found {now.num_steps}, and {reached} steps are made; "
+        f"allowed: {allowed}; choose another number, or train anew in another --run-dir"
+    )
+
+
+def keep_length(plan: Plan, folder: Path, accept_data: bool = False) -> str:
+    """Makes the steps of a plan of `plan_resume` those of the run. Returns what that means, in one line.
+
+    The metrics of a finished run go: they are those of other weights. Raises as `train_plan` does.
+    """
+    run, train = RunDir(folder), plan.recipe.train
+    run.acquire()
+    try:
+        frozen = read_plan(run)
+        was = frozen.recipe.train.num_steps
+        if was == train.num_steps:
+            return ""
+        plan.require_fit()
+        with_identity(plan, folder, accept_data)
+        state = run.read_state()
+        if state is not None and state.metrics is not None:
+            run.commit(state.model_copy(update={"metrics": None}))
+        run.replace_plan(
+            frozen.model_copy(update={"recipe": plan.recipe, "predicted": plan.predicted}).to_dict()
+        )
+    finally:
+        run.release()
+    rate = "stays as it is"
+    if train.lr_schedule == "cosine":
+        rate = f"follows the cosine of {train.num_steps} steps from here on, so it jumps at this place"
+    return f"{folder}: {train.num_steps} steps in place of {was}; the learning rate {rate}"
 
 
 def default_run_dir(recipe: str | os.PathLike[str]) -> Path:

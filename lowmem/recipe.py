@@ -14,15 +14,15 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticKnownError
 
 from lowmem.data.config import DECLARED, DataConfig
 from lowmem.errors import ConfigError
-from lowmem.schema import Section, find_file, names_in, parse, read_yaml, yaml_value
+from lowmem.schema import Section, expanded, find_file, names_in, parse, read_yaml, sections, yaml_value
 
 if TYPE_CHECKING:
     from lowmem.data.datasets import DataSpec
@@ -39,6 +39,10 @@ ARCHITECTURES = {
 }
 
 STANDARD_NORMAL = NormalDist()
+PATHS = ("path", "tokenizer")  # keys whose value is, or may be, a path
+# The kind of data that a file's ending suggests; another file is taken for a text.
+KINDS_BY_ENDING = {".jsonl": "chat", ".csv": "chat", ".parquet": "chat", ".npz": "npz_images"}
+FOLDERS = ("idx_images", "image_folder", "latent_arrays")  # kinds of data whose path is a folder
 LEAST_PROBABILITY = 1e-3  # that a drawn level lies in [sigma_min, sigma_max]
 Auto = Literal["auto"]
 Tier = Literal["device", "host", "disk"]
@@ -453,14 +457,68 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises ConfigError: unknown recipe, key or name, wrong type, or settings that contradict each other.
     """
     path = find_file(name, "recipes", "recipe", ConfigError)
-    raw = with_overrides(read_yaml(path, ConfigError), overrides)
-    return parse(Recipe, raw, f"recipe {path.stem}", ConfigError)
+    raw, where = _with_paths(read_yaml(path, ConfigError)), f"recipe {path.stem}"
+    with_overrides(raw, overrides)
+    _require_kind_of_path(raw, overrides)
+    return parse(Recipe, raw, where, ConfigError)
+
+
+def _steps(raw: dict[str, Any]) -> tuple[int, int] | None:
+    """(train.warmup_steps, train.num_steps) of a recipe that has both."""
+    train = raw.get("train")
+    found = (train.get("warmup_steps"), train.get("num_steps")) if isinstance(train, dict) else ()
+    whole = [number for number in found if isinstance(number, int) and number > 0]
+    return (whole[0], whole[1]) if len(whole) == 2 else None
+
+
+def _fit_warmup(raw: dict[str, Any], planned: tuple[int, int] | None, overrides: Sequence[str]) -> None:
+    """Keeps the recipe's share of warm-up in a run that `overrides` make shorter than the warm-up.
+
+    One that is long enough keeps the number, and a given number is not touched.
+    """
+    now = _steps(raw)
+    given = {"train", "train.warmup_steps"} & {override.partition("=")[0] for override in overrides}
+    if planned and now and not given and now[0] > now[1] and planned[0] <= planned[1]:
+        raw["train"]["warmup_steps"] = planned[0] * now[1] // planned[1]
+
+
+def _require_kind_of_path(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Raises ConfigError where only the data's path is given, and the recipe's kind of data has none.
+
+    So too where it is a file and that kind reads a folder.
+    """
+    data, keys = raw.get("data"), {override.partition("=")[0] for override in overrides}
+    if not isinstance(data, dict) or "data.path" not in keys or keys & {"data", "data.name"}:
+        return
+    kind, path = data.get("name"), data.get("path")
+    known: dict[Any, type[BaseModel]] = {
+        name: section
+        for section in sections(Recipe.model_fields["data"].annotation)
+        for name in get_args(section.model_fields["name"].annotation)
+    }
+    if kind not in known or not isinstance(path, str):
+        return
+    if "path" not in known[kind].model_fields:
+        why = "has no path"
+    elif kind in FOLDERS and os.path.isfile(path):
+        why = "reads a folder, and this is a file"
+    else:
+        return
+    names = sorted(name for name, section in known.items() if "path" in section.model_fields)
+    example = KINDS_BY_ENDING.get(Path(path).suffix, "image_folder" if os.path.isdir(path) else "text")
+    raise ConfigError(
+        f"--set data.path: found '{path}'; the recipe's data.name '{kind}' {why}; set data.name too, as in "
+        f"--set data.name={example}; allowed with a path: "
+        f"{', '.join(names)}"
+    )
 
 
 def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A recipe as YAML holds it, with `key=value` overrides on top. Raises ConfigError."""
+    planned = _steps(raw)
     for override in overrides:
         _override(raw, override, "--set", "blocks.num_blocks=6")
+    _fit_warmup(raw, planned, overrides)
     return raw
 
 
@@ -501,9 +559,18 @@ def _override(raw: dict[str, Any], override: str, option: str, example: str) -> 
         raise ConfigError(
             f"{option} {key}: '{text}' is not a YAML value: {' '.join(str(problem).split())}"
         ) from None
-    *sections, last = key.split(".")
-    for section in sections:
+    *above, last = key.split(".")
+    for section in above:
         raw = raw.setdefault(section, {})
         if not isinstance(raw, dict):
             raise ConfigError(f"{option} {key}: '{section}' is a value, not a section with keys")
-    raw[last] = value
+    raw[last] = _with_paths(value, last, key)
+
+
+def _with_paths(value: Any, key: str = "", where: str = "") -> Any:
+    """A value of YAML with `~` and variables in paths written out. Those of a stranger's run never are."""
+    if isinstance(value, dict):
+        return {
+            name: _with_paths(inner, name, f"{where}.{name}".lstrip(".")) for name, inner in value.items()
+        }
+    return expanded(value, where, ConfigError) if key in PATHS and isinstance(value, str) else value

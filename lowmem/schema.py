@@ -25,6 +25,9 @@ MOST_BYTES = 64 * 1024  # of a file of YAML: a recipe has 1 KiB, and PyYAML read
 MOST_DEPTH = 16  # of sections in one another: a recipe has 3
 MOST_FOUND = 80  # characters of a value in a message
 OCTAL = re.compile(r"[-+]?0[0-7_]+")
+# `3e-4` and `1e3`: numbers for everyone but YAML 1.1, which wants a dot and a signed exponent.
+EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 TAGS = ("name", "kind")  # keys that choose one section of several
 QUOTE = "'"
 # pydantic's types of problems with a bound, and where that bound is
@@ -114,6 +117,12 @@ class _PlainLoader(yaml.SafeLoader):
         return value
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """Writes what `_PlainLoader` reads back as it was."""
+
+
+for _class in (_PlainLoader, _PlainDumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
 for _kind in ("int", "float"):
     _PlainLoader.add_constructor(
         f"tag:yaml.org,2002:{_kind}", getattr(_PlainLoader, f"construct_yaml_{_kind}")
@@ -133,7 +142,7 @@ def names_in(kind: str) -> list[str]:
 
 def find_file(name: str | os.PathLike[str], kind: str, what: str, error: type[LowmemError]) -> Path:
     """The file of a name among the package's profiles, or of a path. Raises `error` when there is none."""
-    path = Path(name)
+    path = Path(expanded(os.fspath(name), what, error))
     if path.suffix in (".yaml", ".yml") or os.sep in str(name):
         try:
             if path.is_file():
@@ -155,6 +164,42 @@ def yaml_value(text: str) -> Any:
     if len(text) > MOST_BYTES:
         raise ValueError(f"found more than {MOST_BYTES} characters; a recipe or a profile has some 1000")
     return yaml.load(text, Loader=_PlainLoader)
+
+
+def yaml_text(value: Any) -> str:
+    """`value` as a text of YAML."""
+    return yaml.dump(value, Dumper=_PlainDumper, sort_keys=False, default_flow_style=None, width=150)
+
+
+def expanded(path: str, where: str, error: type[LowmemError]) -> str:
+    """A path of the user's with `~` and environment variables written out, as a shell does it.
+
+    A shell leaves `key=~/x` as it is. A file of that very name is meant first. Raises `error` for what stands
+    for nothing.
+    """
+    if ("~" not in path and "$" not in path) or _exists(path):
+        return path
+    for plain, braced in VARIABLE.findall(path):
+        if plain + braced not in os.environ:
+            raise error(
+                f"{where}: found '{shown(path, MOST_FOUND)}'; the environment has no variable "
+                f"'{plain + braced}'; set it, or write the path out"
+            )
+    filled = VARIABLE.sub(lambda found: os.environ[found[1] or found[2]], path)
+    home = os.path.expanduser(filled)
+    if filled.startswith("~") and home == filled:
+        raise error(
+            f"{where}: found '{shown(path, MOST_FOUND)}'; no user has that home; write the path out, or "
+            f"./{shown(path, MOST_FOUND)} for a file of that name"
+        )
+    return home
+
+
+def _exists(path: str) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:
+        return False
 
 
 def read_text(path: Path, error: type[LowmemError]) -> str:
@@ -234,10 +279,9 @@ def _about_value(found: Any, problems: list[ErrorDetails]) -> str:
         return f"unknown name '{shown(found, MOST_FOUND)}'; {known}"
     if isinstance(found, str) and _is_number(found) and other:
         number = _as_yaml_number(found, any("integer" in allowed for allowed in other))
-        return (
-            f"found the text '{found}' (YAML 1.1 reads a number only with a dot and a signed exponent); "
-            f"write {number}"
-        )
+        return f"found the text '{found}'; write the number {number}, without quotes"
+    if isinstance(found, float) and found.is_integer() and any("integer" in allowed for allowed in other):
+        return f"found {found}; allowed: {' or '.join(dict.fromkeys(literals + other))}; write {int(found)}"
     return f"found {shown(repr(found), MOST_FOUND)}; allowed: {' or '.join(dict.fromkeys(literals + other))}"
 
 
@@ -276,17 +320,17 @@ def _known_keys(cls: type[BaseModel], raw: Any, path: list[Any]) -> list[str]:
     for step in path:
         raw = raw[step]
         field = next(f for n, f in cls.model_fields.items() if (f.alias or n) == step)
-        sections = list(_sections(field.annotation))
-        cls = next((s for s in sections if len(sections) == 1 or _has_tags_of(s, raw)), sections[0])
+        known = list(sections(field.annotation))
+        cls = next((s for s in known if len(known) == 1 or _has_tags_of(s, raw)), known[0])
     return [field.alias or name for name, field in cls.model_fields.items()]
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections(annotation: Any) -> Iterator[type[BaseModel]]:
     """The sections that a field may hold: its class, its class's `variants`, or the members of its union."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield from annotation.variants()
     for part in typing.get_args(annotation):
-        yield from _sections(part)
+        yield from sections(part)
 
 
 def _has_tags_of(section: type[BaseModel], raw: dict[str, Any]) -> bool:

@@ -24,11 +24,27 @@ _interrupted = threading.Event()
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Prints lines (`file` None: to stdout), with everything in them escaped that a terminal would obey."""
-    print("\n".join(shown(line, sys.maxsize) for line in text.split("\n")), file=file)
+    _print("\n".join(shown(line, sys.maxsize) for line in text.split("\n")), file)
 
 
 def say_json(content: Any) -> None:
-    print(json.dumps(finite(content), indent=1, allow_nan=False))
+    _print(json.dumps(finite(content), indent=1, allow_nan=False))
+
+
+def _print(text: str, file: TextIO | None = None) -> None:
+    """Prints. A reader of stdout that has gone, as `| head` does, has what it wanted: the rest is dropped."""
+    try:
+        print(text, file=file)
+    except BrokenPipeError:
+        if file is not None:
+            raise
+        _drop_output()
+
+
+def _drop_output() -> None:
+    """Makes stdout the null device, or the interpreter's end would try again to write what is left."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say_warning(record: dict[str, Any]) -> None:
@@ -91,8 +107,7 @@ def flushed(code: int) -> int:
     try:
         sys.stdout.flush()
     except (OSError, ValueError) as problem:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would try again
+        _drop_output()
         if not isinstance(problem, BrokenPipeError):
             complain(f"standard output: {problem}; what was to be printed is lost")
             return code or 1

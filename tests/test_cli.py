@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import as_overrides
 
-from lowmem import cli
+from lowmem import __version__, cli
 
 REPORT_FIELDS = {
     "": ["method", "recipe", "profile", "device_type", "metrics", "digest"],
@@ -79,6 +79,18 @@ def test_light_verbs_answer_without_loading_torch(arguments: list[str], trained:
     assert done.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments", [["train", "digit-vit"], ["train", "digits-vit", "--profile", "rtx4060"]]
+)
+def test_unknown_names_are_told_before_torch_is_loaded(arguments: list[str]) -> None:
+    lines = ["import sys", "from lowmem import cli", "try: cli.main()"]
+    lines += ["except SystemExit as e: assert e.code == 2, e.code", "assert 'torch' not in sys.modules"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", "\n".join(lines), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0 and "did you mean" in done.stderr, done.stderr
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Any, tmp_path: Path) -> None:
     code, out, _ = run("train", "digits-vit", "--profile", "cpu-4gib", "--dry-run")
     assert code == 0
@@ -122,7 +134,12 @@ def test_a_budget_too_small_exits_3_with_the_table_the_largest_part_and_the_cure
             ["train", "digits-vit", "--profile", "cpu-4gib", "--set", "optimizer.name=adam8bit"],
             "did you mean 'adamw8bit'?",
         ),
-        (["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.lr=3e-4"], "write 3.0e-4"),
+        (
+            ["train", "digits-vit", "--profile", "cpu-4gib", "--set", "train.lr='3e-4'"],
+            "write the number 3.0e-4",
+        ),
+        (["train", "digits-vit", "--profile", "rtx4060"], "did you mean 'rtx-4060-laptop-8gb'?"),
+        (["train", "digits-vit", "--set", "data.path=notes.txt"], "as in --set data.name=text"),
         (["train", "digits-vit", "--profile", "rtx-3060-12gb"], "needs a CUDA device"),
         (
             [
@@ -164,6 +181,48 @@ def test_bad_input_exits_2_with_one_line_and_writes_nothing(
 def test_an_unknown_verb_or_option_exits_2(run: Any) -> None:
     assert run("trian")[0] == 2
     assert run("train", "digits-vit", "--profil", "x")[0] == 2
+
+
+def test_the_bare_command_shows_the_help_and_the_version_is_an_option(run: Any) -> None:
+    code, out, err = run()
+    assert code == 0 and "Usage: lowmem" in out and "finetune" in out and err == ""
+    assert run("--version") == (0, f"lowmem {__version__}\n", "")
+
+
+def test_a_reader_that_goes_after_the_first_line_makes_no_error() -> None:
+    """As `lowmem recipes | head -1` does, also where each line is written at once."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [sys.executable, "-m", "lowmem", "recipes"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("lowmem train digits-v", "digits-vit"), ("lowmem plan digits-vit --profile cpu-4", "cpu-4gib")],
+)
+def test_a_shell_completes_names_of_recipes_and_machines(words: str, found: str) -> None:
+    asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    environment = {
+        **os.environ,
+        **asked,
+        "_LOWMEM_COMPLETE": "complete_bash",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    program = "import sys; sys.argv[0] = 'lowmem'; from lowmem.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert found in done.stdout.split(), done.stderr
 
 
 def test_report_json_has_every_field_of_the_contract(run: Any, trained: Path) -> None:

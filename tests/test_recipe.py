@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lowmem.errors import ConfigError
+from lowmem.errors import ConfigError, ProfileError
+from lowmem.machine.profile import load_profile
 from lowmem.recipe import Recipe, list_recipes, load_recipe, recipe_from_dict, recipe_name
-from lowmem.schema import profiles_dir
+from lowmem.schema import profiles_dir, yaml_text, yaml_value
 
 RECIPE = """
 schema: 1
@@ -148,16 +149,110 @@ def test_a_missing_key_is_named(recipe_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "cure"), [("3e-4", "3.0e-4"), ("1e3", "1.0e+3"), ("1.5e3", "1.5e+3"), ("-2e-5", "-2.0e-5")]
-)
-def test_a_number_that_yaml_reads_as_text_is_refused_with_a_cure_that_works(
-    recipe_path: Path, text: str, cure: str
-) -> None:
+@pytest.mark.parametrize("text", ["3e-4", "1E-3", "1.5e-3", "2.e-2", ".5e-1", "1e0", "1.0e-3"])
+def test_numbers_with_an_exponent_are_numbers_as_everywhere_else(recipe_path: Path, text: str) -> None:
     recipe_path.write_text(RECIPE.replace("1.0e-3", text))
-    assert message(recipe_path) == message(recipe_path, f"train.lr={text}")
-    assert f"'{text}'" in message(recipe_path) and message(recipe_path).endswith(f"write {cure}")
-    assert yaml.safe_load(cure) == float(text)
+    assert load_recipe(recipe_path).train.lr == float(text)
+    assert load_recipe("digits-vit", [f"train.lr={text}"]).train.lr == float(text)
+
+
+@pytest.mark.parametrize(("key", "text", "cure"), [("lr", "'3e-4'", "3.0e-4"), ("seed", "1e3", "1000")])
+def test_a_number_in_quotes_or_of_another_type_is_refused_with_a_cure_that_works(
+    recipe_path: Path, key: str, text: str, cure: str
+) -> None:
+    said = message(recipe_path, f"train.{key}={text}")
+    assert f"train.{key}" in said and f" {cure}" in said
+    assert getattr(load_recipe(recipe_path, [f"train.{key}={cure}"]).train, key) == float(cure)
+
+
+def test_what_is_written_as_yaml_is_read_as_it_was() -> None:
+    value = {
+        "text": "3e-4",
+        "word": "name",
+        "small": 1e-5,
+        "whole": 3,
+        "none": None,
+        "flag": True,
+        "no": "no",
+    }
+    assert yaml_value(yaml_text(value)) == value
+
+
+def test_the_warm_up_keeps_its_share_of_a_run_that_is_shorter_than_it() -> None:
+    def warmup(*overrides: str) -> int:
+        return load_recipe("digits-vit", overrides).train.warmup_steps  # 50 of 1500
+
+    assert warmup("train.num_steps=30") == 1 and warmup("train.num_steps=20") == 0
+    assert warmup("train.num_steps=50") == warmup("train.num_steps=3000") == 50
+    assert warmup("train.num_steps=60", "train.warmup_steps=40") == 40
+    with pytest.raises(ConfigError, match="allowed: at most train.num_steps = 30"):
+        warmup("train.num_steps=30", "train.warmup_steps=50")
+
+
+def test_home_and_variables_in_paths_are_written_out(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PICTURES", "pictures")
+    wanted = str(tmp_path / "pictures")
+    data = "{name: idx_images, path: ~/$PICTURES}"
+    assert load_recipe(recipe_path, [f"data={data}"]).data.path == wanted  # type: ignore[union-attr]
+    braced = "{name: idx_images, path: '~/${PICTURES}'}"
+    recipe_path.write_text(RECIPE.replace("{name: digits}", braced))
+    assert load_recipe(recipe_path).data.path == wanted  # type: ignore[union-attr]
+    assert load_recipe(f"~/{recipe_path.relative_to(tmp_path)}").train.num_steps == 100
+    assert "no variable 'NOWHERE'" in message(recipe_path, "data.path=$NOWHERE/x")
+    assert "no user has that home" in message(recipe_path, "data.path=~nobody-of-that-name/x")
+
+
+def test_a_file_that_is_named_as_a_variable_is_that_file(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a$b").mkdir()
+    recipe = load_recipe(recipe_path, ["data={name: idx_images, path: a$b}"])
+    assert recipe.data.path == "a$b"  # type: ignore[union-attr]
+
+
+def test_the_paths_of_a_stranger_s_run_are_not_written_out(recipe_path: Path) -> None:
+    raw = {**load_recipe(recipe_path).to_dict(), "data": {"name": "idx_images", "path": "~/$HOME"}}
+    assert recipe_from_dict(raw, "plan").data.path == "~/$HOME"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "path", "name"),
+    [
+        ("digits-vit", "notes.txt", "text"),
+        ("fashion-vit", "notes.txt", "text"),
+        ("stdlib-causal", "chat.jsonl", "chat"),
+        ("stdlib-causal", "pictures", "image_folder"),
+    ],
+)
+def test_a_path_without_its_kind_of_data_says_to_set_the_kind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str, path: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("words")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(ConfigError, match=f"set data.name too, as in --set data.name={name}; allowed"):
+        load_recipe(recipe, [f"data.path={path}"])
+    load_recipe("fashion-vit", ["data.path=pictures"])
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("rtx-4060", "rtx-4060-laptop-8gb"),
+        ("rtx4060", "rtx-4060-laptop-8gb"),
+        ("RTX 4060", "rtx-4060-laptop-8gb"),
+        ("geforce-4090", "rtx-4090-24gb"),
+        ("wsl", "wsl2-rtx-4060-laptop-8gb"),
+        ("cpu-4gb", "cpu-4gib"),
+    ],
+)
+def test_a_machine_is_meant_by_the_beginning_of_its_name_or_its_number(name: str, meant: str) -> None:
+    with pytest.raises(ProfileError, match=f"did you mean '{meant}'"):
+        load_profile(name)
 
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(recipe_path: Path) -> None:

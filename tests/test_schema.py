@@ -89,8 +89,7 @@ def test_a_name_chooses_the_section(cls: type[Section]) -> None:
         ({"name": "disc", "radius": 0}, "shape.radius: found 0; allowed: greater than 0"),
         (
             {"name": "disc", "radius": "1e1"},
-            "shape.radius: found the text '1e1' "
-            "(YAML 1.1 reads a number only with a dot and a signed exponent); write 10",
+            "shape.radius: found the text '1e1'; write the number 10, without quotes",
         ),
     ],
 )

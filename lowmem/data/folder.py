@@ -1,6 +1,7 @@
 """`data.name: image_folder`: images in folders, one folder for each class.
 
 DIR/train/CLASS/*  and  DIR/test/CLASS/* or DIR/val/CLASS/*
+DIR/**                  with `classes: none`: all pictures are of one class, to be drawn
 DIR/CLASS/*             if no folder lies in DIR/train; `test_fraction` of the images is then the test part
 
 Classes are numbered in the order of their names. A class's folder may hold folders and links to folders. A
@@ -11,6 +12,7 @@ batch opens its own images.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ SUFFIXES = (
 )
 # How the files of pictures begin.
 BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
+ONE_CLASS = "all"  # of pictures that are not sorted
 TEST_NAMES = ("test", "val")
 GIVE = "give a folder with one folder of images for each class"
 Files = list[tuple[str, int]]  # (name relative to the root, label)
@@ -42,10 +45,13 @@ class ImageFolderData(SquareImages):
     name: Literal["image_folder"]
     path: str
     test_fraction: TestFraction = 0.1
+    classes: Literal["folders", "none"] = "folders"
 
     @property
     def class_names(self) -> list[str]:
         root = Path(self.path)
+        if self.classes == "none":
+            return [ONE_CLASS]
         return _classes(root / "train" if _is_split(root) else root)
 
     def _open(self) -> ImageSet:
@@ -56,8 +62,11 @@ class ImageFolderData(SquareImages):
         """
         pillow("data.name: 'image_folder'")
         root, side, left_out = Path(self.path), self.image_size, LeftOut()
-        split, classes = _is_split(root), self.class_names
-        if split:
+        unsorted = self.classes == "none"
+        split, classes = not unsorted and _is_split(root), self.class_names
+        if unsorted:
+            files = _drawn(_pictures(root, root, 0, left_out), self.test_fraction)
+        elif split:
             files = _split_files(root, classes, left_out)
         else:
             files = _drawn_files(root, classes, self.test_fraction, left_out)
@@ -171,8 +180,12 @@ def _split_files(root: Path, classes: list[str], left_out: LeftOut) -> dict[str,
 
 def _drawn_files(root: Path, classes: list[str], test_fraction: float, left_out: LeftOut) -> dict[str, Files]:
     """The files of root/CLASS, each in the part that its name decides."""
+    return _drawn(_files(root, root, classes, left_out), test_fraction)
+
+
+def _drawn(files: Files, test_fraction: float) -> dict[str, Files]:
     parts: dict[str, Files] = {"train": [], "test": []}
-    for name, label in _files(root, root, classes, left_out):
+    for name, label in sorted(files):
         parts["test" if in_test_part(name, test_fraction) else "train"].append((name, label))
     return parts
 
@@ -212,15 +225,35 @@ def _files(root: Path, folder: Path, classes: list[str], left_out: LeftOut) -> F
         if name not in classes:
             left_out.add("in no class's folder", (folder / name).relative_to(root).as_posix())
     for label, name in enumerate(classes):
-        for entry in _below(folder / name, set()) if name in present else ():
-            path = Path(entry.path).relative_to(root).as_posix()
-            if entry.name.startswith("."):
-                left_out.add("hidden", path)
-            elif _is_picture(entry):
-                found.append((path, label))
-            else:
-                left_out.add("not pictures", path)
+        if name in present:
+            found += _pictures(root, folder / name, label, left_out)
     return sorted(found)
+
+
+def _pictures(root: Path, folder: Path, label: int, left_out: LeftOut) -> Files:
+    """Every image below a folder."""
+    found: Files = []
+    for entry in _below(folder, set()):
+        path = Path(entry.path).relative_to(root).as_posix()
+        if entry.name.startswith("."):
+            left_out.add("hidden", path)
+        elif _is_picture(entry):
+            found.append((path, label))
+        else:
+            left_out.add("not pictures", path)
+    return found
+
+
+def sorted_classes(root: Path) -> list[str]:
+    """The classes that a folder's own folders are, none where pictures lie in no folder of it."""
+    folder = root / "train" if _is_split(root) else root
+    return [entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def some_pictures(root: Path, most: int) -> list[Path]:
+    """The first pictures below a folder."""
+    pictures = (Path(entry.path) for entry in _below(root, set()) if _is_picture(entry))
+    return list(itertools.islice(pictures, most))
 
 
 def _below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[os.DirEntry[str]]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from lowmem.errors import ProfileError
-from lowmem.schema import Section, find_file, names_in, parse, read_yaml
+from lowmem.schema import Section, find_file, names_in, parse, read_yaml, yaml_text
 from lowmem.units import GIB, from_gib
 
 # Bounds that no machine reaches, so that a typing error is refused and arithmetic on bytes stays exact.
@@ -168,7 +167,7 @@ def profile_from_dict(raw: dict[str, Any], where: str) -> Profile:
 
 def profile_to_yaml(profile: Profile) -> str:
     raw = profile.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return yaml.safe_dump(raw, sort_keys=False, default_flow_style=None, width=150)
+    return yaml_text(raw)
 
 
 def list_profiles() -> list[str]:

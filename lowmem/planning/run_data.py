@@ -77,6 +77,18 @@ def require_sources(plan: Plan) -> None:
             )
 
 
+def require_known_data(plan: Plan, folder: Path) -> None:
+    """Raises where a run folder alone does not say enough to open the data: see `_refuse_remote`. A plan that
+    keeps no fingerprint may name any file.
+    """
+    _refuse_remote(plan.recipe.data)
+    if plan.data is None:
+        raise ResumeError(
+            f"run folder {folder}: keeps no fingerprint of its data; go on with the command, or the "
+            "program, that began it"
+        )
+
+
 def own_data(plan: Plan) -> Dataset:
     """The run's own data, not augmented. Raises DataError where they are gone, elsewhere, or have changed."""
     section, seq_len = plan.recipe.data, plan.recipe.train.seq_len
