@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> the module with its 
     "huggingface images": ("huggingface", {"kind": "images", "dataset": "known", "image_size": 8}),
     "huggingface text": ("huggingface", {"kind": "text", "dataset": "known"}),
     "custom": ("config", {}),
+    "chat": ("chat", {"path": "file.jsonl", "tokenizer": "folder"}),
 }
 
 
