@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from test_cli import lowmem as run_lowmem
 
 from lowmem.data.datasets import load_data
 from lowmem.errors import ConfigError
 from lowmem.from_data import default_run_dir, is_data, recipe_from_data, recipe_text
+from lowmem.inference.evaluation import features
 from lowmem.recipe import load_recipe
 
 Maker = Callable[[Path], Path]
@@ -69,6 +71,16 @@ def test_pictures_are_trained_on_in_a_size_near_their_own_and_unsorted_ones_are_
     assert (small.data.image_size, large.data.image_size) == (32, 64)  # type: ignore[union-attr]
     data = load_data(large.data, None)
     assert set(data.batch(0, 0, 16)["label"].tolist()) == {0}
+
+
+def test_one_class_alone_would_train_no_feature_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So to train none changes no weight."""
+    network, images = features.FeatureNetwork(3, 1), torch.rand(4, 3, 8, 8)
+    loss = torch.nn.functional.cross_entropy(network.head(network(images)), torch.zeros(4, dtype=torch.long))
+    loss.backward()
+    assert all(not weight.grad.any() for weight in network.parameters() if weight.grad is not None)
+    monkeypatch.setattr(features, "FEATURE_BATCH", -1)  # a step would fail
+    features._trained(images, torch.zeros(4, dtype=torch.long), 0)
 
 
 def test_a_recipe_s_name_and_file_are_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,8 @@ def _trained(images: Tensor, labels: Tensor, seed: int) -> FeatureNetwork:
         torch.manual_seed(mix_seed(seed, "feature_network"))
         network = FeatureNetwork(images.shape[1], int(labels.max()) + 1)
         optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-        for step in range(FEATURE_STEPS):
+        # One class alone teaches nothing: its loss is 0, and so is every gradient.
+        for step in range(FEATURE_STEPS if int(labels.max()) > 0 else 0):
             batch = torch.randint(len(images), (FEATURE_BATCH,))
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / FEATURE_STEPS)
             optimizer.zero_grad()
