@@ -17,7 +17,7 @@ import pytest
 
 SIMULATED = Path(__file__).parents[1] / "simulated"
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 600
+LIMIT_S = 1800
 
 
 @pytest.fixture(scope="session")
