@@ -70,6 +70,14 @@ SetOption = Annotated[
     typer.Option("--set", help="override a key of the recipe, as in --set blocks.num_blocks=6"),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="no progress while training")]
+AcceptDataOption = Annotated[
+    bool, typer.Option("--accept-data", help="go on although the data have changed, and record that")
+]
+LogToOption = Annotated[
+    list[str] | None, typer.Option("--log-to", help="also send telemetry to tensorboard, wandb or trackio")
+]
 
 
 def _say_version(wanted: bool) -> None:
@@ -125,16 +133,11 @@ def train(
         typer.Option("--run-dir", help="default: runs/RECIPE; the same command again goes on where it stood"),
     ] = None,
     set_: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
-    accept_data: Annotated[
-        bool, typer.Option("--accept-data", help="go on although the data have changed, and record that")
-    ] = False,
-    log_to: Annotated[
-        list[str] | None,
-        typer.Option("--log-to", help="also send telemetry to tensorboard, wandb or trackio"),
-    ] = None,
+    quiet: QuietOption = False,
+    accept_data: AcceptDataOption = False,
+    log_to: LogToOption = None,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
     _check_names(recipe, profile)
@@ -184,12 +187,10 @@ def resume(
             "--steps", min=1, help="train.num_steps in all: further than first planned, or less far"
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
-    accept_data: Annotated[
-        bool, typer.Option("--accept-data", help="go on although the data have changed, and record that")
-    ] = False,
+    quiet: QuietOption = False,
+    accept_data: AcceptDataOption = False,
 ) -> None:
     """Go on with a run as it was begun, from its folder alone; or train a finished one further."""
     from lowmem import job
@@ -222,16 +223,11 @@ def finetune(
         str | None, typer.Option("--adapter", help="lora: train small matrices beside frozen weights")
     ] = None,
     set_: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and write nothing")] = False,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="no progress while training")] = False,
-    accept_data: Annotated[
-        bool, typer.Option("--accept-data", help="go on although the data have changed, and record that")
-    ] = False,
-    log_to: Annotated[
-        list[str] | None,
-        typer.Option("--log-to", help="also send telemetry to tensorboard, wandb or trackio"),
-    ] = None,
+    quiet: QuietOption = False,
+    accept_data: AcceptDataOption = False,
+    log_to: LogToOption = None,
 ) -> None:
     """Train a model from a Hugging Face folder further, on rows of a file. Prints the report."""
     from lowmem import job
@@ -304,7 +300,7 @@ def _keeper(folder: Path, text: str) -> Callable[[dict[str, Any]], None]:
     from lowmem.from_data import keep_recipe
 
     def keep(record: dict[str, Any]) -> None:
-        if not (folder / "recipe.yaml").exists():
+        if record["event"] == "open" and not (folder / "recipe.yaml").exists():
             keep_recipe(folder, text)
 
     return keep

@@ -434,29 +434,21 @@ class HostStore(Store):
         self._lockable_bytes, self._locked = lockable_bytes, set[str]()
 
     def read(self, key: str, buffer: Tensor) -> None:
-        self._copy_in(key, [(self._copy_of(key)[: buffer.numel()], buffer)])
+        self._copy(key, [(buffer, self._copy_of(key)[: buffer.numel()])], IN)
 
     def read_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], rewritten: bool) -> None:
         copy = self._copy_of(key)
-        self._copy_in(
-            key, [(copy[pages.start : pages.stop], pages.inside(buffer)) for pages, buffer in parts]
-        )
+        pairs = [(pages.inside(buffer), copy[pages.start : pages.stop]) for pages, buffer in parts]
+        self._copy(key, pairs, IN)
 
-    def _copy_in(self, key: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """From parts of the block's copy to buffers."""
+    def _copy(self, key: str, pairs: list[tuple[Tensor, Tensor]], way: int) -> None:
+        """To each target from its source: buffers from parts of the block's copy (IN), or the other way."""
         if self.ring is not None and self._direct(key, pairs):
-            self.ring.copy([(buffer, part) for part, buffer in pairs], IN)
-        else:
-            for part, buffer in pairs:
-                self.disk.copy_in(part, buffer)
-
-    def _copy_out(self, key: str, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """From buffers to parts of the block's copy."""
-        if self.ring is not None and self._direct(key, pairs):
-            self.ring.copy([(part, buffer) for buffer, part in pairs], OUT)
-        else:
-            for buffer, part in pairs:
-                self.disk.copy_out(buffer, part)
+            self.ring.copy(pairs, way)
+            return
+        through = self.disk.copy_in if way == IN else self.disk.copy_out
+        for target, source in pairs:
+            through(source, target)
 
     def _direct(self, key: str, pairs: list[tuple[Tensor, Tensor]]) -> bool:
         """Whether the copies cross the link, from or to memory that is page-locked."""
@@ -477,9 +469,8 @@ class HostStore(Store):
 
     def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
         copy = self._copy_of(key)
-        self._copy_out(
-            key, [(pages.inside(buffer), copy[pages.start : pages.stop]) for pages, buffer in parts]
-        )
+        pairs = [(copy[pages.start : pages.stop], pages.inside(buffer)) for pages, buffer in parts]
+        self._copy(key, pairs, OUT)
 
     def end(self, key: str, visits_done: int) -> FileRecord:
         return self.disk.write(key, self._copy_of(key), visits_done)
@@ -492,7 +483,7 @@ class HostStore(Store):
         if copy is None:
             copy = self._copies[key] = self._room(key, buffer.numel())
         if buffer is not copy:
-            self._copy_out(key, [(buffer, copy)])
+            self._copy(key, [(copy, buffer)], OUT)
         return copy
 
     def _copy_of(self, key: str) -> Tensor:

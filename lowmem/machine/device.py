@@ -13,6 +13,7 @@ within a step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -40,7 +41,6 @@ class DeviceMemory(NamedTuple):
 
     allocated: int  # in tensors
     reserved: int  # held, in tensors or not
-    peak_reserved: int  # the most since `Device.forget_peak`
     retries: int  # times that the allocator has emptied its cache for a request
 
 
@@ -133,9 +133,6 @@ class Device:
         """None where no allocator tells."""
         return None
 
-    def forget_peak(self) -> None:
-        """`DeviceMemory.peak_reserved` begins again."""
-
     def cap(self, num_bytes: int) -> None:
         """Holds torch's allocator to so many bytes from now on, or to what the card has."""
 
@@ -176,7 +173,8 @@ class CudaWay(Way):
 
     def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
         # `blocking`: the thread sleeps until the event, and leaves its core to compute.
-        start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event
+        start, end = (event(enable_timing=True, blocking=True) for _ in range(2))
         with torch.cuda.stream(self._stream):
             start.record()
             for target, source in pairs:
@@ -238,11 +236,13 @@ class Cuda(Device):
         return buffer if buffer.data_ptr() % PAGE == 0 else None
 
     def lock(self, buffer: Tensor) -> bool:
-        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        return self._accepted(cudart.cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
+        return self._accepted(self._cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
 
     def unlock(self, buffer: Tensor) -> None:
-        self._accepted(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))  # type: ignore[no-untyped-call]
+        self._accepted(self._cudart().cudaHostUnregister(buffer.data_ptr()))
+
+    def _cudart(self) -> Any:
+        return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
     def _accepted(self, error: Any) -> bool:
         if int(error) == 0:
@@ -264,14 +264,9 @@ class Cuda(Device):
             self.torch
         )  # one call: each takes the allocator's lock
         if not found:  # CUDA has not begun
-            return DeviceMemory(0, 0, 0, 0)
+            return DeviceMemory(0, 0, 0)
         allocated, reserved = (found[f"{name}_bytes"]["all"] for name in ("allocated", "reserved"))
-        return DeviceMemory(
-            allocated["current"], reserved["current"], reserved["peak"], found["num_alloc_retries"]
-        )
-
-    def forget_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.torch)
+        return DeviceMemory(allocated["current"], reserved["current"], found["num_alloc_retries"])
 
     def cap(self, num_bytes: int) -> None:
         share = min(max(num_bytes, 0) / self.total_bytes(), 1.0)
@@ -318,7 +313,7 @@ class Mps(Device):
 
     def memory(self) -> DeviceMemory:
         held = int(torch.mps.driver_allocated_memory())
-        return DeviceMemory(int(torch.mps.current_allocated_memory()), held, held, 0)
+        return DeviceMemory(int(torch.mps.current_allocated_memory()), held, 0)
 
     def give_back(self) -> None:
         torch.mps.empty_cache()
@@ -333,18 +328,21 @@ class Mps(Device):
         return "Apple GPU"
 
 
-CPU = Device()
 KINDS: dict[str, type[Device]] = {"cpu": Device, "cuda": Cuda, "mps": Mps}
 
 
+@functools.cache
 def open_device(kind: str) -> Device:
-    """The machine's first device of a kind."""
+    """The machine's first device of a kind. A process has one: every pass asks for it."""
     return KINDS[kind]()
+
+
+CPU = open_device("cpu")
 
 
 def device_of(tensor: Tensor) -> Device:
     """The device on which a tensor lies."""
-    return CPU if tensor.device.type == "cpu" else open_device(tensor.device.type)
+    return open_device(tensor.device.type)
 
 
 def cuda_works() -> bool:

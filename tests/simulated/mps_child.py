@@ -18,7 +18,7 @@ import torch
 from simcuda import CUDA, WORLD, Card
 
 from lowmem.data.datasets import describe_data, load_data
-from lowmem.machine import detect, device
+from lowmem.machine import device
 from lowmem.machine.device import DeviceMemory, Mps
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
@@ -36,7 +36,7 @@ class SimulatedMps(Mps):
         self.torch = CUDA
 
     def memory(self) -> DeviceMemory:
-        return DeviceMemory(WORLD.live, WORLD.live, WORLD.peak, 0)
+        return DeviceMemory(WORLD.live, WORLD.live, 0)
 
     def random_state(self) -> Any:
         return None
@@ -47,7 +47,6 @@ def main() -> None:
     simcuda.install()
     WORLD.has_float64 = False
     device.KINDS.update(mps=SimulatedMps, cuda=SimulatedMps)  # of a tensor's device, too
-    detect.training_device.__globals__["open_device"] = device.open_device
     device.mps_works = lambda: True
     changes = ["optimizer.name=adamw", "train.num_steps=4", "blocks.visit_steps=2", "train.warmup_steps=1"]
     recipe = load_recipe("digits-vit", [*changes, f"offload.tier={sys.argv[2]}"])
