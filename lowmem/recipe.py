@@ -291,6 +291,9 @@ class OffloadConfig(Section):
     prefetch: bool = True  # read the next block beside compute
     # wait: a block is on disk before the next step starts.
     write_back: Literal["auto", "beside", "wait"] = "auto"
+    # Keep the files of the commit before the last, for `lowmem recover`. A whole model streamed then takes
+    # three times its size on the drive, and twice without.
+    keep_previous: bool = True
     # Move bytes no faster than the profile's link and disk: how long a run would take on a slower machine.
     pace: bool = False
 

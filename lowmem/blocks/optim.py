@@ -28,6 +28,9 @@ from lowmem.schedule import mix_seed
 # Elements updated at once, by kind of device: it bounds the temporaries. On a card it is enough that the host
 # starts kernels faster than they end.
 SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024}
+# The same of 8-bit state. On a CPU the kernel's temporaries then stay in its cache, and in the heap: larger
+# ones would be cleared by the system at each slice.
+EIGHT_BIT_SLICE_NUMEL = SLICE_NUMEL | {"cpu": 128 * 1024}
 # Temporaries of the 8-bit kernel for each element, measured on a CPU (about nine fp32 copies). CUDA has none.
 EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0, "mps": 0}
 # Elements whose rounding is drawn at once. The draws depend on it.
@@ -42,7 +45,7 @@ def workspace_bytes(
     device_kind: str = "cpu",
 ) -> int:
     """The largest temporaries, in bytes, of an update of `numel` elements of one group."""
-    numel = min(numel, SLICE_NUMEL[device_kind])
+    numel = min(numel, _slice_numel(quantized, device_kind))
     kept_in_bf16 = weights_dtype != torch.float32
     updating = 4 * numel * (kept_in_bf16 + (grads_dtype != torch.float32))
     if quantized:
@@ -51,6 +54,10 @@ def workspace_bytes(
         return updating
     odds = ODDS_NUMEL[device_kind]  # kept from one slice to the next, two bytes each
     return 2 * odds + max(updating, 4 * numel + 4 * min(numel, odds))
+
+
+def _slice_numel(quantized: bool, device_kind: str) -> int:
+    return (EIGHT_BIT_SLICE_NUMEL if quantized else SLICE_NUMEL)[device_kind]
 
 
 class Rounding:
@@ -200,7 +207,7 @@ def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Ste
 
 def update_slices(rows: Rows, grads: Tensor, step: Step) -> None:
     """Updates rows by their gradients [n], a slice at a time. n is a multiple of GROUP_SIZE."""
-    size = SLICE_NUMEL[grads.device.type]
+    size = _slice_numel(rows.quantized, grads.device.type)
     for start in range(0, len(grads), size):
         stop = min(start + size, len(grads))
         _update_slice(rows.part(start, stop), grads[start:stop].contiguous(), step)
@@ -268,11 +275,24 @@ def _adamw8bit(
 
 @functools.cache
 def bitsandbytes_functional() -> Any:
-    """bitsandbytes.functional, imported at its first use: the import takes seconds and about 115 MiB."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that we do not use
-    import bitsandbytes.functional
+    """bitsandbytes.functional, imported at its first use.
 
+    The import marks some functions for torch's compiler, which would come with it: seconds, and 115 MiB for
+    the rest of the run. None of them is used here, so the marks are left out.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that we do not use
+    compiles = torch.compile
+    torch.compile = _uncompiled
+    try:
+        import bitsandbytes.functional
+    finally:
+        torch.compile = compiles
     return bitsandbytes.functional
+
+
+def _uncompiled(model: Any = None, **_: Any) -> Any:
+    """Stands for torch.compile, as a call or as a decorator."""
+    return model if model is not None else lambda function: function
 
 
 @functools.cache

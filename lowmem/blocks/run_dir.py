@@ -272,8 +272,9 @@ class RunDir:
             self._replace_state(RunState())
         self.remove_leftovers(None)
 
-    def commit(self, state: RunState) -> None:
-        """Replaces the committed state, keeps the one before, and removes what neither of them names.
+    def commit(self, state: RunState, keep_previous: bool = True) -> None:
+        """Replaces the committed state, keeps the one before unless told not to, and removes what none of
+        them names.
 
         Its files must be on the disk already. Raises StoreError; the old state then still counts.
         """
@@ -282,10 +283,12 @@ class RunDir:
         self.check_files(state)
         old = self.read_state()
         # A commit without new files (metrics, a smaller micro-batch) leaves the commit before as it is.
-        if old is not None and old.files != state.files:
+        if keep_previous and old is not None and old.files != state.files:
             content = read_bytes(self.state_path, MOST_BYTES, StoreError)
             write_whole(self.previous_path, content, StoreError, self.identity, sync_folder=False)
         self._replace_state(state)
+        if not keep_previous:
+            self._forget_previous()
         self.remove_leftovers(state, on_their_way=True)
 
     def _replace_state(self, state: RunState) -> None:
@@ -298,10 +301,14 @@ class RunDir:
     def go_back(self, previous: RunState) -> None:
         """Makes the commit before the last the committed one. Its files must have been checked."""
         self._replace_state(previous)
-        with refusals_of(self.previous_path, StoreError):
-            self.previous_path.unlink(missing_ok=True)
-            fsync_dir(self.path)
+        self._forget_previous()
         self.remove_leftovers(previous)
+
+    def _forget_previous(self) -> None:
+        if self._lies_there(self.previous_path):
+            with refusals_of(self.previous_path, StoreError):
+                self.previous_path.unlink()
+                fsync_dir(self.path)
 
     def kept_names(self, state: RunState | None) -> set[str]:
         """Names of the block files of a state and of the commit before it."""

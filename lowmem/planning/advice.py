@@ -135,10 +135,12 @@ CURES = (
 def advice_for(shortage: Shortage) -> str:
     """What is too small, by how much, what takes most of it, and what to try."""
     if shortage.pool == "disk":
+        kept = shortage.recipe.offload.keep_previous
+        without = "set offload.keep_previous: false, " if kept else ""
         return (
             f"plan: the run folder needs {format_bytes(shortage.predicted.disk_bytes)} of disk; "
             f"{format_bytes(shortage.budget.disk_bytes or 0)} are free after the reserve. "
-            "Free space, or give another --run-dir."
+            f"Free space, {without}or give another --run-dir."
         )
     predicted, settings, profile = shortage.predicted, shortage.settings, shortage.profile
     evaluation = predicted.evaluation

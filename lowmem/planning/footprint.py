@@ -28,8 +28,8 @@ from lowmem.planning.traffic import StreamedTraffic, streamed_traffic
 from lowmem.schema import Section
 from lowmem.units import MIB, from_gib
 
-COMPILER_BYTES = 72 * MIB  # of torch's compiler, which bitsandbytes imports; measured
-BITSANDBYTES_BYTES = 44 * MIB  # that importing bitsandbytes takes on the host; measured
+COMPILER_BYTES = 72 * MIB  # of torch's compiler, which a plan made in this process leaves there; measured
+BITSANDBYTES_BYTES = 4 * MIB  # that importing bitsandbytes takes on the host; measured
 CPU_BFLOAT16_BYTES = 20 * MIB  # of kernels that a CPU makes at run time for bf16 products; measured
 # of a process that uses CUDA on the host: libraries and driver; a typical value, not measured here
 HOST_RUNTIME_GIB = 1.2
@@ -285,7 +285,7 @@ def _cpu_runtime_bytes(setup: Setup) -> int:
         return 0
     eight_bit, bf16 = setup.settings.optimizer == "adamw8bit", setup.settings.precision == "bfloat16"
     library = setup.recipe.model.library_bytes(setup.frozen)
-    compiler = COMPILER_BYTES if not library and (eight_bit or compiler_stays()) else 0
+    compiler = COMPILER_BYTES if not library and compiler_stays() else 0
     return library + BITSANDBYTES_BYTES * eight_bit + CPU_BFLOAT16_BYTES * bf16 + compiler
 
 
@@ -303,8 +303,8 @@ def _host_categories(setup: Setup, borders: BorderBytes, data_bytes: int) -> dic
 
 def _disk_bytes(setup: Setup, borders: BorderBytes) -> int:
     """The most that the run folder takes: the committed files, what the commit before had instead of some of
-    them, and the next commit's.
+    them (where it is kept), and the next commit's.
     """
     committed = file_bytes([*setup.layouts, setup.shared, *_bases(setup)])
     new = file_bytes(setup.updated if setup.end_to_end else [*setup.visited, setup.shared])
-    return committed + 2 * new + borders.disk
+    return committed + (1 + setup.recipe.offload.keep_previous) * new + borders.disk

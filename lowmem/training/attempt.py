@@ -301,14 +301,15 @@ class Attempt:
         def commit(files: dict[str, FileRecord]) -> None:
             before, self._files = self._files, {**self._files, **files}
             kept = (*self._files_before.values(), *before.values(), *self._files.values())
+            keep_previous = self.plan.recipe.offload.keep_previous
             disk_bytes = sum({record.name: record.num_bytes for record in kept}.values())
-            self._files_before = before
+            self._files_before = before if keep_previous else {}
             traffic, times = earlier_traffic + self.stream.traffic(), earlier_times + self.stream.transfer_s()
             if self.borders is not None:
                 traffic = traffic + self.borders.traffic()
             measured = {**state.measured, "disk_bytes": disk_bytes}
             moved = {"traffic": traffic, "transfer_s": times, "files": dict(self._files)}
-            self.run.commit(state.model_copy(update={"measured": measured, **moved}))
+            self.run.commit(state.model_copy(update={"measured": measured, **moved}), keep_previous)
             figures = {**traffic.model_dump(), **times.model_dump()}
             self.recorder.write("commit", visits_done=state.visits_done, disk_bytes=disk_bytes, **figures)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -108,6 +110,17 @@ def test_flat_8bit_update_is_bit_equal_to_bitsandbytes_per_parameter(
     assert checked == 4
 
 
+def test_the_8_bit_kernel_comes_without_torchs_compiler() -> None:
+    """It would stay in memory for the whole run. In a process of its own: here it may be imported already."""
+    program = (
+        "import sys, torch; compiles = torch.compile; from lowmem.blocks import optim; "
+        "optim.bitsandbytes_functional(); assert torch.compile is compiles; "
+        "print(*[name for name in ('bitsandbytes', 'torch._dynamo', 'sympy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "bitsandbytes\n"
+
+
 def test_small_parameters_keep_fp32_state_close_to_that_of_bitsandbytes(
     stock_8bit: tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]],
 ) -> None:
@@ -134,7 +147,8 @@ def test_slices_smaller_than_the_buffer_give_the_same_bits(
     optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(fresh_arena(optimizer))
-    monkeypatch.setitem(optim.SLICE_NUMEL, "cpu", 1536)
+    for table in (optim.SLICE_NUMEL, optim.EIGHT_BIT_SLICE_NUMEL):
+        monkeypatch.setitem(table, "cpu", 1536)
     assert all(
         (group.stop - group.start) % 1536 for group in whole.layout.groups
     )  # the last slice is shorter
@@ -250,7 +264,8 @@ def test_the_odds_depend_on_no_slicing(optimizer: str, monkeypatch: pytest.Monke
         return arena
 
     whole = trained()
-    monkeypatch.setitem(optim.SLICE_NUMEL, "cpu", 1536)
+    for table in (optim.SLICE_NUMEL, optim.EIGHT_BIT_SLICE_NUMEL):
+        monkeypatch.setitem(table, "cpu", 1536)
     assert torch.equal(trained().buffer, whole.buffer)
 
 

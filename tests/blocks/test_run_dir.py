@@ -110,6 +110,18 @@ def test_a_commit_keeps_its_files_and_those_of_the_commit_before_and_removes_old
     ]
 
 
+def test_a_commit_that_keeps_no_other_removes_the_one_before_with_its_files(run: RunDir) -> None:
+    commit_visit(run, 1)
+    second = commit_visit(run, 2)
+    assert run.read_previous() is not None
+    third = state_with(add_file(run, "block-0", 3), visits_done=3)
+    run.commit(third, keep_previous=False)
+    assert (run.read_state(), run.read_previous()) == (third, None)
+    left = [name for name in names_in(run.path) if name.endswith(".safetensors")]
+    assert left == [run.file_name("block-0", 3)]
+    assert second.files != third.files
+
+
 def test_a_commit_of_figures_alone_leaves_the_commit_before_as_it_is(run: RunDir) -> None:
     first, second = (commit_visit(run, visit) for visit in (1, 2))
     run.commit(second.model_copy(update={"metrics": {"value": float("nan")}}))

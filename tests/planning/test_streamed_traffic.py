@@ -68,3 +68,19 @@ def test_the_bytes_moved_are_those_of_the_plan(
         traffic = streamed_traffic(setup, BorderBytes())
     assert state.traffic == traffic.moved(steps=STEPS, commits=-(-STEPS // 3))
     assert state.measured["disk_bytes"] == plan.predicted.disk_bytes
+
+
+def test_without_the_commit_before_a_streamed_run_takes_twice_its_files_instead_of_three_times(
+    tmp_path: Path,
+) -> None:
+    kept, without = (
+        trained(tmp_path / str(keep), "causal_lm", offload__tier="disk", offload__keep_previous=keep)
+        for keep in (True, False)
+    )
+    (kept_state, kept_plan), (state, plan) = kept, without
+    assert state.measured["disk_bytes"] == plan.predicted.disk_bytes
+    assert state.measured["disk_bytes"] * 3 == kept_state.measured["disk_bytes"] * 2
+    assert kept_plan.predicted.disk_bytes == kept_state.measured["disk_bytes"]
+    names = {path.name for path in (tmp_path / "False").glob("*.safetensors")}
+    assert names == {record.name for record in state.files.values()}, "of the last commit alone"
+    assert state.files.keys() == kept_state.files.keys()
