@@ -63,3 +63,33 @@ def test_a_run_that_takes_too_long_is_ended_and_a_stale_lock_of_a_build_is_not_w
     assert importlib.util.find_spec("deepspeed") is None or str(lock) in runs.barred["deepspeed-2-cpu"]
     late = runs("plain", compare.SIZES["tiny"], None, 1, timeout_s=0.2)
     assert late["why"] == "not done after 0.2 s"
+
+
+def test_the_slope_has_a_row_for_every_cap_with_medians_of_interleaved_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = script("compare", monkeypatch)
+    caps, plot = ["2", "0.5", "1"], tmp_path / "slope.svg"
+    command = ["compare", "--size", "tiny", "--arms", "lowmem-auto", "--rounds", "3", "--slope", *caps]
+    monkeypatch.setattr(sys, "argv", [*command, "--plot", str(plot)])
+    asked = list[float]()
+
+    class Faked:
+        given = compare.arguments()
+
+        def __call__(self, arm: str, size: object, cap: float, steps: int) -> dict[str, object]:
+            asked.append(cap)
+            if cap == 0.5:
+                return {"why": "killed"}
+            step = {"seconds": (1 + asked.count(cap)) / cap, "rchar": 2**30, "wchar": 2**30}
+            peaks = {"anonymous_peak_bytes": 1, "group_peak_bytes": 2, "after_last_step": {"seconds": 0.0}}
+            return {"parameters": 1, "losses": [1.0], "per_step": step, **peaks}
+
+    rows = compare.slope(Faked())
+    assert asked == [0.5, 1, 2] * 3
+    assert [(row["cap_gib"], row.get("why")) for row in rows] == [(0.5, "killed"), (1, None), (2, None)]
+    tokens = 2 * 32
+    assert [row["tokens_per_s"] for row in rows[1:]] == pytest.approx([tokens / 3, tokens / 1.5])
+    assert rows[1]["tokens_per_s_spread"] == pytest.approx([tokens / 4, tokens / 2])
+    compare.plot_slope(rows, plot)
+    assert plot.read_text().count("<path") > 4
