@@ -16,6 +16,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -277,22 +278,19 @@ def _adamw8bit(
 def bitsandbytes_functional() -> Any:
     """bitsandbytes.functional, imported at its first use.
 
-    The import marks some functions for torch's compiler, which would come with it: seconds, and 115 MiB for
-    the rest of the run. None of them is used here, so the marks are left out.
+    The import marks functions as some that torch's compiler is to compile, or is to leave alone. Either mark
+    imports the compiler: seconds, and 115 MiB for the rest of the run. It compiles nothing here, so the marks
+    are left out.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that we do not use
-    compiles = torch.compile
-    torch.compile = _uncompiled
-    try:
+    with mock.patch.multiple(torch, compile=_unmarked, _disable_dynamo=_unmarked):
         import bitsandbytes.functional
-    finally:
-        torch.compile = compiles
     return bitsandbytes.functional
 
 
-def _uncompiled(model: Any = None, **_: Any) -> Any:
-    """Stands for torch.compile, as a call or as a decorator."""
-    return model if model is not None else lambda function: function
+def _unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
+    """Stands for a decorator of the compiler, with arguments or without."""
+    return function if function is not None else lambda function: function
 
 
 @functools.cache

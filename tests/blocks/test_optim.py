@@ -114,7 +114,8 @@ def test_the_8_bit_kernel_comes_without_torchs_compiler() -> None:
     """It would stay in memory for the whole run. In a process of its own: here it may be imported already."""
     program = (
         "import sys, torch; compiles = torch.compile; from lowmem.blocks import optim; "
-        "optim.bitsandbytes_functional(); assert torch.compile is compiles; "
+        "functional = optim.bitsandbytes_functional(); assert torch.compile is compiles; "
+        "maps = functional.create_dynamic_map(); functional.quantize_blockwise(torch.ones(4096), maps); "
         "print(*[name for name in ('bitsandbytes', 'torch._dynamo', 'sympy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
