@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,7 +69,8 @@ def train(
     log_to: LogToOption = None,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
-    _check_names(recipe, profile)
+    _check_machine(profile, log_to)
+    _check_recipe(recipe, set_ or [])
     from lowmem import from_data, job
 
     wanted: Any = recipe
@@ -158,6 +160,11 @@ def finetune(
     log_to: LogToOption = None,
 ) -> None:
     """Train a model from a Hugging Face folder further, on rows of a file. Prints the report."""
+    from lowmem.data.packages import require_package
+
+    _check_machine(profile, log_to)
+    for module in ("transformers", *(["peft"] if adapter else [])):
+        require_package(module, "finetune")
     from lowmem import job
     from lowmem.finetuning import default_run_dir, finetune_recipe
 
@@ -211,16 +218,29 @@ def _train(
     say_json(report.content) if as_json else say(report.table())
 
 
-def _check_names(recipe: str, profile: str | None) -> None:
-    """Refuses an unknown recipe or machine at once: to load torch takes seconds."""
-    from lowmem.from_data import is_data
-    from lowmem.machine.profile import load_profile
-    from lowmem.schema import find_file
+# What is wrong is refused, and what is not installed is named, at once: to load torch takes seconds.
 
-    if not is_data(recipe):
-        find_file(recipe, "recipes", "recipe", ConfigError)
+
+def _check_recipe(recipe: str, overrides: list[str], trains: bool = True) -> None:
+    """`trains`: the data will be read, so the packages for them must be there."""
+    from lowmem import from_data
+    from lowmem.recipe import check_recipe, read_recipe, require_packages
+
+    made = from_data.raw_recipe if trains and from_data.is_data(recipe) else read_recipe
+    raw, where, *_ = made(recipe, overrides)
+    known = check_recipe(raw, where)
+    if trains:
+        require_packages(known)
+
+
+def _check_machine(profile: str | None, log_to: list[str] | None = None) -> None:
+    from lowmem.machine.profile import load_profile
+    from lowmem.reporting.loggers import require_logger
+
     if profile is not None:
         load_profile(profile)
+    for name in log_to or []:
+        require_logger(name)
 
 
 def _keeper(folder: Path, text: str) -> Callable[[dict[str, Any]], None]:
@@ -255,8 +275,12 @@ def plan(
     adapter: Annotated[str | None, typer.Option("--adapter", help="as of finetune")] = None,
 ) -> None:
     """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
+    for name in profile or []:
+        _check_machine(name)
+    if not os.path.isdir(recipe):  # else a model's folder
+        _check_recipe(recipe, set_ or [], trains=False)
     from lowmem.finetuning import finetune_recipe, is_model_folder
-    from lowmem.job import largest_models, plan_recipe
+    from lowmem.job import plan_recipe
     from lowmem.planning.plan import plans_table
 
     folder = None if profile else Path("runs")
@@ -268,26 +292,7 @@ def plan(
             f"{data}: a file of rows goes with a model's folder, and {recipe} is none; leave it out"
         )
     if max_model:
-        if profile and len(profile) > 1:
-            raise ConfigError(
-                f"--max-model: found {len(profile)} profiles; allowed: one; give them one after the other"
-            )
-        with _only_json(as_json):
-            found = largest_models(
-                recipe,
-                profile[0] if profile else None,
-                set_ or [],
-                folder,
-                lambda line: say(line, sys.stderr),
-            )
-        if as_json:
-            say_json({name: plan.to_dict() for name, plan in found.items()})
-        for name, plan in found.items() if not as_json else ():
-            model: Any = plan.recipe.model
-            say(
-                f"{name}: {counted(model.num_layers, 'layer')}, dim {model.dim}, {model.num_heads} "
-                f"heads\n{plan.table()}\n"
-            )
+        _print_largest(recipe, profile or [], set_ or [], folder, as_json)
         return
     machines: list[str] | list[None] = profile or [None]
     plans = [plan_recipe(wanted, name, set_ or [], folder) for name in machines]
@@ -295,6 +300,27 @@ def plan(
         _print_plan(plans[0], as_json)
     else:
         say_json({"plans": [plan.to_dict() for plan in plans]}) if as_json else say(plans_table(plans))
+
+
+def _print_largest(
+    recipe: str, profiles: list[str], overrides: list[str], folder: Path | None, as_json: bool
+) -> None:
+    from lowmem.job import largest_models
+
+    if len(profiles) > 1:
+        raise ConfigError(
+            f"--max-model: found {len(profiles)} profiles; allowed: one; give them one after the other"
+        )
+    machine = profiles[0] if profiles else None
+    with _only_json(as_json):
+        found = largest_models(recipe, machine, overrides, folder, lambda line: say(line, sys.stderr))
+    if as_json:
+        say_json({name: plan.to_dict() for name, plan in found.items()})
+        return
+    for name, plan in found.items():
+        model: Any = plan.recipe.model
+        size = f"{counted(model.num_layers, 'layer')}, dim {model.dim}, {model.num_heads} heads"
+        say(f"{name}: {size}\n{plan.table()}\n")
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:
