@@ -48,11 +48,17 @@ def recipe_from_data(path: str, overrides: Sequence[str] = ()) -> tuple[Recipe, 
 
     Raises ConfigError, and DataError where the data cannot be read.
     """
-    where = Path(expanded(path, "PATH", ConfigError))
-    if not where.exists():
+    raw, where, lines = raw_recipe(path, overrides)
+    return recipe_from_dict(raw, where), lines
+
+
+def raw_recipe(path: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str, list[str]]:
+    """(The same recipe as YAML holds it, what a message about it begins with, the lines). Loads no torch."""
+    found = Path(expanded(path, "PATH", ConfigError))
+    if not found.exists():
         raise ConfigError(f"{printable(path)}: no such file or folder; give a text or a folder of pictures")
-    raw, lines = _of_folder(where) if where.is_dir() else _of_file(where)
-    return recipe_from_dict(with_overrides(raw, overrides), f"recipe of {printable(path)}"), lines
+    raw, lines = _of_folder(found) if found.is_dir() else _of_file(found)
+    return with_overrides(raw, overrides), f"recipe of {printable(path)}", lines
 
 
 def recipe_text(recipe: Recipe, lines: Sequence[str]) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ from lowmem.recipe import (
     recipe_from_dict,
     recipe_name,
 )
-from lowmem.reporting.telemetry import Listener
+from lowmem.reporting.telemetry import Listener, Recorder
 from lowmem.training.trainer import Trainer
+from lowmem.units import counted, format_bytes
 
 MAX_MODEL_PARTS = 32  # the largest model is found to within this part of its size
 
@@ -71,11 +72,13 @@ def largest_models(
     profile: str | os.PathLike[str] | None = None,
     overrides: Sequence[str] = (),
     folder: Path | None = None,
+    say: Callable[[str], object] = len,
 ) -> dict[str, Plan]:
     """The plans of the deepest and of the widest model that fit, all else as the recipe has it.
 
-    Width grows by whole heads of the recipe's size. Fit is taken to end once for good as the model grows.
-    Raises BudgetError if not even the smallest model fits.
+    `say` is given a line about every size that was tried. Width grows by whole heads of the recipe's size.
+    Fit is taken to end once for good as the model grows. Raises BudgetError if not even the smallest model
+    fits.
     """
     # The machine is looked at once, because what is free on it changes.
     machine, settled = _machine(profile), load_recipe(recipe, overrides)
@@ -90,11 +93,16 @@ def largest_models(
     def planned(*change: str) -> Plan:
         return _plan_on(machine, load_recipe(recipe, [*overrides, *change]), folder)
 
+    def told(words: str, plan: Plan) -> Plan:
+        need, verb = format_bytes(plan.predicted.device_needed_bytes), "fits" if plan.fits else "does not fit"
+        say(f"{words}: {verb}, {need} with headroom on the device")
+        return plan
+
     def deep(size: int) -> Plan:
-        return planned(f"model.num_layers={size}")
+        return told(counted(size, "layer"), planned(f"model.num_layers={size}"))
 
     def wide(size: int) -> Plan:
-        return planned(f"model.dim={size * head}", f"model.num_heads={size}")
+        return told(f"dim {size * head}", planned(f"model.dim={size * head}", f"model.num_heads={size}"))
 
     least = max(model.least_layers, 1 if blocks == "auto" else blocks)
     return {"deepest": _largest(deep, least, MOST_LAYERS), "widest": _largest(wide, 1, MOST_DIM // head)}
@@ -262,24 +270,26 @@ def _evaluate(
 ) -> RunState:
     """Commits the finished run's metrics, or the `first` ones, before any step.
 
-    It does so under the lock, because no other process may be writing to the folder. Listeners are told how
-    far it is (event `evaluating`).
+    It is a phase of the run: under the lock, and with records (`evaluating`, `evaluated`) in the telemetry.
     """
-
-    def say(line: str) -> None:
-        for listener in listeners:
-            listener({"event": "evaluating", "time": time.time(), "message": line})
-
-    with Monitor(plan.profile.unified) as monitor:
-        metrics = evaluate_on(folder, data, say)
     run = RunDir(folder)
     run.acquire()
     try:
-        state = run.read_state() or RunState()
-        measured = {**state.measured, "evaluation_peak_bytes": monitor.run_peak.device_bytes}
-        kind = "first_metrics" if first else "metrics"
-        state = state.model_copy(update={kind: metrics, "measured": measured})
-        run.commit(state)
+        with contextlib.closing(Recorder(run.telemetry_path)) as recorder:
+            recorder.listeners = list(listeners)
+
+            def say(line: str, share: float) -> None:
+                recorder.write("evaluating", message=line, share=round(share, 4))
+
+            say("evaluation: opens the last commit", 0.0)
+            with Monitor(plan.profile.unified) as monitor:
+                metrics = evaluate_on(folder, data, say)
+            state = run.read_state() or RunState()
+            measured = {**state.measured, "evaluation_peak_bytes": monitor.run_peak.device_bytes}
+            kind = "first_metrics" if first else "metrics"
+            state = state.model_copy(update={kind: metrics, "measured": measured})
+            run.commit(state)
+            recorder.write("evaluated", metric=metrics["metric"], value=metrics["value"])
     finally:
         run.release()
     return state

@@ -17,10 +17,11 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticKnownError
 
 from lowmem.data.config import DECLARED, DataConfig
+from lowmem.data.packages import require_package
 from lowmem.errors import ConfigError
 from lowmem.schema import Section, expanded, find_file, names_in, parse, read_yaml, sections, yaml_value
 
@@ -37,6 +38,7 @@ ARCHITECTURES = {
     "huggingface": "lowmem.models.huggingface.section:HuggingfaceModel",
     "custom": "lowmem.recipe:CustomModel",
 }
+NO_TRANSFORMERS = ("huggingface", "custom")  # whose sections lack the keys of `TransformerModel`
 
 STANDARD_NORMAL = NormalDist()
 PATHS = ("path", "tokenizer")  # keys whose value is, or may be, a path
@@ -143,6 +145,18 @@ class TransformerModel(ModelConfig):
         return self
 
 
+class KnownModel(ModelConfig):
+    """What can be told of the section `model` without the module of its architecture, which loads torch."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class KnownTransformer(TransformerModel):
+    """The same, of an architecture whose section is a `TransformerModel`."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class CustomModel(ModelConfig):
     """A model built by the user's own `build_model()`; only the Python interface can train it."""
 
@@ -161,7 +175,11 @@ def _section_of(name: str) -> type[ModelConfig]:
     return found
 
 
-def _model_section(raw: Any) -> ModelConfig:
+def _known_section(raw: Any) -> ModelConfig:
+    return _model_section(raw, lambda name: KnownModel if name in NO_TRANSFORMERS else KnownTransformer)
+
+
+def _model_section(raw: Any, section_of: Callable[[str], type[ModelConfig]] = _section_of) -> ModelConfig:
     """The section of the architecture that `name` says."""
     if isinstance(raw, ModelConfig):
         return raw
@@ -175,7 +193,7 @@ def _model_section(raw: Any) -> ModelConfig:
         raise PydanticKnownError(
             "union_tag_invalid", {"discriminator": "'name'", "tag": str(name), "expected_tags": expected}
         )
-    return _section_of(name).model_validate(raw)
+    return section_of(name).model_validate(raw)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -313,7 +331,7 @@ class EvalConfig(Section):
 class Recipe(Section):
     schema_version: Literal[1] = Field(alias="schema")
     method: Method
-    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_model_section)]
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(lambda raw: _model_section(raw))]
     blocks: BlocksConfig = BlocksConfig()
     noise: NoiseConfig = NoiseConfig()
     data: DataConfig
@@ -333,6 +351,12 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
+
+
+class _KnownRecipe(Recipe):
+    """A recipe whose model section is a `KnownModel`."""
+
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_known_section)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -459,11 +483,19 @@ def load_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     Raises ConfigError: unknown recipe, key or name, wrong type, or settings that contradict each other.
     """
+    return recipe_from_dict(*read_recipe(name, overrides))
+
+
+def read_recipe(name: str | os.PathLike[str], overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """(The recipe as YAML holds it, with `key=value` overrides on top; what a message about it begins with).
+
+    Raises ConfigError.
+    """
     path = find_file(name, "recipes", "recipe", ConfigError)
     raw, where = _with_paths(read_yaml(path, ConfigError)), f"recipe {path.stem}"
     with_overrides(raw, overrides)
     _require_kind_of_path(raw, overrides)
-    return parse(Recipe, raw, where, ConfigError)
+    return raw, where
 
 
 def _steps(raw: dict[str, Any]) -> tuple[int, int] | None:
@@ -526,8 +558,27 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def recipe_from_dict(raw: dict[str, Any], where: str) -> Recipe:
-    """`raw` as a recipe; `where` begins the message of the ConfigError that it may raise."""
+    """`raw` as a recipe; `where` begins the message of the ConfigError that it may raise.
+
+    What is wrong outside the model's own keys is told before the model's module, and with it torch, is
+    loaded.
+    """
+    check_recipe(raw, where)
     return parse(Recipe, raw, where, ConfigError)
+
+
+def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """A recipe of which all but the model's own keys is checked. Loads no torch. Raises ConfigError."""
+    return parse(_KnownRecipe, raw, where, ConfigError)
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raises DataError where a package that the recipe's data or model needs is not installed."""
+    for module in recipe.data.packages:
+        require_package(module, f"data.name: '{recipe.data.name}'")
+    if recipe.model.name == "huggingface":
+        for module in ("transformers", *(["peft"] if recipe.adapter else [])):
+            require_package(module, "model.name: 'huggingface'")
 
 
 def with_data(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

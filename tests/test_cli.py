@@ -80,15 +80,38 @@ def test_light_verbs_answer_without_loading_torch(arguments: list[str], trained:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "digit-vit"], ["train", "digits-vit", "--profile", "rtx4060"]]
+    ("words", "arguments"),
+    [
+        ("did you mean 'digits-vit'", ["train", "digit-vit"]),
+        ("did you mean 'rtx-4060-laptop-8gb'", ["train", "digits-vit", "--profile", "rtx4060"]),
+        ("did you mean 'lr'", ["train", "digits-vit", "--set", "train.lrr=1"]),
+        ("train.lr: found 'fast'", ["plan", "digits-vit", "--set", "train.lr=fast"]),
+        ("unknown key 'data.pth'", ["train", "digits-vit", "--set", "data.pth=x"]),
+        ("did you mean 'vit'", ["train", "digits-vit", "--set", "model.name=vti"]),
+        ("model.num_layers: found 0", ["train", "digits-vit", "--set", "model.num_layers=0"]),
+        ("blocks.num_blocks: found 9", ["train", "digits-vit", "--set", "blocks.num_blocks=9"]),
+        ("did you mean 'trackio'", ["train", "digits-vit", "--log-to", "trackyo"]),
+        ("scikit-learn, which is not installed; install the extra", ["train", "digits-vit"]),
+        ("transformers, which is not installed; install the extra", ["finetune", "model", "rows.jsonl"]),
+    ],
 )
-def test_unknown_names_are_told_before_torch_is_loaded(arguments: list[str]) -> None:
-    lines = ["import sys", "from lowmem import cli", "try: cli.main()"]
-    lines += ["except SystemExit as e: assert e.code == 2, e.code", "assert 'torch' not in sys.modules"]
+def test_mistakes_and_missing_packages_are_told_before_torch_is_loaded(
+    words: str, arguments: list[str]
+) -> None:
+    """Counts what the command has imported: no module of torch, and none that takes long."""
+    absent = ["sklearn", "transformers"] if "not installed" in words else []
+    lines = ["import sys", "from lowmem import cli"]
+    lines += [f"sys.modules['{name}'] = None" for name in absent]
+    lines += ["try: cli.main()", "except SystemExit as e: assert e.code == 2, e.code"]
+    lines += ["heavy = {'torch', 'transformers', 'datasets', 'sklearn', 'pandas', 'matplotlib', 'PIL'}"]
+    lines += ["loaded = {name for name, module in sys.modules.items() if module is not None}"]
+    lines += ["print(sorted(heavy & loaded), len(loaded))"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", "\n".join(lines), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-    assert done.returncode == 0 and "did you mean" in done.stderr, done.stderr
+    assert done.returncode == 0 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+    heavy, count = done.stdout.rsplit(maxsplit=1)
+    assert heavy == "[]" and int(count) < 1000, done.stdout
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run: Any, tmp_path: Path) -> None:

@@ -135,5 +135,5 @@ def test_the_example_of_a_users_own_model_trains_goes_on_and_reads_its_weights_b
         shown.append(done.stdout)
     digests = [re.findall(r"^digest +(\w{64})$", out, re.MULTILINE) for out in shown]
     assert digests[0] and digests[0] == digests[1], "the second call finds the finished run"
-    assert all("3 of 3 visits, 30 steps" in out for out in shown)
+    assert all("3 of 3 visits, 10 of 10 steps of each of 3 blocks" in out for out in shown)
     assert re.search(r"accuracy of block 0 alone on new points: \d+\.\d%", shown[0])

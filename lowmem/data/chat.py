@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from lowmem.data.cache import cache_dir, cached, content_facts, digest
-from lowmem.data.chat_rows import rows_of
+from lowmem.data.chat_rows import READERS, rows_of
 from lowmem.data.chat_tokens import ChatTokenizer, Sequence, tokenizer_mark
 from lowmem.data.datasets import ArrayBatch, DataSection, Dataset, DataSpec
 from lowmem.data.identity import DataIdentity, Fingerprint, Vocabulary
@@ -46,6 +46,10 @@ class ChatData(DataSection):
     test_fraction: TestFraction = 0.05
     # Declared, a plan reads neither the file nor the tokenizer.
     vocab_size: Vocabulary | None = None
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("transformers", *(["datasets"] if Path(self.path).suffix in READERS else []))
 
     def identify(self, seq_len: int | None) -> DataIdentity:
         mark = Fingerprint()

@@ -7,12 +7,12 @@ file and without its cache.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lowmem.data.opening import open_file
+from lowmem.data.packages import imported
 from lowmem.errors import DataError
 from lowmem.files import json_value, printable
 from lowmem.units import MIB, shown
@@ -57,13 +57,7 @@ def _json_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _library_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
     open_file(path, where, "give the path of a file that can be read").close()
-    try:
-        library = importlib.import_module("datasets")
-    except ImportError:
-        raise DataError(
-            f"{where}: needs the package datasets, which is not installed; "
-            "install the extra: pip install 'lowmem[huggingface]', or give JSON lines"
-        ) from None
+    library = imported("datasets", where, ", or give JSON lines")
     try:
         files = {"data_files": str(path), "split": "train", "streaming": True}
         yield from enumerate(library.load_dataset(READERS[path.suffix], **files), 1)

@@ -7,7 +7,6 @@ with them is run.
 
 from __future__ import annotations
 
-import importlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from lowmem.data.chat_rows import columns_of
 from lowmem.data.identity import Fingerprint
+from lowmem.data.packages import imported
 from lowmem.errors import DataError
 from lowmem.files import printable
 from lowmem.units import MIB, shown
@@ -61,13 +61,7 @@ def tokenizer_mark(folder: Path) -> Fingerprint:
 
 def load_chat_tokenizer(folder: Path) -> Any:
     """transformers' own tokenizer of a folder. Raises DataError."""
-    try:
-        library = importlib.import_module("transformers")
-    except ImportError:
-        raise DataError(
-            "data.name: 'chat' needs the package transformers, which is not installed; "
-            "install the extra: pip install 'lowmem[huggingface]'"
-        ) from None
+    library = imported("transformers", "data.name: 'chat'")
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

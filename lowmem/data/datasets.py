@@ -109,6 +109,11 @@ class DataSection(Section):
         return False
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """The modules that reading the data needs beside lowmem's own, of `packages.EXTRAS`."""
+        return ()
+
+    @property
     def class_names(self) -> list[str] | None:
         """The classes' names by label, where the data have such. Raises DataError as `load_data`."""
         return None

@@ -15,9 +15,11 @@ from lowmem.data.datasets import ArrayBatch
 from lowmem.data.identity import Fingerprint
 from lowmem.data.image_source import ImageSource
 from lowmem.data.images import ImageSet, Part
+from lowmem.data.packages import imported
 from lowmem.errors import DataError
 from lowmem.units import MIB
 
+WHAT = "data.name: 'digits'"
 NUM_TRAIN, NUM_TEST = 1437, 360
 SPLIT_SEED = 0  # the split belongs to the data set, so the run's seed does not change it
 LEVEL = 255 / 16  # the data set's pixels are 0 to 16; they are kept as bytes 0 to 255
@@ -29,6 +31,10 @@ HELD_BYTES = {"sklearn": 45 * MIB, "pandas": 41 * MIB}
 class DigitsData(ImageSource):
     name: Literal["digits"]
     augment: AugmentConfig = AugmentConfig()
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("sklearn",)
 
     def _open(self) -> ImageSet:
         held = sum(size for package, size in HELD_BYTES.items() if find_spec(package) is not None)
@@ -52,14 +58,8 @@ def _mark(mark: Fingerprint) -> None:
 
 def _load() -> tuple[Part, Part]:
     """Raises DataError when scikit-learn is not installed or its copy has changed."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise DataError(
-            "data.name: 'digits' comes with scikit-learn, which is not installed; "
-            "install the extra: pip install 'lowmem[data]'"
-        ) from None
+    load_digits = imported("sklearn.datasets", WHAT).load_digits
+    train_test_split = imported("sklearn.model_selection", WHAT).train_test_split
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels.reshape(-1, 1, 8, 8) * LEVEL).astype(np.uint8)
     if len(images) != NUM_TRAIN + NUM_TEST:

@@ -48,6 +48,10 @@ class ImageFolderData(SquareImages):
     classes: Literal["folders", "none"] = "folders"
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        return ("PIL",)
+
+    @property
     def class_names(self) -> list[str]:
         root = Path(self.path)
         if self.classes == "none":

@@ -6,7 +6,6 @@ a data set is run: the library stopped doing so in version 4, and images are dec
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from lowmem.data.cache import cache_dir, cached, digest, file_facts
 from lowmem.data.identity import Fingerprint
 from lowmem.data.image_source import SquareImages
 from lowmem.data.images import Array, DecodedRows, ImageSet, Part, check_labels, pillow, square
+from lowmem.data.packages import imported
 from lowmem.data.text import TokenisedText
 from lowmem.errors import DataError
 from lowmem.schema import Section
@@ -35,6 +35,10 @@ class HuggingfaceSource(Section):
     @property
     def remote(self) -> bool:
         return True
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        return ("datasets",)
 
     @property
     def splits(self) -> dict[str, str]:
@@ -153,13 +157,7 @@ class HuggingfaceText(HuggingfaceSource, TokenisedText):
 
 
 def _library() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError:
-        raise DataError(
-            "data.name: 'huggingface' needs the package datasets, which is not installed; "
-            "install the extra: pip install 'lowmem[huggingface]'"
-        ) from None
+    return imported("datasets", "data.name: 'huggingface'")
 
 
 def _line(problem: Exception) -> str:

@@ -9,13 +9,13 @@ import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 
 from lowmem.data.identity import MOST_CLASSES, MOST_SIDE, Fingerprint
 from lowmem.data.opening import open_file
+from lowmem.data.packages import imported
 from lowmem.errors import DataError
 from lowmem.units import counted
 
@@ -143,15 +143,9 @@ def same_shape(found: Sequence[int], allowed: Sequence[int], where: str, cure: s
 # Pictures
 
 
-def pillow(what: str) -> ModuleType:
+def pillow(what: str) -> Any:
     """Pillow's module Image. Raises DataError, beginning with `what`, when it is not installed."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError(
-            f"{what} needs Pillow, which is not installed; install the extra: pip install 'lowmem[data]'"
-        ) from None
-    return Image
+    return imported("PIL.Image", what)
 
 
 def open_image(source: Any, where: str, check: Callable[[Any], object] | None = None) -> Any:

@@ -172,6 +172,10 @@ class TokenisedText(TextConfig):
     vocab_size: Vocabulary | None = None  # if declared, planning opens neither text nor tokenizer
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        return () if self.tokenizer in NO_FILES else ("tokenizers",)
+
+    @property
     def tokenizer_name(self) -> str:
         return self.tokenizer
 

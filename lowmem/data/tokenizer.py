@@ -6,7 +6,6 @@ That package is imported only when a recipe names a file of its own.
 from __future__ import annotations
 
 import codecs
-import importlib
 import json
 import re
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any
 from lowmem.data.cache import cache_dir, cached, content_facts, digest
 from lowmem.data.identity import MOST_VOCAB, Fingerprint
 from lowmem.data.opening import is_file, is_folder
+from lowmem.data.packages import imported
 from lowmem.errors import DataError
 from lowmem.files import printable
 from lowmem.units import MIB, counted
@@ -147,13 +147,7 @@ def _subwords(path: Path) -> Tokenizer:
                 f"{where}: {mark.num_bytes} bytes; allowed: at most {MOST_BYTES}; "
                 "give a tokenizer's own files"
             )
-    try:
-        package = importlib.import_module("tokenizers")
-    except ImportError:
-        raise DataError(
-            f"data.tokenizer: '{path}' needs the package tokenizers, which is not installed; "
-            "install the extra: pip install 'lowmem[text]', or take bytes or characters"
-        ) from None
+    package = imported("tokenizers", f"data.tokenizer: '{path}'", ", or take bytes or characters")
     try:
         names = [str(file) for file in files]
         inner = (

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lowmem.data.config import TextConfig
 from lowmem.data.datasets import Dataset, DataSpec, describe_data, load_data
@@ -16,20 +17,22 @@ from lowmem.errors import ConfigError
 from lowmem.files import printable
 from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.inference.kinds import kind_of
-from lowmem.inference.progress import Say, shown_progress
+from lowmem.inference.progress import Progress, Say, silent
 from lowmem.planning.plan import Plan
 from lowmem.planning.run_data import own_data, spec_of, tokenizer_of
 from lowmem.recipe import with_data
+from lowmem.units import format_bytes
 
 
 def evaluate_run(
-    run_dir: str | os.PathLike[str], data: Sequence[str] | None = None, say: Say | None = None
+    run_dir: str | os.PathLike[str], data: Sequence[str] | None = None, say: Say = silent
 ) -> dict[str, Any]:
     """Metrics of a run's last commit on its test data.
 
     They hold `metric`, `value`, `per_block`, `levels`, and for discrete targets `sigma_max_ce`. `data` are
     `key=value` overrides of the recipe's data section, to evaluate on other data; text is read with the run's
-    own tokenizer. `say` is given a line now and then while a long evaluation runs.
+    own tokenizer. `say` is given a line every few seconds, with the share
+    of the present stage that is done.
 
     Raises ResumeError if the folder holds no run, StoreError if a file is torn, DataError if the data cannot
     be read, ConfigError if the other data are not of the shape, classes or vocabulary that the run was
@@ -40,16 +43,48 @@ def evaluate_run(
         return _evaluated(frozen, data_set, say)
 
 
-def evaluate_on(run_dir: str | os.PathLike[str], data: Dataset, say: Say | None = None) -> dict[str, Any]:
+def evaluate_on(run_dir: str | os.PathLike[str], data: Dataset, say: Say = silent) -> dict[str, Any]:
     """Metrics of a run's last commit on data that are open already."""
     with open_run(run_dir) as frozen, torch.no_grad():
         return _evaluated(frozen, data, say)
 
 
-def _evaluated(frozen: FrozenRun, data: Dataset, say: Say | None) -> dict[str, Any]:
+def _evaluated(frozen: FrozenRun, data: Dataset, say: Say) -> dict[str, Any]:
     kind = kind_of(frozen)
-    with shown_progress(frozen, data.num_test, say) if say else contextlib.nullcontext():
+    with shown_progress(frozen, data.num_test, say):
         return kind.evaluate(frozen, data)
+
+
+@contextlib.contextmanager
+def shown_progress(frozen: FrozenRun, num_test: int, say: Say) -> Iterator[None]:
+    """While the evaluation of so many test samples runs, says how far it is, by the samples that have passed
+    the layers.
+
+    An evaluation whose batches are cut to stay in the budget says that first.
+    """
+    sizes = frozen.size_for(num_test)
+    if sizes.is_split:
+        allowed = format_bytes(frozen.plan.budget.device_bytes)
+        say(
+            f"evaluation: batches of {sizes.batch_size} in micro-batches of {sizes.micro_batch_size}, "
+            f"to stay within the budget of {allowed}",
+            0.0,
+        )
+    begun: list[Progress] = []  # at the first pass: what comes before it is a stage of its own
+
+    def passed(layer: nn.Module, given: tuple[Tensor, ...], h: Tensor) -> None:
+        if not begun:
+            begun.append(Progress(say, "evaluation", sizes.layer_calls))
+        begun[0].add(len(h))
+
+    frozen.say = say
+    hooks = [layer.register_forward_hook(passed) for layer in frozen.model.layers]
+    try:
+        yield
+    finally:
+        frozen.say = silent
+        for hook in hooks:
+            hook.remove()
 
 
 def _other_data(plan: Plan, overrides: Sequence[str]) -> Dataset:

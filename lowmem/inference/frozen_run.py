@@ -20,6 +20,7 @@ from lowmem.data.text import TextConfig
 from lowmem.data.tokenizer import NO_FILES
 from lowmem.errors import DataError, ResumeError
 from lowmem.files import printable
+from lowmem.inference.progress import Say, silent
 from lowmem.machine.detect import training_device
 from lowmem.machine.heap import give_back_freed
 from lowmem.models import model_builder
@@ -76,6 +77,7 @@ class FrozenRun:
 
     def __init__(self, run: RunDir, plan: Plan, build_model: BuildModel, for_drawing: bool = False) -> None:
         """`for_drawing`: blocks that every draw needs stay on the device, if the budget holds them."""
+        self.say: Say = silent  # is told how far a long evaluation is
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as opened:  # closes what is open if a later step fails
             opened.callback(run.let_go)

@@ -1,47 +1,32 @@
-"""How far a long evaluation is, by the samples that have passed the layers."""
+"""How far a long evaluation is: a line every few seconds, for whoever waits."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from torch import Tensor, nn
+from lowmem.units import format_seconds
 
-from lowmem.inference.frozen_run import FrozenRun
-from lowmem.units import format_bytes, format_seconds
-
-PERIOD_S = 10.0  # between two lines
-Say = Callable[[str], None]
+PERIOD_S = 5.0  # between two lines
+Say = Callable[[str, float], None]  # a line, and the share of the present stage that is done, from 0 to 1
 
 
-@contextlib.contextmanager
-def shown_progress(frozen: FrozenRun, num_test: int, say: Say) -> Iterator[None]:
-    """While the evaluation of so many test samples runs, says every few seconds how far it is.
+def silent(line: str, share: float) -> None:
+    """Says nothing."""
 
-    An evaluation whose batches are cut to stay in the budget says that first.
-    """
-    sizes = frozen.size_for(num_test)
-    if sizes.is_split:
-        allowed = format_bytes(frozen.plan.budget.device_bytes)
-        say(
-            f"evaluation: batches of {sizes.batch_size} in micro-batches of {sizes.micro_batch_size}, "
-            f"to stay within the budget of {allowed}"
-        )
-    began = said = time.monotonic()
-    done = 0
 
-    def passed(layer: nn.Module, given: tuple[Tensor, ...], h: Tensor) -> None:
-        nonlocal done, said
-        done, now = done + len(h), time.monotonic()
-        if now - said >= PERIOD_S:
-            said, share = now, min(done / max(sizes.layer_calls, 1), 0.99)
-            left_s = (now - began) * (1 - share) / max(share, 1e-9)
-            say(f"evaluation: {share:.0%}, about {format_seconds(left_s)} left")
+class Progress:
+    """Says how far one stage is: at its beginning, and then every few seconds."""
 
-    hooks = [layer.register_forward_hook(passed) for layer in frozen.model.layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __init__(self, say: Say, stage: str, total: int) -> None:
+        """`total`: of what `add` counts. `stage`: what the lines begin with."""
+        self._say, self._stage, self._total, self._done = say, stage, max(total, 1), 0
+        self._began = self._said = time.monotonic()
+        say(f"{stage}: begins", 0.0)
+
+    def add(self, count: int) -> None:
+        self._done, now = self._done + count, time.monotonic()
+        if now - self._said >= PERIOD_S:
+            self._said, share = now, min(self._done / self._total, 0.99)
+            left_s = (now - self._began) * (1 - share) / max(share, 1e-9)
+            self._say(f"{self._stage}: {share:.0%}, about {format_seconds(left_s)} left", share)

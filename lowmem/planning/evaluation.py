@@ -35,6 +35,9 @@ NUM_DRAWS = 4  # of t and masks, for each test window and block of a masked mode
 ITERATIONS = (1, 2, 4, 8, 16, 32)  # at which a recurrent model is looked at
 FEATURE_IMAGES = 6000  # training images at most that the feature space of generated images is made from
 NETWORK_BYTES = 64 * 200 * 4  # for each pixel: the activations of the feature network's training, 64 images
+# for each pixel of an image, and of it for each channel: the feature network's operations of one pass
+NETWORK_FLOPS, NETWORK_CHANNEL_FLOPS = 2 * (9 * 32 * 64 // 4 + 9 * 64 * 64 // 16), 2 * 9 * 32
+NETWORK_IMAGES = 700 * 64  # that the network is trained on, each with three times the operations of a pass
 NORMALS = 16  # torch draws normal numbers in groups of so many: whole groups may be drawn apart
 
 
@@ -78,6 +81,7 @@ class Demand(NamedTuple):
     least_bytes: int = 0  # that a phase without the model's calls takes, in all
     drawn: float = 0.0  # passes of generated samples, in all
     row: int = NORMALS  # normal numbers that are drawn at once for a sample
+    cpu_flops: int = 0  # beside the model's calls, on the CPU whatever the device
 
 
 def sampling_settings(config: EvalConfig) -> tuple[int, float]:
@@ -132,7 +136,9 @@ def plan_evaluation(
         batch_size=config.batch_size,
         num_samples=known,
         layer_calls=round(total * len(layers)),
-        seconds=None if known is None else _seconds(setup, taken, total / size, ceil(num_samples / walk)),
+        seconds=None
+        if known is None
+        else _seconds(setup, taken, total / size, ceil(num_samples / walk), demand.cpu_flops),
     )
 
 
@@ -183,12 +189,14 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     return kept
 
 
-def _seconds(setup: Setup, taken: Pass, calls: float, walks: int) -> float | None:
+def _seconds(setup: Setup, taken: Pass, calls: float, walks: int, cpu_flops: int) -> float | None:
+    """On a profile of a card the rate of its CPU is not known, and what the CPU does is left out."""
     if not has_rates(setup.profile):
         return None
     moved = 0 if setup.resident else walks * sum(layout.total_bytes for layout in setup.layouts)
-    return calls * pass_s(taken.work, setup.profile) + moving_s(
-        moved, 0, setup.profile, setup.settings.tier == "disk"
+    beside = Work({(cpu_flops, 0): 1} if setup.profile.device.type == "cpu" else {})
+    return calls * pass_s(taken.work, setup.profile) + (
+        pass_s(beside, setup.profile) + moving_s(moved, 0, setup.profile, setup.settings.tier == "disk")
     )
 
 
@@ -238,6 +246,8 @@ def _images(model: BlockModel, config: EvalConfig, item: int, num_samples: int, 
     num_steps, guidance = sampling_settings(config)
     made = 3 * config.num_samples * item
     drawn = config.num_samples * num_steps * (1 if guidance == 1 else 2)
-    _, height, width = model.example_batch(1)["image"].shape[1:]
+    channels, height, width = model.example_batch(1)["image"].shape[1:]
     network = NETWORK_BYTES * height * width + 2 * FEATURE_IMAGES * item + num_samples * item
-    return Demand(losses, 0, item, made, network, float(drawn))
+    flops = height * width * (NETWORK_FLOPS + channels * NETWORK_CHANNEL_FLOPS)
+    seen = 3 * NETWORK_IMAGES + FEATURE_IMAGES + num_samples + config.num_samples
+    return Demand(losses, 0, item, made, network, float(drawn), cpu_flops=flops * seen)

@@ -32,12 +32,15 @@ from lowmem.units import format_bytes, format_seconds, shown
 
 HEARTBEAT_S = 10.0  # longest silence of the plain view
 REFRESH_PER_S = 4
+LEAST_BAR = 4  # characters: a shorter bar tells nothing
 RATE_STEPS = 200  # steps over which the rate is taken
 SAYING = {
     "running": "running",
     "finished": "finished",
     "stopped": "stopped: run the same train command again to go on",
+    "evaluating": "evaluating",
 }
+GOING = ("running", "evaluating")
 FAILED = "stopped by an error that the same command would meet again:"
 
 
@@ -50,6 +53,7 @@ class RunView:
         self.num_blocks = plan["settings"]["num_blocks"]
         self.whole = plan["recipe"]["method"] == "end_to_end"
         queue = BlockQueue.of(plan["recipe"], self.num_blocks)
+        self.num_steps = queue.num_steps  # of each block
         self.visits_total, self.steps_total = queue.num_visits, queue.total_steps
         self.visits_done = 0
         self.steps = [0] * self.num_blocks
@@ -60,6 +64,9 @@ class RunView:
         self.disk_bytes = 0
         self.waited_s, self.computed_s = 0.0, 0.0
         self.warning, self.advice, self.note, self.evaluation = "", "", "", ""
+        self.evaluated = 0.0  # share of the present stage of the evaluation
+        planned = plan["predicted"].get("evaluation") or {}
+        self.evaluation_s: float | None = planned.get("seconds")  # by the plan
         self._moments: deque[float] = deque(maxlen=RATE_STEPS)  # when the latest steps ended
 
     def feed(self, record: dict[str, Any]) -> None:
@@ -67,6 +74,7 @@ class RunView:
         event = record.get("event")
         if event == "open":
             self._moments.clear()  # time between processes is no training time
+            self.evaluation = ""
             self.visits_done = record["visits_done"]
         elif event == "visit":
             self.current = record["blocks"]
@@ -85,7 +93,9 @@ class RunView:
         elif event == "warning":
             self.warning = record["message"]
         elif event == "evaluating":
-            self.evaluation = record["message"]
+            self.evaluation, self.evaluated = record["message"], record["share"]
+        elif event == "evaluated":
+            self.evaluation = ""
         elif event == "commit":
             self.visits_done = record["visits_done"]
             self.disk_bytes = record.get("disk_bytes", 0)
@@ -97,29 +107,29 @@ class RunView:
 
     @property
     def rate(self) -> float | None:
-        """Steps per second over the latest steps, None before there are two."""
+        """Optimizer steps per second over the latest steps, None before there are two."""
         if len(self._moments) < 2 or self._moments[-1] <= self._moments[0]:
             return None
         return (len(self._moments) - 1) / (self._moments[-1] - self._moments[0])
 
     def lines(self, width: int) -> list[str]:
         """The run as lines of at most `width` characters."""
-        bar_width = max(10, min(80, width - 48))
-        lines = [self.headline(), *self._block_lines(bar_width), *self._pool_lines(bar_width)]
+        bar_width = min(80, width - 48) if width >= 58 else max(width - 40, 0)
+        lines = [
+            *wrapped(self.headline(), width),
+            *self._block_lines(bar_width),
+            *self._pool_lines(bar_width),
+        ]
+        if self.evaluation:
+            lines.append(f"  {'evaluates':<9} {_bar(self.evaluated, 1, bar_width)}{self.evaluated:.0%}")
         if self.computed_s:
             share = self.waited_s / self.computed_s
-            lines.append(f"  waiting   {format_seconds(self.waited_s)} for blocks, {share:.1%} of compute")
-        if self.evaluation:
-            lines.append(f"  {self.evaluation}")
-        if self.advice:
-            lines += textwrap.wrap(
-                f"advice: {self.advice}", width, initial_indent="  ", subsequent_indent=" " * 10
-            )
-        if self.warning:
-            lines.append(f"  warning: {self.warning}")
-        if self.note:
-            lines.append(f"  note: {self.note}")
-        return [shown(line)[:width] for line in lines]
+            text = f"waiting   {format_seconds(self.waited_s)} for blocks, {share:.1%} of compute"
+            lines += wrapped(text, width, 2, 12)
+        for name in ("advice", "warning", "note"):
+            if text := getattr(self, name):
+                lines += wrapped(f"{name}: {text}", width, 2, 4 + len(name))
+        return [line[:width] for line in lines]
 
     def _block_lines(self, bar_width: int) -> Iterator[str]:
         per_block = self.steps_total if self.whole else self.steps_total // self.num_blocks
@@ -127,7 +137,7 @@ class RunView:
             mark = ">" if block in self.current else " "
             bar = _bar(steps, per_block, bar_width)
             loss_text = "" if loss is None else f"loss {loss:.4f}"
-            yield f"{mark} block {block:<3} [{bar}] {steps:>6}/{per_block} {loss_text}"
+            yield f"{mark} block {block:<3} {bar}{steps:>6}/{per_block} {loss_text}"
 
     def _pool_lines(self, bar_width: int) -> Iterator[str]:
         used = device_bytes(self.last, self.unified)
@@ -138,16 +148,21 @@ class RunView:
             pools.append(("disk", self.disk_bytes, self.budget["disk_bytes"]))
         for name, used, allowed in pools:
             bar = _bar(used, allowed, bar_width)
-            yield f"  {name:<9} [{bar}] {format_bytes(used)} of {format_bytes(allowed)}"
+            yield f"  {name:<9} {bar}{format_bytes(used)} of {format_bytes(allowed)}"
 
     def headline(self) -> str:
-        """Visits, steps, rate and time left."""
-        line = f"visit {self.visits_done}/{self.visits_total}, step {self.steps_done}/{self.steps_total}"
-        rate = self.rate
-        if rate is None:
+        """Visits, steps, rate and time left. Steps are those of each block, as in `train.num_steps`."""
+        if self.evaluation:
+            return self.evaluation
+        shares = 1 if self.whole else self.num_blocks
+        of_each = "" if shares == 1 else f" of each of {shares} blocks"
+        line = f"visit {self.visits_done}/{self.visits_total}"
+        line += f", step {self.steps_done // shares}/{self.num_steps}{of_each}"
+        rate, missing = self.rate, self.steps_total - self.steps_done
+        if rate is None or not missing:
             return line
-        left_s = (self.steps_total - self.steps_done) / rate
-        return f"{line}, {rate:.1f} steps/s, {format_seconds(left_s)} left"
+        then = "" if not self.evaluation_s else f", then {format_seconds(self.evaluation_s)} of evaluation"
+        return f"{line}, {rate / shares:.1f} steps/s, {format_seconds(missing / rate)} left{then}"
 
     def summary(self) -> str:
         """The run as one line, for logs."""
@@ -157,8 +172,15 @@ class RunView:
 
 
 def _bar(done: float, total: float, width: int) -> str:
+    """A bar with a space behind it, or nothing where there is no room for one."""
     filled = min(int(width * done / max(total, 1)), width)
-    return "#" * filled + "." * (width - filled)
+    return f"[{'#' * filled}{'.' * (width - filled)}] " if width >= LEAST_BAR else ""
+
+
+def wrapped(text: str, width: int, indent: int = 0, further: int = 0) -> list[str]:
+    """`text` of any origin as lines that end between words; all but the first are indented by `further`."""
+    safe = shown(text, MOST_CHARACTERS)
+    return textwrap.wrap(safe, width, initial_indent=" " * indent, subsequent_indent=" " * further)
 
 
 @contextlib.contextmanager
@@ -195,7 +217,8 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
         due = time.monotonic() - printed > HEARTBEAT_S
         if record["event"] == "warning":
             print(f"warning: {shown(record['message'])}", file=sys.stderr, flush=True)
-        if record["event"] == "evaluating":
+        if record["event"] == "evaluating" and (due or record["share"] == 0):
+            printed = time.monotonic()
             print(shown(record["message"]), file=sys.stderr, flush=True)
         if record["event"] == "trained" or (due and record["event"] in ("step", "visited")):
             printed = time.monotonic()
@@ -222,16 +245,18 @@ def status_lines(run_dir: str | os.PathLike[str], width: int) -> tuple[str, list
     view, status = _view_of(RunDir(run_dir)), read_status(run_dir)
     view.advice = status["advice"] or ""
     view.visits_done = status["progress"]["visits_done"]
+    if status["state"] != "evaluating":
+        view.evaluation = ""
     for block in status["blocks"]:
         # steps after the last commit count while a process may still commit them
-        seen = view.steps[block["block"]] if status["state"] == "running" else 0
+        seen = view.steps[block["block"]] if status["state"] in GOING else 0
         view.steps[block["block"]] = max(block["steps"], seen)
     seen_at = status["last"].get("time")
     age = f", last record {format_seconds(max(time.time() - seen_at, 0))} ago" if seen_at else ""
-    lines = [shown(f"{status['run']}: {SAYING[status['state']]}{age}")[:width], *view.lines(width)]
-    if status["failure"]:
-        wrapped = textwrap.wrap(shown(status["failure"], MOST_CHARACTERS), width)
-        lines[:1] = [shown(f"{status['run']}: {FAILED}{age}")[:width], *wrapped]
+    saying = SAYING[status["state"]] if status["failure"] is None else FAILED
+    first = wrapped(f"{status['run']}: {saying}{age}", width)
+    first += wrapped(status["failure"], width) if status["failure"] else []
+    lines = [*first, *view.lines(width)]
     return status["state"], lines
 
 
@@ -242,6 +267,6 @@ def watch(run_dir: str | os.PathLike[str], period_s: float = 1.0) -> None:
         while True:
             state, lines = status_lines(run_dir, console.width)
             live.update(Text("\n".join(lines)))
-            if state != "running":
+            if state not in GOING:
                 return
             time.sleep(period_s)

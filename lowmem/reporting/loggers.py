@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lowmem.data.packages import is_there
 from lowmem.errors import ConfigError, nearest
 from lowmem.reporting.telemetry import Listener
 
@@ -41,8 +42,7 @@ def open_logger(name: str, run_dir: Path, settings: dict[str, Any]) -> Iterator[
     `settings`: what the logger shows as the run's configuration. Raises ConfigError if the name is unknown or
     the package is not installed.
     """
-    if name not in LOGGERS:
-        raise ConfigError(f"--log-to: found '{name}'; {nearest(name, LOGGERS)}")
+    require_logger(name)
     opened = _tensorboard(run_dir) if name == "tensorboard" else _tracker(name, run_dir, settings)
     with opened as listener:
         yield listener
@@ -50,7 +50,7 @@ def open_logger(name: str, run_dir: Path, settings: dict[str, Any]) -> Iterator[
 
 @contextlib.contextmanager
 def _tensorboard(run_dir: Path) -> Iterator[Listener]:
-    writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
+    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
     steps_sent = 0
 
     def send(record: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ def _tensorboard(run_dir: Path) -> Iterator[Listener]:
 @contextlib.contextmanager
 def _tracker(name: str, run_dir: Path, settings: dict[str, Any]) -> Iterator[Listener]:
     """Weights & Biases or Trackio: both have the same three functions."""
-    module = _module(name, name)
+    module: Any = importlib.import_module(name)
     module.init(project="lowmem", name=run_dir.resolve().name, config=settings)
 
     def send(record: dict[str, Any]) -> None:
@@ -84,10 +84,11 @@ def _tracker(name: str, run_dir: Path, settings: dict[str, Any]) -> Iterator[Lis
         module.finish()
 
 
-def _module(module: str, package: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
+def require_logger(name: str) -> None:
+    """Raises ConfigError if the name is unknown or its package is not installed. Imports nothing."""
+    if name not in LOGGERS:
+        raise ConfigError(f"--log-to: found '{name}'; {nearest(name, LOGGERS)}")
+    if not is_there(name):
         raise ConfigError(
-            f"--log-to: {package} is not installed; allowed: without --log-to, or after pip install {package}"
-        ) from None
+            f"--log-to: {name} is not installed; allowed: without --log-to, or after pip install {name}"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowmem.blocks.run_dir import RunState
 
-HIDDEN_SHARE = 0.01  # of compute: less waiting than this is not worth a change
+WORTH_SHARE = 0.05  # of compute: less waiting than this is not worth a change
 WAYS = ("host_to_device", "device_to_host", "disk_read", "disk_written")
 
 
@@ -44,11 +44,14 @@ def moving_figures(plan: dict[str, Any], state: RunState) -> dict[str, Any]:
     }
 
 
-def _advice(plan: dict[str, Any], state: RunState, waiting: float, moving: float) -> str:
-    """What to change, in one sentence. `waiting` for blocks, `moving` blocks: each as a share of compute."""
+def _advice(plan: dict[str, Any], state: RunState, waiting: float, moving: float) -> str | None:
+    """What to change, in one sentence; None where nothing is to be gained.
+
+    `waiting` for blocks, `moving` blocks: each as a share of compute.
+    """
     recipe, settings = plan["recipe"], plan["settings"]
-    if waiting <= HIDDEN_SHARE:
-        return f"nothing to change: waiting is {waiting:.1%} of compute"
+    if waiting <= WORTH_SHARE:
+        return None
     found = f"waiting is {waiting:.1%} of compute"
     if settings["write_back"] == "wait" and recipe["method"] != "end_to_end":
         return (
@@ -58,11 +61,13 @@ def _advice(plan: dict[str, Any], state: RunState, waiting: float, moving: float
         return f"{found}: set offload.prefetch: true, so that a block is read while the last one trains"
     steps = recipe["blocks"]["visit_steps"]
     enough = max(steps + 1, math.ceil(steps * moving))
-    cures = [f"raise blocks.visit_steps from {steps} to {enough}, or the tokens of a step as much"]
+    cures = []
+    if steps < recipe["train"]["num_steps"]:
+        cures.append(f"raise blocks.visit_steps from {steps} to {enough}, or the tokens of a step as much")
     on_cpu = plan["profile"]["device"]["type"] == "cpu"
     if settings["optimizer"] == "adamw" and not on_cpu:  # on a CPU 8-bit state costs more time than it saves
         cures.append("take optimizer.name: adamw8bit (half the bytes of a block)")
     room = plan["budget"]["host_bytes"] - plan["predicted"]["host_peak_bytes"]
     if settings["tier"] == "disk" and room > sum(record.num_bytes for record in state.files.values()):
         cures.append(f"keep blocks in RAM (offload.tier: {'device' if on_cpu else 'host'})")
-    return f"{found}: {'; or '.join(cures)}"
+    return f"{found}: {'; or '.join(cures)}" if cures else None

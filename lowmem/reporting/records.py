@@ -83,6 +83,11 @@ class SeenTime(Seen):
     exposed_s: Number
 
 
+class SeenEvaluation(Seen):
+    peak_bytes: Whole
+    seconds: Number | None = None
+
+
 class SeenPredicted(Seen):
     device_peak_bytes: Annotated[int, Field(gt=0, le=2**62)]
     host_peak_bytes: Annotated[int, Field(gt=0, le=2**62)]
@@ -92,6 +97,7 @@ class SeenPredicted(Seen):
     block_peak_bytes: list[Whole]
     traffic: SeenTraffic | None = None
     time: SeenTime | None = None
+    evaluation: SeenEvaluation | None = None
 
 
 class SeenPlan(Seen):
@@ -224,6 +230,10 @@ class CommitRecord(Record):
     visits_done: Whole
 
 
+class EvaluatingRecord(MessageRecord):
+    share: Annotated[float, Field(ge=0, le=1)]
+
+
 RECORDS: dict[str, type[Record]] = {
     "open": OpenRecord,
     "visit": VisitRecord,
@@ -232,6 +242,7 @@ RECORDS: dict[str, type[Record]] = {
     "warning": MessageRecord,
     "failed": MessageRecord,
     "commit": CommitRecord,
+    "evaluating": EvaluatingRecord,
 }
 
 

@@ -78,6 +78,7 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
             **{name: predicted[name] for name in PREDICTED},
             "traffic": _unbroken_traffic(run, predicted.get("traffic"), queue),
             "time": predicted.get("time"),
+            "evaluation": predicted.get("evaluation"),
         },
         "measured": {name: state.measured.get(name, 0) for name in MEASURED},
         "blocks": [
@@ -89,10 +90,12 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
         "stream": moving_figures(plan, state),
         "first_metrics": state.first_metrics,
         "metrics": state.metrics,
+        "is_evaluated": plan.get("data") is not None,  # batches that Python gives are not
         "progress": {
             "visits_done": state.visits_done,
             "visits_total": queue.num_visits,
             "steps_done": _steps_done(recipe["method"], state),
+            "num_steps": queue.num_steps,
         },
         "digest": digest(state),
     }
@@ -121,8 +124,8 @@ def read_status(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
             failure = record.get("message") if record["event"] == "failed" else None
     visits_done, visits_total = report["progress"]["visits_done"], report["progress"]["visits_total"]
     if run.is_locked():
-        state = "running"
-    elif visits_done == visits_total:
+        state = "evaluating" if last.get("event") == "evaluating" else "running"
+    elif visits_done == visits_total and (report["metrics"] or not report["is_evaluated"]):
         state = "finished"
     else:
         state = "stopped"
@@ -245,7 +248,7 @@ class Report:
         """(name, text): progress, time, traffic, stream, result and digest, as far as the run has them."""
         content = self.content
         rows = [
-            ("progress", _progress_text(content["progress"])),
+            ("progress", _progress_text(content)),
             ("time", _time_text(content["time"])),
         ]
         expected, planned = content["predicted"]["time"], content["predicted"]["traffic"]
@@ -257,6 +260,7 @@ class Report:
             rows.append(("planned", f"{_traffic_text(planned)} (one process, to the end)"))
         if content["stream"]["exposed_share"] is not None:
             rows.append(("stream", _stream_text(content["stream"])))
+        if content["stream"]["advice"]:
             rows.append(("advice", content["stream"]["advice"]))
         evaluation = content["measured"]["evaluation_peak_bytes"]
         if evaluation:
@@ -272,9 +276,19 @@ class Report:
         return [*rows, ("digest", content["digest"] or "-")]
 
 
-def _progress_text(progress: dict[str, int]) -> str:
-    visits, steps = counted(progress["visits_total"], "visit"), counted(progress["steps_done"], "step")
-    return f"{progress['visits_done']} of {visits}, {steps}"
+def _progress_text(content: dict[str, Any]) -> str:
+    """Steps are counted as the recipe counts them: those of each block."""
+    progress, blocks = content["progress"], content["settings"]["num_blocks"]
+    each, of_each = steps_of_each(content["method"], progress["steps_done"], blocks)
+    visits = counted(progress["visits_total"], "visit")
+    return f"{progress['visits_done']} of {visits}, {each} of {progress['num_steps']} steps{of_each}"
+
+
+def steps_of_each(method: str, steps_done: int, num_blocks: int) -> tuple[int, str]:
+    """(steps as `train.num_steps` counts them, the words that say so), from the steps over all blocks."""
+    if method == "end_to_end" or num_blocks == 1:
+        return steps_done, ""
+    return steps_done // num_blocks, f" of each of {num_blocks} blocks"
 
 
 def _time_text(time: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ python evaluation_child.py FOLDER RECIPE PROFILE OVERRIDE...
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from lowmem.planning.run_data import spec_of
 
 def main(folder: str, recipe: str, profile: str, *overrides: str) -> None:
     give_back_freed()
+    os.environ["XDG_CACHE_HOME"] = f"{folder}-cache"  # a kept feature network would take less
     plan = plan_recipe(recipe, profile, overrides, Path(folder))
     plan.require_fit()
     first_weights(Path(folder), model_builder(plan.recipe, spec_of(plan)), plan)

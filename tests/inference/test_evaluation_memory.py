@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 
 from lowmem.blocks.arena import Arena, parameter_views
 from lowmem.data.datasets import Dataset, describe_data, load_data
+from lowmem.inference.evaluate import shown_progress
 from lowmem.inference.evaluation.common import Draws
 from lowmem.inference.export import export_run
 from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.inference.generate import sample_run
 from lowmem.inference.kinds import kind_of
-from lowmem.inference.progress import shown_progress
 from lowmem.inference.sampling import Draw, generate, rows_at_once
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
@@ -81,7 +81,8 @@ def cut(folder: Path, data: Dataset, size: int, walk: int, said: list[str] | Non
         sizes = frozen.size_for(data.num_test)
         changed = {"micro_batch_size": size, "walk_size": walk}
         frozen._sizes = sizes.model_copy(update=changed)
-        with shown_progress(frozen, data.num_test, (said if said is not None else []).append):
+        lines = [] if said is None else said
+        with shown_progress(frozen, data.num_test, lambda line, _: lines.append(line)):
             return kind_of(frozen).evaluate(frozen, data)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import os
 from pathlib import Path
 from typing import Any
 
@@ -287,26 +287,68 @@ def test_the_feature_network_tells_classes_apart() -> None:
     data = load_data(dit_recipe().data, dit_recipe().train.seq_len)
     test = next(data.test_batches(360))
     network = features_module.feature_network(data)
-    assert (
-        features_module.feature_network(load_data(dit_recipe().data, dit_recipe().train.seq_len)) is network
-    ), "trained once in a process"
     features = network(torch.from_numpy(test["image"]))
     assert features.shape == (360, features_module.FEATURES)
     assert float((network.head(features).argmax(-1).numpy() == test["label"]).mean()) > 0.95
 
 
 def test_the_feature_network_is_the_same_each_time_and_draws_nothing_from_others(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features_module, "FEATURE_STEPS", 5)
     data, made = load_data(dit_recipe().data, dit_recipe().train.seq_len), []
     for seed in (0, 0, 1):
-        monkeypatch.setattr(features_module, "_networks", OrderedDict())
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(len(made))))
         state = torch.random.get_rng_state()
         made.append(features_module.feature_network(data, seed)(torch.ones(2, 1, 8, 8)))
         assert torch.equal(torch.random.get_rng_state(), state)
         torch.manual_seed(len(made))
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+def test_the_feature_network_is_trained_once_for_its_images_and_kept_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(features_module, "FEATURE_STEPS", 5)
+    data, ones = load_data(dit_recipe().data, dit_recipe().train.seq_len), torch.ones(2, 1, 8, 8)
+    made = features_module.feature_network(data)(ones)
+    trained = features_module._trained
+    monkeypatch.setattr(features_module, "_trained", None)  # to train again would fail
+    state = torch.random.get_rng_state()
+    assert torch.equal(features_module.feature_network(data)(ones), made)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    with pytest.raises(TypeError):
+        features_module.feature_network(data, seed=1)
+    monkeypatch.setattr(features_module, "_trained", trained)
+    (kept,) = (tmp_path / "lowmem").glob("*.safetensors")
+    whole = kept.read_bytes()
+    for damage in (whole[:-1] + bytes([whole[-1] ^ 1]), whole[:100], b"", b"no tensors"):
+        kept.write_bytes(damage)
+        assert torch.equal(features_module.feature_network(data)(ones), made)
+        assert kept.read_bytes() == whole, "what was damaged is written again"
+
+
+def test_a_kept_feature_network_of_somebody_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(features_module, "FEATURE_STEPS", 2)
+    data = load_data(dit_recipe().data, dit_recipe().train.seq_len)
+    features_module.feature_network(data)
+    (kept,) = (tmp_path / "lowmem").glob("*.safetensors")
+    trained, seeds = features_module._trained, list[int]()
+
+    def counted(images: Any, labels: Any, seed: int, say: Any) -> Any:
+        seeds.append(seed)
+        return trained(images, labels, seed, say)
+
+    monkeypatch.setattr(features_module, "_trained", counted)
+    features_module.feature_network(data)
+    assert seeds == []
+    monkeypatch.setattr(os, "geteuid", lambda: kept.lstat().st_uid + 1)
+    features_module.feature_network(data)
+    assert seeds == [0]
 
 
 @pytest.mark.parametrize("method", ["diffusion_blocks", "end_to_end"])

@@ -14,7 +14,7 @@ import torch
 from conftest import recipe_with
 
 from lowmem.blocks.order import BlockQueue
-from lowmem.cli import plan as cli_plan
+from lowmem.cli.training import plan as cli_plan
 from lowmem.data.datasets import describe_data
 from lowmem.errors import BudgetError, ConfigError, ResumeError
 from lowmem.job import largest_models, plan_recipe
@@ -350,7 +350,9 @@ def test_the_largest_model_fits_and_one_a_tenth_larger_does_not() -> None:
         "model.num_heads": 6,
     }
     overrides = [f"{key}={value}" for key, value in small.items()]
-    found = largest_models("stdlib-causal", "cpu-3gib", overrides)
+    said: list[str] = []
+    found = largest_models("stdlib-causal", "cpu-3gib", overrides, say=said.append)
+    assert any("layers: fits" in line for line in said) and any("does not fit" in line for line in said)
     for name, plan in found.items():
         model: Any = plan.recipe.model
         assert plan.fits

@@ -286,7 +286,7 @@ def test_the_report_counts_traffic_of_the_disk_tier_to_the_byte(tmp_path: Path) 
     assert content["traffic"]["disk_written_bytes"] == visits * blocks + visits * 3 * sizes["shared"]
     assert content["traffic"]["disk_read_bytes"] == visits * blocks + sizes["shared"]
     assert content["predicted"]["disk_bytes"] == content["measured"]["disk_bytes"]
-    assert content["progress"] == {"visits_done": 9, "visits_total": 9, "steps_done": 18}
+    assert content["progress"] == {"visits_done": 9, "visits_total": 9, "steps_done": 18, "num_steps": 6}
 
 
 class Mine(BlockModel):

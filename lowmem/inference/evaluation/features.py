@@ -7,21 +7,33 @@ other. A figure means little beside another data set's, and nothing beside a pub
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections import OrderedDict
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from lowmem.data.cache import cache_dir, cached, digest
 from lowmem.data.datasets import Dataset
+from lowmem.errors import DataError
+from lowmem.files import read_bytes
+from lowmem.inference.progress import Progress, Say, silent
 from lowmem.planning.evaluation import FEATURE_IMAGES
 from lowmem.schedule import mix_seed
+from lowmem.units import MIB
 
 FEATURES = 64  # dimension of the space in which the Fréchet distance is taken
 FEATURE_STEPS, FEATURE_BATCH = 700, 64  # the feature network's training
 AT_ONCE = 100  # images of which the network's activations exist at once
-REMEMBERED = 4  # feature networks of a process: a run needs one, a comparison a few
+VERSION = 1  # of how the network is made: another one has other files in the cache
+MOST_FILE_BYTES = 64 * MIB
+DIGEST = "sha256"  # the tensor of a kept network's file that holds the digest of the others
 
 
 class FeatureNetwork(nn.Module):
@@ -47,37 +59,65 @@ class FeatureNetwork(nn.Module):
         return torch.as_tensor(self.body(images))
 
 
-_networks: OrderedDict[tuple[int, bytes], FeatureNetwork] = OrderedDict()  # oldest first
-
-
-def feature_network(data: Dataset, seed: int = 0) -> FeatureNetwork:
+def feature_network(data: Dataset, seed: int = 0, say: Say = silent) -> FeatureNetwork:
     """The feature space of a data set: a function of its training part and `seed`.
 
-    The network is trained on the CPU in seconds and remembered: 700 steps of Adam over batches of 64, with a
-    linear decay of the rate, on at most 6,000 training images.
+    The network is trained on the CPU, once for these images: 700 steps of Adam over batches of 64, with a
+    linear decay of the rate, on at most 6,000 training images. It is kept in the user's cache, under what it
+    was trained on.
     """
     images, labels = training_images(data, seed)
-    key = seed, hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).digest()
-    if key not in _networks:
-        _networks[key] = _trained(images, labels, seed)
-        if len(_networks) > REMEMBERED:
-            _networks.popitem(last=False)
-    return _networks[key]
+    content = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    path = cache_dir() / f"{digest('features', VERSION, seed, list(images.shape), content)}.safetensors"
+    with torch.device("meta"):
+        network = FeatureNetwork(images.shape[1], int(labels.max()) + 1)
+    if _load_kept(path, network):
+        return network.eval().requires_grad_(False)
+    network = _trained(images, labels, seed, say)
+    with contextlib.suppress(DataError, OSError):  # a cache that cannot be written costs time, and no run
+        path.unlink(missing_ok=True)  # what lies there is not what was written
+        cached(path, lambda: [save(_with_digest(network.state_dict()))])
+    return network
 
 
-def _trained(images: Tensor, labels: Tensor, seed: int) -> FeatureNetwork:
+def _load_kept(path: Path, network: FeatureNetwork) -> bool:
+    """Whether the kept network is now in `network`: a whole file of this user's own, of such a network."""
+    try:
+        if path.lstat().st_uid != getattr(os, "geteuid", lambda: 0)():
+            return False
+        tensors = load(read_bytes(path, MOST_FILE_BYTES, DataError))
+        if not torch.equal(tensors.pop(DIGEST), _with_digest(tensors)[DIGEST]):
+            return False
+        network.load_state_dict(tensors, assign=True)
+    except (OSError, DataError, SafetensorError, KeyError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _with_digest(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, and the sha256 of names and bytes as one more."""
+    whole = hashlib.sha256()
+    for name in sorted(tensors):
+        whole.update(name.encode() + tensors[name].numpy().tobytes())
+    return {**tensors, DIGEST: torch.tensor(list(whole.digest()), dtype=torch.uint8)}
+
+
+def _trained(images: Tensor, labels: Tensor, seed: int, say: Say = silent) -> FeatureNetwork:
+    # One class alone teaches nothing: its loss is 0, and so is every gradient.
+    steps = FEATURE_STEPS if int(labels.max()) > 0 else 0
+    progress = Progress(say, "evaluation, the feature network of the data, once", steps)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(mix_seed(seed, "feature_network"))
         network = FeatureNetwork(images.shape[1], int(labels.max()) + 1)
         optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-        # One class alone teaches nothing: its loss is 0, and so is every gradient.
-        for step in range(FEATURE_STEPS if int(labels.max()) > 0 else 0):
+        for step in range(steps):
             batch = torch.randint(len(images), (FEATURE_BATCH,))
             optimizer.param_groups[0]["lr"] = 3e-3 * (1 - step / FEATURE_STEPS)
             optimizer.zero_grad()
             loss = F.cross_entropy(network.head(network(images[batch])), labels[batch])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            progress.add(1)
     return network.eval().requires_grad_(False)
 
 

@@ -30,7 +30,7 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     recipe = frozen.plan.recipe
     seed, config = mix_seed(recipe.train.seed, "evaluate"), recipe.eval
     num_steps, guidance = sampling_settings(config)
-    network = feature_network(data)
+    network = feature_network(data, say=frozen.say)
     real_features, _ = features_of(network, *training_images(data, 0))
     frozen.size_for(data.num_test)
     tests = list(data.test_batches(config.batch_size))
