@@ -33,7 +33,7 @@ from lowmem.models.base import (
 )
 from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.duration import Work
-from lowmem.planning.settings import COMPUTE_DTYPE, Settings
+from lowmem.planning.settings import COMPUTE_DTYPE, Settings, frozen_layout
 from lowmem.recipe import Recipe
 
 PROBED = 3  # layers that tell what more of the same take
@@ -209,8 +209,8 @@ class PassCounter:
         )
         frozen = [*blocks, *named_base_parameters(self._model)] if settings.frozen else []
         layout = self._laid_out(shared if settings.frozen else [*blocks, *shared], settings)
-        still = self._laid_out(frozen, settings)
         slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
+        still = frozen_layout(self._model, [(name, tuple(p.shape)) for name, p in frozen], dtype)
 
         def updated(name: str, parameter: nn.Parameter) -> None:
             slot, kept_as = slots[name], COMPUTE_DTYPE[settings.weights]
@@ -223,7 +223,7 @@ class PassCounter:
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
             gathers = updated if settings.during_backward else parameter_views(layout, grads)
             bind(self._model, parameter_views(layout, flat), gathers)
-            read = torch.zeros(still.numel, dtype=dtype)
+            read = torch.zeros(still.numel, dtype=still.weights_dtype)
             bind(self._model, parameter_views(still, read), None)
             yield flat, grads, read
             unbind(self._model, layout)
