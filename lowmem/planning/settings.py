@@ -17,6 +17,7 @@ from lowmem.blocks.arena import FROZEN, ArenaLayout
 from lowmem.blocks.stream import block_key
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import spread
+from lowmem.machine.device import KINDS
 from lowmem.machine.profile import Profile
 from lowmem.models.base import (
     BlockModel,
@@ -178,6 +179,12 @@ class Setup:
     def two_passes(self) -> bool:
         """Whether a streamed step runs backward twice, first for the norm of the whole gradient."""
         return self.recipe.optimizer.clips_whole
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Of the copy of the shared part that a commit writes while training goes on."""
+        needed = self.settings.write_back == "beside" or KINDS[self.profile.device.type].copies
+        return self.shared.total_bytes if needed else 0
 
     @property
     def micro_batches(self) -> int:
