@@ -49,6 +49,9 @@ LEAST_PROBABILITY = 1e-3  # that a drawn level lies in [sigma_min, sigma_max]
 Auto = Literal["auto"]
 Tier = Literal["device", "host", "disk"]
 Precision = Literal["float32", "bfloat16"]
+Quantised = Literal["int8", "nf4"]
+QUANTISED: tuple[Quantised, ...] = ("int8", "nf4")
+Frozen = Precision | Quantised  # how frozen weights are kept
 OptimizerName = Literal["adamw8bit", "adamw"]
 Method = Literal["diffusion_blocks", "end_to_end"]
 # What the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing, so that
@@ -296,7 +299,9 @@ class AdapterConfig(Section):
     # The layers' modules that they stand beside, by the end of their names; auto: every linear one.
     targets: Auto | Annotated[list[str], Field(min_length=1, max_length=256)] = "auto"
     dropout: Fraction = 0.0
-    base: Precision = "bfloat16"  # how the frozen weights are kept
+    # How the frozen weights are kept. In 8 and 4 bits it is those of linear layers, and all else is kept in
+    # the dtype of compute.
+    base: Frozen = "bfloat16"
 
 
 class OffloadConfig(Section):

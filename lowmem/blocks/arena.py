@@ -29,7 +29,7 @@ ALIGNMENT = 256  # bytes: alignment of each state field in a buffer
 GROUP_SIZE = 256  # elements that share one absmax of 8-bit state; parameters are aligned to it
 MIN_8BIT_NUMEL = 4096  # smaller parameters keep fp32 state, as in bitsandbytes
 FROZEN = "none"  # in the place of an optimizer: weights that are only read, without state
-SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
+SAFETENSORS_DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,17 @@ class ParameterSlot:
     name: str
     shape: tuple[int, ...]
     start: int  # its first element
+    dtype: torch.dtype | None = None  # where the flat weights are bytes, which hold parameters of several
 
     @property
     def numel(self) -> int:
-        return prod(self.shape)
+        """Elements of the flat weights."""
+        return prod(self.shape) * (1 if self.dtype is None else self.dtype.itemsize)
+
+    def view(self, flat: Tensor, start: int) -> Tensor:
+        """The parameter in a flat vector, from the element `start` on."""
+        part = flat[start : start + self.numel]
+        return (part if self.dtype is None else part.view(self.dtype)).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,10 @@ class ArenaLayout:
         optimizer: str,
         ema: bool = False,
         weights_dtype: torch.dtype = torch.float32,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
+        """`dtypes`: of each parameter, where they differ; then the flat weights are bytes (uint8)."""
+
         def kind(parameter: tuple[str, tuple[int, ...]]) -> tuple[bool, bool]:
             """(fp32 state, no weight decay): quantized parameters come first, vectors are not decayed."""
             _, shape = parameter
@@ -94,8 +104,9 @@ class ArenaLayout:
         # A stable sort: parameters of one kind keep the model's order, on every machine and in every version.
         for name, shape in sorted(parameters, key=kind):
             fp32_state, no_decay = kind((name, shape))
-            self.slots.append(ParameterSlot(name, tuple(shape), end))
-            start, end = end, end + round_up(prod(shape), GROUP_SIZE)
+            slot = ParameterSlot(name, tuple(shape), end, None if dtypes is None else dtypes[name])
+            self.slots.append(slot)
+            start, end = end, end + round_up(slot.numel, GROUP_SIZE)
             last = self.groups[-1] if self.groups else None
             if last is not None and (last.decay, last.quantized) == (not no_decay, not fp32_state):
                 self.groups[-1] = Group(last.start, end, last.decay, last.quantized)
@@ -138,10 +149,6 @@ class ArenaLayout:
     def state_bytes(self) -> int:
         return self.total_bytes - self.weights_bytes
 
-    @property
-    def num_parameters(self) -> int:
-        return sum(slot.numel for slot in self.slots)
-
     def header(self) -> bytes:
         """The file's safetensors header, padded with spaces so that the data begin on a page.
 
@@ -166,11 +173,10 @@ class ArenaLayout:
 
     def _spans(self) -> list[tuple[str, str, tuple[int, ...], int, int]]:
         """(name, dtype, shape, first byte, bytes) of every tensor, in the order of their bytes."""
-        dtype, itemsize = SAFETENSORS_DTYPE[self.weights_dtype], self.weights_dtype.itemsize
-        spans = [
-            (slot.name, dtype, slot.shape, slot.start * itemsize, slot.numel * itemsize)
-            for slot in self.slots
-        ]
+        itemsize, spans = self.weights_dtype.itemsize, []
+        for slot in self.slots:
+            dtype = SAFETENSORS_DTYPE[slot.dtype or self.weights_dtype]
+            spans.append((slot.name, dtype, slot.shape, slot.start * itemsize, slot.numel * itemsize))
         for field, start in self.fields.values():
             num_bytes = field.numel * field.dtype.itemsize
             name = f"optimizer.{field.name}"
@@ -222,7 +228,12 @@ class Arena:
 
 def parameter_views(layout: HasSlots, flat: Tensor) -> dict[str, Tensor]:
     """Each parameter's view of a flat vector [numel]: of the weights, a bf16 copy of them, or gradients."""
-    return {slot.name: flat[slot.start : slot.start + slot.numel].view(slot.shape) for slot in layout.slots}
+    return {slot.name: slot.view(flat, slot.start) for slot in layout.slots}
+
+
+def computing(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Flat weights in the dtype of compute. Bytes stay: they hold parameters that compute as they are."""
+    return weights if weights.dtype == torch.uint8 else weights.to(dtype)
 
 
 OnGradient = Callable[[str, nn.Parameter], None]

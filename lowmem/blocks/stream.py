@@ -81,7 +81,7 @@ class BlockStream:
             num_slots(copied, prefetch, len(layouts)), lambda: device_buffer(device, slot_bytes), device
         )
         self._fills = copied and not resident
-        self._shared_slot = aligned_buffer(shared_layout.total_bytes)
+        self._shared_slot = aligned_buffer(shared_layout.total_bytes)  # it takes memory when it is filled
         self._residents: dict[int, Tensor] = {}
         self._reader = ThreadPoolExecutor(1, "lowmem-reader")
         self._writer = ThreadPoolExecutor(1, "lowmem-writer")
@@ -164,16 +164,20 @@ class BlockStream:
         wait: bool,
         written: Mapping[str, Future[FileRecord]] | None = None,
     ) -> None:
-        """Writes the trained blocks and a snapshot of the shared part, then calls `committed` on the writer's
-        thread with the new files. `written`: files that are being written already, by key.
+        """Writes the trained blocks and the shared part, then calls `committed` on the writer's thread with
+        the new files. `written`: files that are being written already, by key.
 
-        With `wait` it returns when all of that is done. Else it returns at once, and the blocks must not be
-        touched until `load` returns them again.
+        With `wait` it returns when all of that is done. Else a snapshot of the shared part is written, it
+        returns at once, and the blocks must not be touched until `load` returns them again.
         """
         self.finish()  # the snapshot's buffer is free only when the last one is written
         self.device.wait_for_compute()  # what it trained is about to be read by other threads
-        self.block_store.copy_out(shared, self._shared_slot)
-        self._commit = self._writer.submit(self._write_visit, trained, written or {}, visits_done, committed)
+        if not wait or self.device.copies:
+            self.block_store.copy_out(shared, self._shared_slot)
+            shared = self._shared_slot
+        self._commit = self._writer.submit(
+            self._write_visit, trained, shared, written or {}, visits_done, committed
+        )
         self._writes.update(dict.fromkeys(trained, self._commit))
         if wait:
             self._commit.result()
@@ -200,6 +204,7 @@ class BlockStream:
     def _write_visit(
         self,
         trained: dict[int, Tensor],
+        shared: Tensor,
         written: Mapping[str, Future[FileRecord]],
         visits_done: int,
         committed: Committed,
@@ -207,7 +212,7 @@ class BlockStream:
         files = {key: write.result() for key, write in written.items()}
         for block, buffer in trained.items():
             files[block_key(block)] = self._write_block(block, buffer, visits_done)
-        files[SHARED_KEY] = self.block_store.write(SHARED_KEY, self._shared_slot, visits_done)
+        files[SHARED_KEY] = self.block_store.write(SHARED_KEY, shared, visits_done)
         committed(files)
 
     def _write_block(self, block: int, buffer: Tensor, visits_done: int) -> FileRecord:

@@ -191,7 +191,7 @@ class Unit:
         for slot in self.slots:
             piece = bisect_right(self.starts, slot.start) - 1
             first = slot.start - self.starts[piece]
-            views[slot.name] = pieces[piece][first : first + slot.numel].view(slot.shape)
+            views[slot.name] = slot.view(pieces[piece], first)
         return views
 
     def split(self, flat: Tensor) -> list[Tensor]:

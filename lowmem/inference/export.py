@@ -27,6 +27,7 @@ from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.models.huggingface.folder import CONFIG, read_config
 from lowmem.models.huggingface.model import HuggingfaceLm
 from lowmem.planning.settings import base_layout_of
+from lowmem.recipe import QUANTISED
 
 INDEX, RECIPE = "model.safetensors.index.json", "recipe.json"
 # What lies beside the weights in a Hugging Face folder, and goes with them.
@@ -78,7 +79,7 @@ def _write_weights(folder: Path, frozen: FrozenRun) -> None:
     def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
         views = parameter_views(layout, Arena(layout, buffer).result)
         if library is not None and adapter:
-            views = merged(library, views, adapter)
+            views = merged(library, library.whole_weights(views, frozen.dtype), adapter)
         views = {names.get(name, name): view for name, view in views.items()}
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
         _save(views, folder / name, key)
@@ -114,6 +115,8 @@ def _write_beside(folder: Path, frozen: FrozenRun, model: HuggingfaceLm) -> None
     source, settings = Path(getattr(frozen.plan.recipe.model, "path", "")), frozen.plan.settings
     content = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
     dtype = settings.frozen or ("float32" if settings.ema else settings.weights)
+    if dtype in QUANTISED:  # they are made whole
+        dtype = settings.precision
     _write(folder / CONFIG, {**content, "architectures": [model.family.model], "dtype": dtype})
     for name in BESIDE:
         if (source / name).is_file():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views, unbind
+from lowmem.blocks.arena import Arena, ArenaLayout, bind, computing, parameter_views, unbind
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.unit_stream import UnitStream
 from lowmem.data.text import TextConfig
@@ -175,7 +175,7 @@ class FrozenRun:
             return
         for index, run in enumerate(self.model.units()):
             unit = self.units.units[index]
-            weights = [piece.to(self.dtype) for piece in self.units.load(index)]
+            weights = [computing(piece, self.dtype) for piece in self.units.load(index)]
             bind(self.model, unit.views(weights), None)
             if index + 1 < len(self.units.units):
                 self.units.prefetch(index + 1)
@@ -274,7 +274,8 @@ class FrozenRun:
         return calls
 
     def _bind(self, layout: ArenaLayout, buffer: Tensor) -> None:
-        bind(self.model, parameter_views(layout, Arena(layout, buffer).result.to(self.dtype)), None)
+        weights = computing(Arena(layout, buffer).result, self.dtype)
+        bind(self.model, parameter_views(layout, weights), None)
 
 
 class _Passing:

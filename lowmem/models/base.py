@@ -9,9 +9,10 @@ keep them in the shared part).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lowmem.data.datasets import DataSpec
@@ -32,6 +33,13 @@ class GivenWeights(Protocol):
     def read(self, name: str) -> Tensor: ...
 
     def close(self) -> None: ...
+
+
+class Packed(NamedTuple):
+    """How a frozen parameter lies that stands for weights of another form."""
+
+    dtype: torch.dtype
+    numel: int  # weights that it stands for
 
 
 class BlockModel(nn.Module):
@@ -68,6 +76,10 @@ class BlockModel(nn.Module):
     def is_adapter(self, name: str) -> bool:
         """Whether a parameter is trained while others are frozen."""
         return False
+
+    def packed(self, name: str) -> Packed | None:
+        """How a frozen parameter lies, where the run does not say it."""
+        return None
 
     def has_first_weights(self, module: nn.Module) -> bool:
         """Whether `draw_weights` knows what the parameters of a module begin with."""
@@ -121,6 +133,14 @@ def named_base_parameters(model: BlockModel) -> Iterator[tuple[str, nn.Parameter
         for name, parameter in model.named_parameters():
             if not (name.startswith("layers.") or model.is_adapter(name)):
                 yield name, parameter
+
+
+def num_weights(model: BlockModel, parameters: Iterable[tuple[str, nn.Parameter]]) -> int:
+    """The number of weights that these parameters are."""
+    return sum(
+        parameter.numel() if (packed := model.packed(name)) is None else packed.numel
+        for name, parameter in parameters
+    )
 
 
 def check_model(model: BlockModel) -> None:

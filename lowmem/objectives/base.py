@@ -74,6 +74,7 @@ class Objective(ABC, Generic[ModelT, KeptT]):
     """
 
     draws_with_all_blocks = False  # a draw passes every block, also where blocks are trained alone
+    most_chunks: int | None = None  # of logits (see `num_chunks`), for counting; None: all
 
     def __init__(self, model: ModelT, noise: NoiseConfig) -> None:
         """`noise`: as the recipe has it. A schedule that measures the targets is settled here (see
@@ -120,6 +121,10 @@ class Objective(ABC, Generic[ModelT, KeptT]):
     def evaluation_call(self, layers: Iterable[nn.Module], batch: Batch) -> object:
         """The call of an evaluation in blocks that takes most memory, for counting it."""
         return self.block_loss(layers, batch, self.interval(0, 1))
+
+    def num_chunks(self, batch_size: int) -> int:
+        """In how many parts, all alike, the logits of a micro-batch are made."""
+        return 1
 
     def counted(self) -> Objective[ModelT, KeptT]:
         """The objective whose passes stand for the average one, for counting memory and operations."""

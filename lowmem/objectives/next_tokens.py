@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -93,8 +94,16 @@ class NextTokens(Objective[Decoder, Calls]):
             logits = self.model.logits(part).float()
             return F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORED)
 
-        flat = in_chunks(loss, self.head_chunk, features.flatten(0, -2), labels.flatten())
-        return flat.view(labels.shape)
+        rows, targets = features.flatten(0, -2), labels.flatten()
+        if self.most_chunks is not None:
+            most = self.most_chunks * self.head_chunk
+            counted = in_chunks(loss, self.head_chunk, rows[:most], targets[:most])
+            return F.pad(counted, (0, len(rows) - len(counted))).view(labels.shape)
+        return in_chunks(loss, self.head_chunk, rows, targets).view(labels.shape)
+
+    def num_chunks(self, batch_size: int) -> int:
+        tokens = self.model.example_batch(1)["labels"].numel() * batch_size
+        return ceil(tokens / self.head_chunk)
 
     @torch.no_grad()
     def health(self) -> dict[str, float]:

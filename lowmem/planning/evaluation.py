@@ -176,7 +176,7 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     """Bytes by category that do not depend on the micro-batch: training's, without what updates need."""
     gone = {"gradients", "activations", "borders"}
     kept = {name: num_bytes for name, num_bytes in training.items() if name not in gone}
-    snapshot = setup.shared.total_bytes if setup.profile.unified else 0  # of the shared part, for a commit
+    snapshot = setup.snapshot_bytes if setup.profile.unified else 0
     kept["staging"] -= snapshot
     kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel
     if setup.streams:  # no layer stays, and none is updated

@@ -209,7 +209,7 @@ def _staging(setup: Setup) -> Staging:
     if setup.streams:
         taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch, not setup.frozen)
         slots = taken.fetched + taken.chunks
-    snapshot_and_ring = setup.shared.total_bytes + ring
+    snapshot_and_ring = setup.snapshot_bytes + ring
     if setup.profile.unified:
         return Staging(slots + snapshot_and_ring, slots + snapshot_and_ring)
     return Staging(slots, snapshot_and_ring)

@@ -33,10 +33,11 @@ from lowmem.models.base import (
 )
 from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.duration import Work
-from lowmem.planning.settings import COMPUTE_DTYPE, Settings
+from lowmem.planning.settings import COMPUTE_DTYPE, Settings, frozen_layout
 from lowmem.recipe import Recipe
 
 PROBED = 3  # layers that tell what more of the same take
+PROBED_CHUNKS = 4  # chunks of logits that tell what more of them take
 
 
 class Pass(NamedTuple):
@@ -45,7 +46,9 @@ class Pass(NamedTuple):
     forward_work: Work  # of a forward pass alone, where the block streams and makes one; else none
 
     def with_more(self, fewer: Pass, count: int) -> Pass:
-        """With `count` layers more, each of which adds what this pass has beyond one of a layer fewer."""
+        """With `count` layers, or chunks of logits, more. Each adds what this pass has beyond one with one
+        fewer.
+        """
         more = {kind: number * count for kind, number in (self.work - fewer.work).items()}
         peak_bytes = self.peak_bytes + count * (self.peak_bytes - fewer.peak_bytes)
         return Pass(peak_bytes, self.work + Work(more), self.forward_work)
@@ -136,6 +139,7 @@ class PassCounter:
             in_heap,
         )
         self._known: dict[Any, Pass] = {}
+        self._known_waiting: dict[Any, tuple[int, int]] = {}
 
     def __call__(self, layers: range, settings: Settings) -> Pass:
         kind = (settings.optimizer, settings.weights) if settings.during_backward else ()
@@ -157,7 +161,7 @@ class PassCounter:
         settings = settings.model_copy(update={"recompute": False})
         ends = layers.start == 0, layers.stop == len(self._model.layers)
         count = partial(self._count_streamed, layers, settings, *ends)
-        return self._remembered(("streamed", ends), layers, settings, count)
+        return self._remembered(("streamed", ends), layers, settings, count, scored=ends[1])
 
     @property
     def objective(self) -> Objective[Any, Any]:
@@ -180,37 +184,63 @@ class PassCounter:
         return Pass(bytes_.peak, bytes_.work, Work())
 
     def _remembered(
-        self, kind: tuple[object, ...], layers: range, settings: Settings, count: Callable[[], Pass]
+        self,
+        kind: tuple[object, ...],
+        layers: range,
+        settings: Settings,
+        count: Callable[[], Pass],
+        scored: bool = True,
     ) -> Pass:
+        """`scored`: the pass makes logits."""
         shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
         key = (kind, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
         if key not in self._known:
-            self._known[key] = count()
+            self._known[key] = self._with_all_chunks(settings, count) if scored else count()
         return self._known[key]
+
+    def _with_all_chunks(self, settings: Settings, count: Callable[[], Pass]) -> Pass:
+        """Of many chunks of logits a few are counted, because all are alike."""
+        objective = self._objective
+        chunks = objective.num_chunks(settings.micro_batch_size)
+        if chunks <= PROBED_CHUNKS:
+            return count()
+        found = []
+        for objective.most_chunks in (PROBED_CHUNKS - 1, PROBED_CHUNKS):
+            found.append(count())
+        objective.most_chunks = None
+        fewer, more = found
+        return more.with_more(fewer, chunks - PROBED_CHUNKS)
 
     def waiting(self, settings: Settings) -> tuple[int, int]:
         """Bytes of one micro-batch at one border, and bytes of what else of it waits on the device for the
         step.
         """
-        with self._bound(range(0), settings):
-            (h, cond, kept), batch = self._enter(settings)
-            others = [cond, *kept.tensors(), *batch.values()]
-            storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in others}
-            return h.numel() * h.element_size(), sum(storages.values())
+        key = settings.micro_batch_size, settings.precision
+        if key not in self._known_waiting:
+            with self._bound(range(0), settings):
+                (h, cond, kept), batch = self._enter(settings)
+                others = [cond, *kept.tensors(), *batch.values()]
+                storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in others}
+                self._known_waiting[key] = h.numel() * h.element_size(), sum(storages.values())
+        return self._known_waiting[key]
 
     @contextlib.contextmanager
     def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, ...]]:
         """Binds fake weights of some layers and of the shared part, in the compute dtype, and the gradients
         of those that are trained.
         """
-        blocks, shared = (
-            list(found)
-            for found in (named_layer_parameters(self._model, layers), named_shared_parameters(self._model))
-        )
+        blocks = list(named_layer_parameters(self._model, layers))
+        # Adapters of other layers take no part in a pass.
+        others = tuple(f"layers.{index}." for index in range(len(self._model.layers)) if index not in layers)
+        shared = [
+            (name, parameter)
+            for name, parameter in named_shared_parameters(self._model)
+            if not name.startswith(others)
+        ]
         frozen = [*blocks, *named_base_parameters(self._model)] if settings.frozen else []
         layout = self._laid_out(shared if settings.frozen else [*blocks, *shared], settings)
-        still = self._laid_out(frozen, settings)
         slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
+        still = frozen_layout(self._model, [(name, tuple(p.shape)) for name, p in frozen], dtype)
 
         def updated(name: str, parameter: nn.Parameter) -> None:
             slot, kept_as = slots[name], COMPUTE_DTYPE[settings.weights]
@@ -223,7 +253,7 @@ class PassCounter:
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
             gathers = updated if settings.during_backward else parameter_views(layout, grads)
             bind(self._model, parameter_views(layout, flat), gathers)
-            read = torch.zeros(still.numel, dtype=dtype)
+            read = torch.zeros(still.numel, dtype=still.weights_dtype)
             bind(self._model, parameter_views(still, read), None)
             yield flat, grads, read
             unbind(self._model, layout)

@@ -20,7 +20,7 @@ from lowmem.data.identity import DataIdentity
 from lowmem.errors import BudgetError, ResumeError, StoreError
 from lowmem.machine.child import in_child
 from lowmem.machine.profile import Profile
-from lowmem.models.base import BlockModel, BuildModel, check_model
+from lowmem.models.base import BlockModel, BuildModel, check_model, num_weights
 from lowmem.planning.advice import Shortage, advice_for
 from lowmem.planning.candidates import candidates_of, choices_of, settled
 from lowmem.planning.duration import Duration
@@ -179,7 +179,7 @@ def _made_plan(
     counter = PassCounter(model, objective, recipe, in_heap=profile.device.type == "cpu")
     budget = _budget(profile, folder)
     source = recipe.model.fingerprint()
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = num_weights(model, model.named_parameters())
 
     def planned(settings: Settings, counted: bool = True) -> Plan:
         setup = settled(setup_of(model, recipe, profile, settings))

@@ -17,14 +17,16 @@ from lowmem.blocks.arena import FROZEN, ArenaLayout
 from lowmem.blocks.stream import block_key
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import spread
+from lowmem.machine.device import KINDS
 from lowmem.machine.profile import Profile
 from lowmem.models.base import (
     BlockModel,
     named_base_parameters,
     named_layer_parameters,
     named_shared_parameters,
+    num_weights,
 )
-from lowmem.recipe import OptimizerName, Precision, Recipe, Tier
+from lowmem.recipe import Frozen, OptimizerName, Precision, Recipe, Tier
 from lowmem.schema import Section
 
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -39,7 +41,7 @@ class Settings(Section):
     micro_batch_size: int
     precision: Precision  # of compute and gradients
     weights: Precision = "float32"  # of the weights as they are kept
-    frozen: Precision | None = None  # how frozen weights are kept, where an adapter is trained
+    frozen: Frozen | None = None  # how frozen weights are kept, where an adapter is trained
     recompute: bool
     optimizer: OptimizerName
     # each parameter is updated, and its gradient freed, as soon as the gradient is whole
@@ -56,25 +58,47 @@ def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout]
 
     frozen = settings.frozen is not None
     blocks = [
-        _layout(named_layer_parameters(model, layers), settings, frozen)
+        _layout(model, named_layer_parameters(model, layers), settings, frozen)
         for layers in model.block_slices(settings.num_blocks)
     ]
-    return blocks, _layout(named_shared_parameters(model), settings)
+    return blocks, _layout(model, named_shared_parameters(model), settings)
 
 
 def base_layout_of(model: BlockModel, settings: Settings) -> ArenaLayout | None:
     """The arena of the base (see `BlockModel.adapted`), where there is one."""
     parameters = list(named_base_parameters(model))
-    return _layout(parameters, settings, frozen=True) if parameters else None
+    return _layout(model, parameters, settings, frozen=True) if parameters else None
 
 
 def _layout(
-    parameters: Iterable[tuple[str, nn.Parameter]], settings: Settings, frozen: bool = False
+    model: BlockModel,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    settings: Settings,
+    frozen: bool = False,
 ) -> ArenaLayout:
     shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters]
-    if frozen and settings.frozen is not None:
-        return ArenaLayout(shapes, FROZEN, False, COMPUTE_DTYPE[settings.frozen])
-    return ArenaLayout(shapes, settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
+    if not frozen:
+        return ArenaLayout(shapes, settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
+    return frozen_layout(model, shapes, frozen_dtype(settings))
+
+
+def frozen_dtype(settings: Settings) -> torch.dtype:
+    """The dtype of frozen weights that are not quantised."""
+    assert settings.frozen is not None
+    if settings.frozen == "int8" or settings.frozen == "nf4":
+        return COMPUTE_DTYPE[settings.precision]
+    return COMPUTE_DTYPE[settings.frozen]
+
+
+def frozen_layout(
+    model: BlockModel, shapes: list[tuple[str, tuple[int, ...]]], dtype: torch.dtype
+) -> ArenaLayout:
+    """Of parameters that are only read, in `dtype`, except for those that the model packs."""
+    packed = {name: found for name, _ in shapes if (found := model.packed(name)) is not None}
+    if not packed:
+        return ArenaLayout(shapes, FROZEN, False, dtype)
+    dtypes = {name: packed[name].dtype if name in packed else dtype for name, _ in shapes}
+    return ArenaLayout(shapes, FROZEN, False, torch.uint8, dtypes)
 
 
 def units_of(
@@ -116,6 +140,7 @@ class Setup:
     shared: ArenaLayout
     units: list[Unit]  # what moves where the model streams
     base: ArenaLayout | None = None  # frozen, and on the device all along
+    layer_weights: int = 0  # of all layers, in number
 
     @property
     def frozen(self) -> bool:
@@ -156,6 +181,12 @@ class Setup:
         return self.recipe.optimizer.clips_whole
 
     @property
+    def snapshot_bytes(self) -> int:
+        """Of the copy of the shared part that a commit writes while training goes on."""
+        needed = self.settings.write_back == "beside" or KINDS[self.profile.device.type].copies
+        return self.shared.total_bytes if needed else 0
+
+    @property
     def micro_batches(self) -> int:
         """How many micro-batches a step has."""
         return self.recipe.train.batch_size // self.settings.micro_batch_size
@@ -185,7 +216,9 @@ class Setup:
         """The same of the blocks' weights, and of the base's."""
         if self.settings.frozen is None:
             return self.copy_bytes
-        return 0 if self.settings.frozen == self.settings.precision else self.compute_bytes
+        return (
+            0 if frozen_dtype(self.settings) == COMPUTE_DTYPE[self.settings.precision] else self.compute_bytes
+        )
 
     @property
     def gradient_bytes(self) -> int:
@@ -196,4 +229,5 @@ class Setup:
 def setup_of(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings) -> Setup:
     layouts, shared = layouts_of(model, settings)
     units, base = units_of(model, settings, layouts, profile.device.type), base_layout_of(model, settings)
-    return Setup(recipe, profile, settings, layouts, shared, units, base)
+    weights = num_weights(model, named_layer_parameters(model, range(len(model.layers))))
+    return Setup(recipe, profile, settings, layouts, shared, units, base, weights)

@@ -148,7 +148,7 @@ def hidden_tokens(setup: Setup) -> int | None:
         backward_s.append(whole / min(into, out))
     if rate is None:
         return None
-    forward_per_token_s = 2 * sum(layout.num_parameters for layout in setup.layouts) / (rate * 1e12)
+    forward_per_token_s = 2 * setup.layer_weights / (rate * 1e12)
     backward_per_token_s = forward_per_token_s * 3
     return round(max(max(forward_s) / forward_per_token_s, max(backward_s) / backward_per_token_s))
 

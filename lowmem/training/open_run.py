@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowmem.blocks.arena import Arena, ArenaLayout, bind, parameter_views
+from lowmem.blocks.arena import Arena, ArenaLayout, bind, computing, parameter_views
 from lowmem.blocks.borders import AwayBorders, Borders, NearBorders
 from lowmem.blocks.run_dir import FileRecord, RunDir
 from lowmem.blocks.staging import RING_CHUNKS, Pace, Ring, ring_bytes
@@ -115,5 +115,5 @@ def bind_base(stream: BlockStream, model: BlockModel, plan: Plan) -> ArenaLayout
     if layout is not None:
         weights = Arena(layout, stream.load_whole(BASE_KEY, layout)).weights
         dtype = COMPUTE_DTYPE[plan.settings.precision]
-        bind(model, parameter_views(layout, weights.to(dtype)), None)
+        bind(model, parameter_views(layout, computing(weights, dtype)), None)
     return layout

@@ -92,7 +92,7 @@ class StreamedStep:
         count = 0 if self._frozen else GRADIENTS
         self._free = [torch.zeros(numel, dtype=dtype, device=device.torch) for _ in range(count)]
         self._copy: Tensor | None = None  # of a unit's weights, where they are not in the compute dtype
-        if self.layouts[0].weights_dtype != dtype:
+        if self.layouts[0].weights_dtype not in (dtype, torch.uint8):  # bytes compute as they are
             largest = max(unit.numel for unit in self.units)
             self._copy = torch.zeros(largest, dtype=dtype, device=device.torch)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.blocks.arena import Arena, bind, parameter_views, unbind
+from lowmem.blocks.arena import Arena, bind, computing, parameter_views, unbind
 from lowmem.blocks.optim import whole_factor
 from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import RunDir, RunState
@@ -174,7 +174,7 @@ class Trainer:
         for trainable in trainables:
             trainable.bind(self.model)
         for block in visit.blocks if frozen else ():
-            weights = Arena(self.layouts[block], buffers[block]).weights.to(scratch.dtype)
+            weights = computing(Arena(self.layouts[block], buffers[block]).weights, scratch.dtype)
             bind(self.model, parameter_views(self.layouts[block], weights), None)
         every, losses = [*trainables, attempt.shared], []
         shared_step = self.queue.steps_done(visit.index)

@@ -175,12 +175,13 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("base", [None, "bfloat16", "nf4"])
 @pytest.mark.parametrize("tier", ["device", "disk"])
 def test_a_run_that_was_stopped_goes_on_to_the_digest_of_an_unbroken_one(
-    tier: str, adapter: bool, tmp_path: Path
+    tier: str, base: str | None, tmp_path: Path
 ) -> None:
-    more = ["data.pack=true", "train.num_steps=6", *(["adapter.name=lora"] if adapter else [])]
+    adapter = [] if base is None else ["adapter.name=lora", f"adapter.base={base}"]
+    more = ["data.pack=true", "train.num_steps=6", *adapter]
     whole = finetuned(tmp_path, "llama", tier, *more)
     data, folder = tmp_path / "rows.jsonl", tmp_path / "llama"
     recipe = finetune_recipe(folder, data, [*SHORT, f"offload.tier={tier}", *more])
@@ -224,6 +225,21 @@ def test_an_adapter_is_exported_for_peft_and_merged_with_equal_logits(kind: str,
         ours = logits_of(frozen, tokens)
     torch.testing.assert_close(outputs_of(beside, tokens), ours, rtol=0, atol=1e-6)
     torch.testing.assert_close(outputs_of(library(whole), tokens), ours, rtol=1e-5, atol=1e-5)
+    assert (outputs_of(library(tmp_path / kind), tokens) - ours).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "base"), [("llama", "nf4"), ("gpt2", "int8")])
+def test_merged_weights_that_were_quantised_have_the_logits_of_the_run(
+    kind: str, base: str, tmp_path: Path
+) -> None:
+    overrides = ["adapter.name=lora", "adapter.r=4", f"adapter.base={base}", "train.lr=0.1"]
+    run = finetuned(tmp_path, kind, "disk", *overrides)
+    merged = library(export_run(run, tmp_path / "whole", merge=True))
+    assert merged.dtype == torch.float32
+    tokens = torch.randint(BYTES_VOCAB, (2, 20))
+    with open_run(run) as frozen, torch.no_grad():
+        ours = logits_of(frozen, tokens)
+    torch.testing.assert_close(outputs_of(merged, tokens), ours, rtol=1e-5, atol=1e-5)
     assert (outputs_of(library(tmp_path / kind), tokens) - ours).abs().max() > 1e-3
 
 

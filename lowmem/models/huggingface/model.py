@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem.errors import ConfigError
-from lowmem.models.base import BlockModel, GivenWeights
+from lowmem.models.base import BlockModel, GivenWeights, Packed
 from lowmem.models.huggingface.families import Family, imported
+from lowmem.models.huggingface.quantised import SCALES, FrozenLinear, whole
 from lowmem.objectives.base import Batch
 from lowmem.objectives.next_tokens import Call, NextTokens
-from lowmem.recipe import AdapterConfig, NoiseConfig
+from lowmem.recipe import AdapterConfig, NoiseConfig, Quantised
 
 LISTED = ("full_attention", "sliding_attention")  # the library's names for the kinds of layers
 
@@ -80,6 +81,7 @@ class HuggingfaceLm(BlockModel):
         super().__init__()
         self.family, self.config, self.seq_len, self.head_chunk = family, config, seq_len, head_chunk
         self.packs = packs
+        self.quantised: dict[str, FrozenLinear] = {}  # by name
         with importlib.import_module("transformers.initialization").no_init_weights():
             whole = family.model_class()(config)
         self.body = getattr(whole, family.body)
@@ -113,9 +115,7 @@ class HuggingfaceLm(BlockModel):
 
         Raises ConfigError where they name none.
         """
-        logging.getLogger("bitsandbytes").setLevel(
-            logging.ERROR
-        )  # it warns of a package that none should have
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a package that none should have
         library = imported("peft")
         wanted = config.targets
         if wanted == "auto":
@@ -138,6 +138,23 @@ class HuggingfaceLm(BlockModel):
                 f"such as {', '.join(names)}; name some of these"
             ) from None
         self.adapted = True
+        if config.base == "int8" or config.base == "nf4":
+            self._quantise(config.base)
+
+    def _quantise(self, kind: Quantised) -> None:
+        """Puts layers that keep their weights in few bits in the place of all linear ones."""
+        linear = [
+            (name, m) for name, m in self.named_modules() if name.startswith("layers.") and _is_linear(m)
+        ]
+        for name, module in linear:
+            if not self.is_adapter(f"{name}."):
+                owner, _, leaf = name.rpartition(".")
+                self.quantised[name] = FrozenLinear(kind, module)
+                setattr(self.get_submodule(owner), leaf, self.quantised[name])
+
+    def packed(self, name: str) -> Packed | None:
+        owner, _, leaf = name.rpartition(".")
+        return self.quantised[owner].packed.get(leaf) if owner in self.quantised else None
 
     def is_adapter(self, name: str) -> bool:
         return self.adapted and ".lora_" in name
@@ -173,11 +190,25 @@ class HuggingfaceLm(BlockModel):
             "head.": "lm_head.",
         }
         for name, _ in self.named_parameters():
-            if self.is_adapter(name):
+            packed = self.packed(name)
+            if self.is_adapter(name) or (packed is not None and not packed.numel):
                 continue
             start = next(start for start in starts if name.startswith(start))
             names[name] = starts[start] + name[len(start) :].replace(".base_layer.", ".")
         return names
+
+    def whole_weights(self, views: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Frozen parameters without scales: weights that are quantised are made whole again, in `dtype`."""
+        out = {}
+        for name, view in views.items():
+            owner, _, leaf = name.rpartition(".")
+            layer = self.quantised.get(owner)
+            if layer is None or leaf not in layer.packed:
+                out[name] = view
+            elif layer.packed[leaf].numel:
+                weight = whole(layer.kind, view, views[f"{owner}.{SCALES}"], layer.shape, dtype)
+                out[name] = weight.T.contiguous() if layer.transposed else weight
+        return out
 
     # --------------------------------------------------------------------------------------------------------
     # Passes

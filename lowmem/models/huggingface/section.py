@@ -19,7 +19,8 @@ from lowmem.models.base import BuildModel, text_of
 from lowmem.models.huggingface.families import config_of, family_of
 from lowmem.models.huggingface.folder import CONFIG, FolderWeights, read_config
 from lowmem.models.huggingface.model import HuggingfaceLm
-from lowmem.recipe import AdapterConfig, Count, ModelConfig, Recipe
+from lowmem.models.huggingface.quantised import QuantisedWeights
+from lowmem.recipe import QUANTISED, AdapterConfig, Count, ModelConfig, Recipe
 from lowmem.units import MIB, shown
 
 LIBRARY_BYTES = 128 * MIB  # that importing transformers takes on a CPU, torch's compiler included; measured
@@ -56,6 +57,12 @@ class HuggingfaceModel(ModelConfig):
         return xxhash.xxh3_128_hexdigest(json.dumps(read_config(Path(self.path)), sort_keys=True).encode())
 
     def contradiction(self, recipe: Recipe) -> str | None:
+        adapter = recipe.adapter
+        if self.weights == "random" and adapter is not None and adapter.base in QUANTISED:
+            return (
+                f"adapter.base: found {adapter.base}; allowed with model.weights random: float32, bfloat16; "
+                "change one of them"
+            )
         if recipe.method == "end_to_end":
             return None
         return (
@@ -85,7 +92,6 @@ class HuggingfaceModel(ModelConfig):
             ignored = list(family.model_class()._keys_to_ignore_on_load_unexpected or [])
             if config.tie_word_embeddings:
                 ignored.append(r"^lm_head\.")
-            model.given = FolderWeights(
-                Path(self.path), model.file_names(), family.body, family.renamed, ignored
-            )
+            given = FolderWeights(Path(self.path), model.file_names(), family.body, family.renamed, ignored)
+            model.given = QuantisedWeights(given, model.quantised) if model.quantised else given
         return model
