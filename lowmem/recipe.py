@@ -187,6 +187,9 @@ class BlocksConfig(Section):
     visit_steps: Count = 50  # steps that a block stays on the device
     order: Literal["round_robin", "random"] = "round_robin"  # random: a fresh order for each round
     overlap_gamma: Fraction = 0.05  # paper, section 3.3
+    # end_to_end: steps that a block makes each time it comes, from inputs and output gradients that are kept.
+    # 1: exact.
+    sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
 
 
 class NoiseConfig(Section):
@@ -433,6 +436,30 @@ def _adapter_of_another_model(recipe: Recipe) -> str | None:
     return f"adapter: allowed with model.name huggingface, found '{recipe.model.name}'; leave it out"
 
 
+def _sweep_that_cannot_be(recipe: Recipe) -> str | None:
+    steps, train = recipe.blocks.sweep_steps, recipe.train
+    if steps == 1:
+        return None
+    found = f"blocks.sweep_steps: found {steps}; allowed"
+    if recipe.method != "end_to_end":
+        return f"{found} with method {recipe.method}: 1 (its blocks are trained alone); leave it out"
+    if recipe.optimizer.clips_whole:
+        return (
+            f"{found} with optimizer.clip global: 1 (no block has the gradients of another at hand); "
+            "set optimizer.clip: block"
+        )
+    if recipe.optimizer.during_backward is True:
+        return f"{found} with optimizer.during_backward true: 1; set optimizer.during_backward: auto"
+    if recipe.adapter is not None:
+        return f"{found} with an adapter: 1 (its blocks are not updated); leave it out"
+    if train.num_steps % steps:
+        return (
+            f"train.num_steps: found {train.num_steps}; allowed with blocks.sweep_steps {steps}: a multiple "
+            f"of it; set {-(-train.num_steps // steps) * steps}"
+        )
+    return None
+
+
 CONTRADICTIONS = (
     _adapter_of_another_model,
     _step_of_too_many_tokens,
@@ -444,6 +471,7 @@ CONTRADICTIONS = (
     _bf16_weights_in_fp32,
     _update_before_gradients_are_whole,
     _warmup_longer_than_the_run,
+    _sweep_that_cannot_be,
 )
 
 

@@ -33,16 +33,17 @@ class BlockQueue:
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any], num_blocks: int) -> BlockQueue:
-        """The queue of a run.
+        """The queue of a run. A visit is made of whole sweeps.
 
         `recipe`: a plain dict, as in plan.json; `num_blocks`: as the plan settled it.
         """
         blocks, train = recipe["blocks"], recipe["train"]
+        sweep_steps = blocks.get("sweep_steps", 1)
         return cls(
             recipe["method"],
             num_blocks,
             train["num_steps"],
-            blocks["visit_steps"],
+            -(-blocks["visit_steps"] // sweep_steps) * sweep_steps,
             blocks["order"],
             train["seed"],
         )

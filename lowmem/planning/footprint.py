@@ -12,10 +12,8 @@ from typing import NamedTuple
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes, border_bytes
 from lowmem.blocks.optim import workspace_bytes
-from lowmem.blocks.stream import staging_bytes
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
-from lowmem.machine.device import KINDS
 from lowmem.machine.floor import measured_floor_bytes
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
@@ -110,13 +108,14 @@ def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_b
     workspace = _workspace_bytes(setup)  # while an update uses it, no activation is alive
     # Where units stream, other units are updated while one computes.
     activations = [
-        taken.peak_bytes + workspace if setup.streams else max(taken.peak_bytes, workspace)
+        taken.peak_bytes + workspace if setup.by_unit else max(taken.peak_bytes, workspace)
         for taken in passes
     ]
     borders, traffic, time = BorderBytes(), None, None
     if counter is not None:
-        if setup.streams:
+        if setup.streams or setup.swept:
             borders = _border_bytes(setup, counter)
+        if setup.streams:
             traffic = streamed_traffic(setup, borders)
         if has_rates(setup.profile):
             time = predict_time(setup, passes, traffic)
@@ -141,7 +140,7 @@ def _by_block(setup: Setup, activations: list[int]) -> list[int]:
     """The activations of each block: the most of its units', or of all blocks together."""
     if len(activations) == 1:
         return activations * setup.settings.num_blocks
-    if not setup.streams:
+    if not setup.by_unit:
         return activations
     most: dict[str, int] = {}
     for unit, taken in zip(setup.units, activations, strict=True):
@@ -155,8 +154,9 @@ def _passes(model: BlockModel, setup: Setup, counter: PassCounter | None) -> lis
         return [NO_PASS]
     if setup.together:
         return [counter(range(len(model.layers)), setup.settings)]
-    if setup.streams:
-        return [counter.streamed(layers, setup.settings) for layers in model.units()]
+    if setup.streams or setup.swept:
+        pieces = model.block_slices(setup.settings.num_blocks) if setup.swept else model.units()
+        return [counter.streamed(layers, setup.settings) for layers in pieces]
     return [counter(layers, setup.settings) for layers in model.block_slices(setup.settings.num_blocks)]
 
 
@@ -183,8 +183,8 @@ def _border_bytes(setup: Setup, counter: PassCounter) -> BorderBytes:
         setup.profile.unified,
         border,
         waiting,
-        len(setup.units),
-        setup.micro_batches,
+        setup.num_pieces,
+        setup.under_way,
         setup.two_passes,
     )
 
@@ -198,15 +198,8 @@ class Staging(NamedTuple):
 
 def _staging(setup: Setup) -> Staging:
     """Slots for blocks beside the one in compute, the ring of the link, and a snapshot of the shared part."""
-    copied = KINDS[setup.profile.device.type].copies
-    slots, ring = staging_bytes(
-        max(layout.total_bytes for layout in setup.layouts),
-        setup.resident,
-        setup.recipe.offload.prefetch,
-        copied=copied,
-        num_blocks=len(setup.layouts),
-    )
-    if setup.streams:
+    slots, ring = setup.staged_bytes
+    if setup.by_unit:
         taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch, not setup.frozen)
         slots = taken.fetched + taken.chunks
     snapshot_and_ring = setup.shared.total_bytes + ring
@@ -221,7 +214,7 @@ def _device_categories(
     """Bytes on the device by category; on unified memory everything the process takes."""
     profile, shared = setup.profile, setup.shared
     categories = {
-        **(_streaming_categories if setup.streams else _visiting_categories)(setup),
+        **(_streaming_categories if setup.by_unit else _visiting_categories)(setup),
         "activations": activations,
         "borders": borders.device + (borders.host if profile.unified else 0),
         "shared_part": shared.total_bytes

@@ -36,6 +36,7 @@ class SeenModel(Seen):
 
 class SeenBlocks(Seen):
     visit_steps: Annotated[int, Field(gt=0, le=10**9)]
+    sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
     order: str
 
 
@@ -76,6 +77,7 @@ class SeenTraffic(Seen):
     start: Traffic
     step: Traffic
     commit: Traffic
+    sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
 
 
 class SeenTime(Seen):

@@ -164,7 +164,9 @@ def _unbroken_traffic(
         parse(Traffic, planned[part], f"{run.plan_path}: predicted.traffic.{part}", StoreError)
         for part in ("start", "step", "commit")
     )
-    return (start + step * queue.num_steps + commit * queue.num_visits).model_dump()
+    sweeps = queue.num_steps // int(planned.get("sweep_steps", 1))
+    whole: Traffic = start + step * sweeps + commit * queue.num_visits
+    return whole.model_dump()
 
 
 # ------------------------------------------------------------------------------------------------------------
