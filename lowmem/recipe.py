@@ -190,6 +190,9 @@ class BlocksConfig(Section):
     # end_to_end: steps that a block makes each time it comes, from inputs and output gradients that are kept.
     # 1: exact.
     sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
+    # end_to_end: until this share of the steps is made the first block is the whole model; then it is copied
+    # to all others. None: all blocks are trained from the first step on.
+    grow_at: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class NoiseConfig(Section):
@@ -460,7 +463,35 @@ def _sweep_that_cannot_be(recipe: Recipe) -> str | None:
     return None
 
 
+def _growth_that_cannot_be(recipe: Recipe) -> str | None:
+    blocks, layers = recipe.blocks, getattr(recipe.model, "num_layers", None)
+    if blocks.grow_at is None:
+        return None
+    found = f"blocks.grow_at: found {blocks.grow_at:g}"
+    if recipe.method != "end_to_end":
+        return f"{found}; allowed with method {recipe.method}: null; set method: end_to_end"
+    if recipe.model.begins_trained or recipe.adapter is not None or recipe.model.name == "recurrent_lm":
+        return f"{found}; allowed with model.name {recipe.model.name}: null (its blocks are not alike)"
+    if blocks.num_blocks in ("auto", 1):
+        return (
+            f"{found} with blocks.num_blocks {blocks.num_blocks}; allowed: a number above 1, because the "
+            "first block is copied to the others; set it"
+        )
+    if layers is not None and layers % blocks.num_blocks:
+        return (
+            f"{found} with {blocks.num_blocks} blocks of {layers} layers; allowed: blocks of as many layers "
+            "each; set a blocks.num_blocks that divides model.num_layers"
+        )
+    if recipe.train.num_steps <= blocks.visit_steps:
+        return (
+            f"{found} with blocks.visit_steps {blocks.visit_steps}; allowed: less than train.num_steps = "
+            f"{recipe.train.num_steps}, because a model grows between two visits; lower it"
+        )
+    return None
+
+
 CONTRADICTIONS = (
+    _growth_that_cannot_be,
     _adapter_of_another_model,
     _step_of_too_many_tokens,
     _step_of_too_many_chunks,

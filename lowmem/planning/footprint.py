@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes, border_bytes
 from lowmem.blocks.optim import workspace_bytes
+from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
 from lowmem.machine.floor import measured_floor_bytes
@@ -22,7 +23,7 @@ from lowmem.planning.evaluation import Evaluation
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.run_time import predict_time
 from lowmem.planning.settings import COMPUTE_DTYPE, Setup, file_bytes
-from lowmem.planning.traffic import StreamedTraffic, streamed_traffic
+from lowmem.planning.traffic import StreamedTraffic, streamed_traffic, traffic_before_growth
 from lowmem.schema import Section
 from lowmem.units import MIB, from_gib
 
@@ -104,6 +105,38 @@ def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_b
     Without `counter` the prediction has no activations, no borders and no time. It is then quick to make, and
     a lower bound.
     """
+    predicted = _predict(model, setup, counter, data_bytes)
+    if setup.recipe.blocks.grow_at is None:
+        return predicted
+    return _with_growth(setup, predicted, _predict(model, setup.before_growth, counter, data_bytes))
+
+
+def _with_growth(setup: Setup, grown: Predicted, alone: Predicted) -> Predicted:
+    """What a run takes in which the first block is trained `alone` until the model grows."""
+    queue = BlockQueue.of(setup.recipe.to_dict(), setup.settings.num_blocks)
+    larger = max(grown, alone, key=lambda predicted: predicted.device_peak_bytes)
+    larger_on_host = max(grown, alone, key=lambda predicted: predicted.host_peak_bytes)
+    first, *others = grown.block_peak_bytes
+    traffic, time = grown.traffic, grown.time
+    if traffic is not None:
+        traffic = traffic.model_copy(update=traffic_before_growth(setup, queue))
+    if time is not None and alone.time is not None:
+        written = None if traffic is None else traffic.moved(queue.num_steps, queue.num_visits)
+        time = time.after(alone.time, queue, None if written is None else written.disk_written_bytes)
+    return grown.model_copy(
+        update={
+            "device_peak_bytes": larger.device_peak_bytes,
+            "by_category": larger.by_category,
+            "host_peak_bytes": larger_on_host.host_peak_bytes,
+            "host_by_category": larger_on_host.host_by_category,
+            "block_peak_bytes": [max(first, alone.device_peak_bytes), *others],
+            "traffic": traffic,
+            "time": time,
+        }
+    )
+
+
+def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_bytes: int) -> Predicted:
     passes = _passes(model, setup, counter)
     workspace = _workspace_bytes(setup)  # while an update uses it, no activation is alive
     # Where units stream, other units are updated while one computes.
@@ -139,7 +172,7 @@ def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_b
 def _by_block(setup: Setup, activations: list[int]) -> list[int]:
     """The activations of each block: the most of its units', or of all blocks together."""
     if len(activations) == 1:
-        return activations * setup.settings.num_blocks
+        return activations * len(setup.layouts)
     if not setup.by_unit:
         return activations
     most: dict[str, int] = {}
@@ -152,6 +185,8 @@ def _passes(model: BlockModel, setup: Setup, counter: PassCounter | None) -> lis
     """One pass for each block, for each unit where the model streams, or one for all blocks together."""
     if counter is None:
         return [NO_PASS]
+    if setup.alone:
+        return [counter(model.block_slices(setup.settings.num_blocks)[0], setup.settings)]
     if setup.together:
         return [counter(range(len(model.layers)), setup.settings)]
     if setup.streams or setup.swept:

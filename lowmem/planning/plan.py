@@ -92,6 +92,7 @@ class Plan(Section):
 
     def _notes(self) -> list[str]:
         budget, predicted, profile = self.budget, self.predicted, self.profile
+        grown = self.queue().grow_steps
         headroom = format_bytes(predicted.device_needed_bytes - predicted.run_peak_bytes)
         same = "   (the same memory as the device)" if profile.unified else ""
         no_time = (
@@ -104,6 +105,7 @@ class Plan(Section):
             f"host    {_bar(predicted.host_peak_bytes, budget.host_bytes)}{same}",
             f"disk    {_bar(predicted.disk_bytes, budget.disk_bytes)}",
             f"settings: {_settings_text(self.settings, self.recipe.blocks.sweep_steps)}",
+            *([f"grows: block 0 alone for {grown} steps, then copied to all"] if grown else []),
             *(traffic_lines(predicted.traffic) if predicted.traffic else []),
             *(predicted.time.lines() if predicted.time else [no_time]),
             *([predicted.evaluation.line()] if predicted.evaluation else []),

@@ -7,7 +7,7 @@ machine and the arenas of the blocks: every prediction starts from a `Setup`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -118,6 +118,7 @@ class Setup:
     shared: ArenaLayout
     units: list[Unit]  # what moves where the model streams
     base: ArenaLayout | None = None  # frozen, and on the device all along
+    alone: bool = False  # the first block is the whole model, before it grows (blocks.grow_at)
 
     @property
     def frozen(self) -> bool:
@@ -136,9 +137,14 @@ class Setup:
         return spread(self.num_pieces, count)
 
     @property
+    def before_growth(self) -> Setup:
+        """The same with the first block alone."""
+        return replace(self, layouts=self.layouts[:1], units=[], alone=True)
+
+    @property
     def swept(self) -> bool:
         """Whether blocks make several steps each time they come, of a model that is trained end to end."""
-        return self.recipe.blocks.sweep_steps > 1
+        return self.recipe.blocks.sweep_steps > 1 and not self.alone
 
     @property
     def num_pieces(self) -> int:
@@ -151,7 +157,7 @@ class Setup:
 
     @property
     def resident(self) -> bool:
-        return is_resident(self.settings, self.profile.unified)
+        return self.alone or is_resident(self.settings, self.profile.unified)
 
     @property
     def together(self) -> bool:

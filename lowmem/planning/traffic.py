@@ -8,10 +8,11 @@ all of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes
+from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.sweep_stream import page_bytes, weights_pages, whole_pages
 from lowmem.blocks.traffic import Traffic
 from lowmem.blocks.unit import Piece
@@ -29,12 +30,40 @@ class StreamedTraffic(Section):
     step: Traffic  # or sweep
     commit: Traffic
     sweep_steps: int = 1
+    # of a model that grows: everything until then, and the steps and commits of that
+    before: Traffic = Traffic()
+    grow_steps: int = 0
+    grow_visits: int = 0
     # tokens of a step from which on moving takes no longer than computing; None: the profile lacks a rate
     hidden_tokens: int | None
 
     def moved(self, steps: int, commits: int) -> Traffic:
-        """What a process moves that makes so many steps, in whole sweeps, and commits."""
-        return self.start + self.step * (steps // self.sweep_steps) + self.commit * commits
+        """What a process moves that makes so many steps, in whole sweeps, and commits; of a model that grows,
+        all of them.
+        """
+        sweeps, commits = (steps - self.grow_steps) // self.sweep_steps, commits - self.grow_visits
+        return self.before + self.start + self.step * sweeps + self.commit * commits
+
+
+def traffic_before_growth(setup: Setup, queue: BlockQueue) -> dict[str, Any]:
+    """The fields of `StreamedTraffic` for a model that grows.
+
+    The first block is read once, and written at every commit with the shared part; at the last one it is
+    written as each of the others too.
+    """
+    first, shared, visits = setup.layouts[0], setup.shared, queue.grow_visits
+    others = setup.layouts[1:]
+    before = Traffic(
+        disk_read_bytes=file_bytes([first, shared]),
+        disk_written_bytes=visits * file_bytes([first, shared]) + file_bytes(others),
+    )
+    if not setup.profile.unified:
+        copied = sum(layout.total_bytes for layout in others)
+        before += Traffic(
+            host_to_device_bytes=first.total_bytes,
+            device_to_host_bytes=visits * (first.total_bytes + shared.total_bytes) + copied,
+        )
+    return {"before": before, "grow_steps": queue.grow_steps, "grow_visits": visits}
 
 
 def streamed_traffic(setup: Setup, borders: BorderBytes) -> StreamedTraffic:

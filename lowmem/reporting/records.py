@@ -37,6 +37,7 @@ class SeenModel(Seen):
 class SeenBlocks(Seen):
     visit_steps: Annotated[int, Field(gt=0, le=10**9)]
     sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
+    grow_at: Annotated[float, Field(gt=0, lt=1)] | None = None
     order: str
 
 
@@ -78,6 +79,7 @@ class SeenTraffic(Seen):
     step: Traffic
     commit: Traffic
     sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
+    before: Traffic = Traffic()
 
 
 class SeenTime(Seen):

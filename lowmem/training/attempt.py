@@ -105,6 +105,7 @@ class Attempt:
         self.units: UnitStream | None = None
         self.sweeps: SweepStream | None = None
         self.borders: Borders | None = None
+        self.grown = True  # all blocks are trained; before, the first is the whole model (`blocks.grow_at`)
         self.visit: Visit | None = None  # under way
         self._late: deque[tuple[dict[str, Any], Later]] = deque()  # steps and their losses
         self._checked = False  # whether the content of the committed files is known to be right
@@ -199,10 +200,12 @@ class Attempt:
                 "not end with the unbroken run's digest"
             )
             self.recorder.write("warning", message=message)
-        self.stream = open_stream(self.run, plan, self.model, state.files, checked=self._checked)
+        self.grown = state.visits_done >= self.queue.grow_visits
+        resident = not self.grown  # one block alone does not move
+        self.stream = open_stream(self.run, plan, self.model, state.files, resident, self._checked)
         opened.callback(self.stream.close)
         self.recorder.write("staging", **self.stream.facts())
-        whole, swept = plan.recipe.method == "end_to_end", plan.recipe.blocks.sweep_steps > 1
+        whole, swept = plan.recipe.method == "end_to_end" and self.grown, plan.recipe.blocks.sweep_steps > 1
         dtype, seed = COMPUTE_DTYPE[plan.settings.precision], plan.recipe.train.seed
         self.scratch = Scratch(
             self.layouts,

@@ -75,7 +75,9 @@ class Trainer:
             attempt = Attempt(self.run, self.plan, self.model, self.listeners)
             try:
                 with self.device.deterministic(self.recipe.train.deterministic), attempt:
-                    return self._train(attempt, batches)
+                    state = self._train(attempt, batches)
+                if state.visits_done == self.queue.num_visits:
+                    return state
             except (RuntimeError, MemoryError) as problem:
                 if not is_out_of_memory(problem):
                     raise
@@ -102,6 +104,8 @@ class Trainer:
             kind = StreamedStep if attempt.sweeps is None else Sweep
             streamed = kind(attempt, self.objective, borders, watch)
         for visit, upcoming in self.queue.pending(attempt.state.visits_done):
+            if visit.index == self.queue.grow_visits and not attempt.grown:
+                break  # the whole model lies on the device in another way
             attempt.visit = visit
             attempt.recorder.write(
                 "visit",
@@ -125,13 +129,14 @@ class Trainer:
             if upcoming is not None:
                 check_available(attempt.plan, attempt.monitor.last, committed=True)
         attempt.stream.finish()
-        attempt.recorder.write("trained", visits_done=attempt.state.visits_done)
+        if attempt.state.visits_done == self.queue.num_visits:
+            attempt.recorder.write("trained", visits_done=attempt.state.visits_done)
         return self.run.read_state() or attempt.state
 
     def _store(self, attempt: Attempt, visit: Visit, mean_loss: float, buffers: dict[int, Tensor]) -> None:
         """Hands the visit's blocks to the writer. `attempt.state` is then what will be committed."""
         attempt.state = attempt.next_state(visit, mean_loss, self.objective.health())
-        start = time.perf_counter()
+        start, grows = time.perf_counter(), visit.index + 1 == self.queue.grow_visits
         attempt.stream.store(
             buffers,
             attempt.shared.arena.buffer,
@@ -139,6 +144,7 @@ class Trainer:
             attempt.committer(attempt.state),
             wait=attempt.plan.settings.write_back == "wait",
             written=attempt.take_written(),
+            copies={block: 0 for block in range(1, len(self.layouts))} if grows else None,
         )
         attempt.clock.commit_s += time.perf_counter() - start
 

@@ -28,6 +28,8 @@ RUN = {
 # Streamed: layer after layer in every step, beside one that stays.
 WHOLE = {**RUN, "method": "end_to_end", "offload__resident_layers": 1}
 SWEPT = {**WHOLE, "blocks__sweep_steps": 2}  # block after block in every two steps, beside one that stays
+# The first block alone, then copied to the others in one commit.
+GROWN = {**WHOLE, "blocks__grow_at": 0.5, "blocks__visit_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +124,21 @@ def test_killed_at_random_moments_a_run_ends_with_the_unbroken_digest(
         assert_only_kept_files(folder)
 
 
-@pytest.mark.parametrize("moments", [range(0, 24, 3), pytest.param(range(24), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("run", "moments"),
+    [
+        (RUN, range(0, 24, 3)),
+        (GROWN, range(7, 26, 6)),
+        *(pytest.param(run, range(24), marks=pytest.mark.slow) for run in (RUN, GROWN)),
+    ],
+)
 def test_killed_at_an_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_digest(
-    tmp_path: Path, processes: Any, moments: range
+    tmp_path: Path, processes: Any, run: dict[str, Any], moments: range
 ) -> None:
     """Before the first file, between two files, between files and folder, before and after state.json is
     replaced.
     """
-    overrides = {**RUN, "train__num_steps": 16}
+    overrides = {**run, "train__num_steps": 16}
     unbroken = start(processes, tmp_path / "unbroken", overrides)
     unbroken.join()
     state = RunDir(tmp_path / "unbroken").read_state()

@@ -52,7 +52,6 @@ def test_every_tier_gives_the_same_digest_and_moves_what_is_planned(
     common = {"train": short(6), "blocks__sweep_steps": 3}
     arms: dict[str, dict[str, Any]] = {
         "device": {"offload__tier": "device"},
-        "disk": {"offload__tier": "disk"},
         "borders": {"offload__tier": "disk", "offload__borders": "disk", "offload__prefetch": False},
         "stays": {"offload__tier": "disk", "offload__resident_layers": 1, "offload__write_back": "wait"},
     }
