@@ -208,6 +208,12 @@ class BlocksConfig(Section):
     visit_steps: Count = 50  # steps that a block stays on the device
     order: Literal["round_robin", "random"] = "round_robin"  # random: a fresh order for each round
     overlap_gamma: Fraction = 0.05  # paper, section 3.3
+    # end_to_end: steps that a block makes each time it comes, from inputs and output gradients that are kept.
+    # 1: exact.
+    sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
+    # end_to_end: until this share of the steps is made the first block is the whole model; then it is copied
+    # to all others. None: all blocks are trained from the first step on.
+    grow_at: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class NoiseConfig(Section):
@@ -465,7 +471,59 @@ def _adapter_of_another_model(recipe: Recipe) -> str | None:
     return f"adapter: allowed with model.name huggingface, found '{recipe.model.name}'; leave it out"
 
 
+def _sweep_that_cannot_be(recipe: Recipe) -> str | None:
+    steps, train = recipe.blocks.sweep_steps, recipe.train
+    if steps == 1:
+        return None
+    found = f"blocks.sweep_steps: found {steps}; allowed"
+    if recipe.method != "end_to_end":
+        return f"{found} with method {recipe.method}: 1 (its blocks are trained alone); leave it out"
+    if recipe.optimizer.clips_whole:
+        return (
+            f"{found} with optimizer.clip global: 1 (no block has the gradients of another at hand); "
+            "set optimizer.clip: block"
+        )
+    if recipe.optimizer.during_backward is True:
+        return f"{found} with optimizer.during_backward true: 1; set optimizer.during_backward: auto"
+    if recipe.adapter is not None:
+        return f"{found} with an adapter: 1 (its blocks are not updated); leave it out"
+    if train.num_steps % steps:
+        return (
+            f"train.num_steps: found {train.num_steps}; allowed with blocks.sweep_steps {steps}: a multiple "
+            f"of it; set {-(-train.num_steps // steps) * steps}"
+        )
+    return None
+
+
+def _growth_that_cannot_be(recipe: Recipe) -> str | None:
+    blocks, layers = recipe.blocks, getattr(recipe.model, "num_layers", None)
+    if blocks.grow_at is None:
+        return None
+    found = f"blocks.grow_at: found {blocks.grow_at:g}"
+    if recipe.method != "end_to_end":
+        return f"{found}; allowed with method {recipe.method}: null; set method: end_to_end"
+    if recipe.model.begins_trained or recipe.adapter is not None or recipe.model.name == "recurrent_lm":
+        return f"{found}; allowed with model.name {recipe.model.name}: null (its blocks are not alike)"
+    if blocks.num_blocks in ("auto", 1):
+        return (
+            f"{found} with blocks.num_blocks {blocks.num_blocks}; allowed: a number above 1, because the "
+            "first block is copied to the others; set it"
+        )
+    if layers is not None and layers % blocks.num_blocks:
+        return (
+            f"{found} with {blocks.num_blocks} blocks of {layers} layers; allowed: blocks of as many layers "
+            "each; set a blocks.num_blocks that divides model.num_layers"
+        )
+    if recipe.train.num_steps <= blocks.visit_steps:
+        return (
+            f"{found} with blocks.visit_steps {blocks.visit_steps}; allowed: less than train.num_steps = "
+            f"{recipe.train.num_steps}, because a model grows between two visits; lower it"
+        )
+    return None
+
+
 CONTRADICTIONS = (
+    _growth_that_cannot_be,
     _adapter_of_another_model,
     _step_of_too_many_tokens,
     _step_of_too_many_chunks,
@@ -476,6 +534,7 @@ CONTRADICTIONS = (
     _bf16_weights_in_fp32,
     _update_before_gradients_are_whole,
     _warmup_longer_than_the_run,
+    _sweep_that_cannot_be,
 )
 
 

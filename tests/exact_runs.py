@@ -130,12 +130,14 @@ def trained(folder: Path, name: str, listeners: Any = (), **overrides: Any) -> t
 def through_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that rest in RAM apart from the device's memory, as beside a CUDA device."""
 
-    def opened(run: RunDir, plan: Plan, model: BlockModel, files: Any, checked: bool) -> BlockStream:
+    def opened(
+        run: RunDir, plan: Plan, model: BlockModel, files: Any, resident: bool, checked: bool
+    ) -> BlockStream:
         from lowmem.planning.settings import layouts_of
 
         layouts, shared = layouts_of(model, plan.settings)
         store = HostStore(DiskStore(run, layouts_by_key(layouts, shared), files, checked=checked))
-        return BlockStream(store, layouts, shared, CPU, False, plan.recipe.offload.prefetch)
+        return BlockStream(store, layouts, shared, CPU, resident, plan.recipe.offload.prefetch)
 
     monkeypatch.setattr(attempt_module, "open_stream", opened)
 

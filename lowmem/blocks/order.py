@@ -30,26 +30,32 @@ class BlockQueue:
     visit_steps: int
     order: str
     seed: int
+    grow_visits: int = 0  # the first ones, in which the first block is the whole model (blocks.grow_at)
 
     @classmethod
     def of(cls, recipe: Mapping[str, Any], num_blocks: int) -> BlockQueue:
-        """The queue of a run.
+        """The queue of a run. A visit is made of whole sweeps.
 
         `recipe`: a plain dict, as in plan.json; `num_blocks`: as the plan settled it.
         """
         blocks, train = recipe["blocks"], recipe["train"]
-        return cls(
-            recipe["method"],
-            num_blocks,
-            train["num_steps"],
-            blocks["visit_steps"],
-            blocks["order"],
-            train["seed"],
-        )
+        sweep_steps, grow_at = blocks.get("sweep_steps", 1), blocks.get("grow_at")
+        num_steps, visit_steps = train["num_steps"], -(-blocks["visit_steps"] // sweep_steps) * sweep_steps
+        grow_visits = 0
+        if grow_at is not None:  # at least one visit before it and one after it
+            last = -(-num_steps // visit_steps) - 1
+            grow_visits = max(min(round(grow_at * num_steps / visit_steps), last), 1)
+        method, order, seed = recipe["method"], blocks["order"], train["seed"]
+        return cls(method, num_blocks, num_steps, visit_steps, order, seed, grow_visits)
 
     @property
     def visits_per_round(self) -> int:
         return 1 if self.method == "end_to_end" else self.num_blocks
+
+    @property
+    def grow_steps(self) -> int:
+        """Steps that the first block makes before the model grows."""
+        return self.grow_visits * self.visit_steps
 
     @property
     def num_visits(self) -> int:
@@ -86,6 +92,8 @@ class BlockQueue:
 
     def _blocks(self, round_index: int, place: int) -> tuple[int, ...]:
         blocks = list(range(self.num_blocks))
+        if round_index < self.grow_visits:
+            return (0,)
         if self.method == "end_to_end":
             return tuple(blocks)
         if self.order == "random":

@@ -163,20 +163,24 @@ class BlockStream:
         committed: Committed,
         wait: bool,
         written: Mapping[str, Future[FileRecord]] | None = None,
+        copies: Mapping[int, int] | None = None,
     ) -> None:
         """Writes the trained blocks and the shared part, then calls `committed` on the writer's thread with
-        the new files. `written`: files that are being written already, by key.
+        the new files. `written`: files that are being written already, by key. `copies`: blocks that become
+        what a trained one is, by their number; only where all blocks are resident.
 
         With `wait` it returns when all of that is done. Else a snapshot of the shared part is written, it
         returns at once, and the blocks must not be touched until `load` returns them again.
         """
         self.finish()  # the snapshot's buffer is free only when the last one is written
         self.device.wait_for_compute()  # what it trained is about to be read by other threads
+        assert self.resident or not copies, "a slot is given back before a copy could be written"
+        everything = {**trained, **{copy: trained[block] for copy, block in (copies or {}).items()}}
         if not wait or self.device.copies:
             self.block_store.copy_out(shared, self._shared_slot)
             shared = self._shared_slot
         self._commit = self._writer.submit(
-            self._write_visit, trained, shared, written or {}, visits_done, committed
+            self._write_visit, everything, shared, written or {}, visits_done, committed
         )
         self._writes.update(dict.fromkeys(trained, self._commit))
         if wait:

@@ -84,6 +84,13 @@ class FrozenRun:
             state = run.hold_committed()
             if state is None:
                 raise ResumeError(f"run folder {run.path}: nothing is committed in it yet; train first")
+            grow_visits = plan.queue().grow_visits
+            if state.visits_done < grow_visits:
+                raise ResumeError(
+                    f"run folder {run.path}: {state.visits_done} visits are made; allowed: {grow_visits} or "
+                    "more, because the model grows then (blocks.grow_at) and all blocks but one are "
+                    "untrained; go on with lowmem train"
+                )
             run.check_files(state)
             self._open(run, plan, build_model, state, for_drawing)
             opened.callback(self.stream.close)

@@ -183,7 +183,9 @@ def _during_backward(setup: Setup) -> bool:
     """
     optimizer = setup.recipe.optimizer
     allowed = (
-        optimizer.grad_clip is None and setup.micro_batches == 1 and not setup.streams and not setup.frozen
+        optimizer.grad_clip is None
+        and setup.micro_batches == 1
+        and not (setup.streams or setup.swept or setup.frozen)
     )
     return allowed and optimizer.during_backward is not False
 
@@ -193,7 +195,7 @@ def _write_back(setup: Setup) -> Literal["beside", "wait"]:
         return "wait"  # the next step would change what is being written
     if setup.recipe.offload.write_back != "auto":
         return setup.recipe.offload.write_back
-    if setup.streams:
+    if setup.streams or setup.swept:
         return "beside"  # the next step begins with a forward pass, which changes nothing
     largest = max(layout.total_bytes for layout in setup.layouts)
     return "beside" if largest + setup.shared.total_bytes > WRITE_BESIDE_BYTES else "wait"
@@ -209,7 +211,14 @@ def choices_of(recipe: Recipe, profile: Profile, settings: Settings, noise: Nois
     `noise`: the recipe's, with what its schedule measures from the targets.
     """
     train, optimizer = recipe.train, recipe.optimizer
+    visit_steps, sweep_steps = recipe.blocks.visit_steps, recipe.blocks.sweep_steps
+    whole_sweeps = -(-visit_steps // sweep_steps) * sweep_steps
     lines = [
+        (
+            whole_sweeps != visit_steps,
+            f"blocks.visit_steps {whole_sweeps}: {visit_steps} rounded up to whole sweeps of {sweep_steps} "
+            "steps",
+        ),
         (
             recipe.noise.schedule != "lognormal",
             f"noise.schedule {recipe.noise.schedule}: ln sigma ~ N({noise.p_mean:.2f}, {noise.p_std:.2f}), "

@@ -37,6 +37,24 @@ class Duration(Section):
     exposed_s: float  # the part of a visit in which compute waits for blocks
     disk_written_bytes: int  # over the whole run; it wears the drive
 
+    def after(self, alone: Duration, queue: BlockQueue, written_bytes: int | None) -> Duration:
+        """That of a run whose first block is trained `alone` until the model grows; both are of all steps.
+
+        `written_bytes`: to the disk, where it is known.
+        """
+        share = queue.grow_steps / queue.num_steps
+        run_s = share * alone.run_s + (1 - share) * self.run_s
+        mixed = share * alone.disk_written_bytes + (1 - share) * self.disk_written_bytes
+        rate = self.run_s / run_s
+        return self.model_copy(
+            update={
+                "run_s": run_s,
+                "samples_per_s": self.samples_per_s * rate,
+                "tokens_per_s": None if self.tokens_per_s is None else self.tokens_per_s * rate,
+                "disk_written_bytes": round(mixed) if written_bytes is None else written_bytes,
+            }
+        )
+
     def lines(self) -> list[str]:
         """The prediction as lines for the plan's table."""
         rate = (

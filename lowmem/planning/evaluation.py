@@ -181,11 +181,16 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel
     if setup.streams:  # no layer stays, and none is updated
         prefetch = setup.recipe.offload.prefetch
-        trained = unit_bytes(setup.units, setup.stay, prefetch, not setup.frozen)
         frozen = unit_bytes(setup.units, frozenset(), prefetch)
-        kept["weights"] += frozen.weights - trained.weights
+        if setup.swept:
+            copied = setup.block_copy_bytes * max(unit.numel for unit in setup.units)
+            kept["weights"] = frozen.weights + copied
+            kept["staging"] += frozen.fetched - setup.staged_bytes[0]
+        else:
+            trained = unit_bytes(setup.units, setup.stay, prefetch, not setup.frozen)
+            kept["weights"] += frozen.weights - trained.weights
+            kept["staging"] += frozen.fetched - trained.fetched - trained.chunks
         kept["optimizer_state"] = 0
-        kept["staging"] += frozen.fetched - trained.fetched - trained.chunks
     return kept
 
 

@@ -12,10 +12,9 @@ from typing import NamedTuple
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes, border_bytes
 from lowmem.blocks.optim import workspace_bytes
-from lowmem.blocks.stream import staging_bytes
+from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
-from lowmem.machine.device import KINDS
 from lowmem.machine.floor import measured_floor_bytes
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
@@ -24,7 +23,7 @@ from lowmem.planning.evaluation import Evaluation
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.run_time import predict_time
 from lowmem.planning.settings import COMPUTE_DTYPE, Setup, file_bytes
-from lowmem.planning.traffic import StreamedTraffic, streamed_traffic
+from lowmem.planning.traffic import StreamedTraffic, streamed_traffic, traffic_before_growth
 from lowmem.schema import Section
 from lowmem.units import MIB, from_gib
 
@@ -106,17 +105,50 @@ def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_b
     Without `counter` the prediction has no activations, no borders and no time. It is then quick to make, and
     a lower bound.
     """
+    predicted = _predict(model, setup, counter, data_bytes)
+    if setup.recipe.blocks.grow_at is None:
+        return predicted
+    return _with_growth(setup, predicted, _predict(model, setup.before_growth, counter, data_bytes))
+
+
+def _with_growth(setup: Setup, grown: Predicted, alone: Predicted) -> Predicted:
+    """What a run takes in which the first block is trained `alone` until the model grows."""
+    queue = BlockQueue.of(setup.recipe.to_dict(), setup.settings.num_blocks)
+    larger = max(grown, alone, key=lambda predicted: predicted.device_peak_bytes)
+    larger_on_host = max(grown, alone, key=lambda predicted: predicted.host_peak_bytes)
+    first, *others = grown.block_peak_bytes
+    traffic, time = grown.traffic, grown.time
+    if traffic is not None:
+        traffic = traffic.model_copy(update=traffic_before_growth(setup, queue))
+    if time is not None and alone.time is not None:
+        written = None if traffic is None else traffic.moved(queue.num_steps, queue.num_visits)
+        time = time.after(alone.time, queue, None if written is None else written.disk_written_bytes)
+    return grown.model_copy(
+        update={
+            "device_peak_bytes": larger.device_peak_bytes,
+            "by_category": larger.by_category,
+            "host_peak_bytes": larger_on_host.host_peak_bytes,
+            "host_by_category": larger_on_host.host_by_category,
+            "block_peak_bytes": [max(first, alone.device_peak_bytes), *others],
+            "traffic": traffic,
+            "time": time,
+        }
+    )
+
+
+def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_bytes: int) -> Predicted:
     passes = _passes(model, setup, counter)
     workspace = _workspace_bytes(setup)  # while an update uses it, no activation is alive
     # Where units stream, other units are updated while one computes.
     activations = [
-        taken.peak_bytes + workspace if setup.streams else max(taken.peak_bytes, workspace)
+        taken.peak_bytes + workspace if setup.by_unit else max(taken.peak_bytes, workspace)
         for taken in passes
     ]
     borders, traffic, time = BorderBytes(), None, None
     if counter is not None:
-        if setup.streams:
+        if setup.streams or setup.swept:
             borders = _border_bytes(setup, counter)
+        if setup.streams:
             traffic = streamed_traffic(setup, borders)
         if has_rates(setup.profile):
             time = predict_time(setup, passes, traffic)
@@ -140,8 +172,8 @@ def predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_b
 def _by_block(setup: Setup, activations: list[int]) -> list[int]:
     """The activations of each block: the most of its units', or of all blocks together."""
     if len(activations) == 1:
-        return activations * setup.settings.num_blocks
-    if not setup.streams:
+        return activations * len(setup.layouts)
+    if not setup.by_unit:
         return activations
     most: dict[str, int] = {}
     for unit, taken in zip(setup.units, activations, strict=True):
@@ -153,10 +185,13 @@ def _passes(model: BlockModel, setup: Setup, counter: PassCounter | None) -> lis
     """One pass for each block, for each unit where the model streams, or one for all blocks together."""
     if counter is None:
         return [NO_PASS]
+    if setup.alone:
+        return [counter(model.block_slices(setup.settings.num_blocks)[0], setup.settings)]
     if setup.together:
         return [counter(range(len(model.layers)), setup.settings)]
-    if setup.streams:
-        return [counter.streamed(layers, setup.settings) for layers in model.units()]
+    if setup.streams or setup.swept:
+        pieces = model.block_slices(setup.settings.num_blocks) if setup.swept else model.units()
+        return [counter.streamed(layers, setup.settings) for layers in pieces]
     return [counter(layers, setup.settings) for layers in model.block_slices(setup.settings.num_blocks)]
 
 
@@ -183,8 +218,8 @@ def _border_bytes(setup: Setup, counter: PassCounter) -> BorderBytes:
         setup.profile.unified,
         border,
         waiting,
-        len(setup.units),
-        setup.micro_batches,
+        setup.num_pieces,
+        setup.under_way,
         setup.two_passes,
     )
 
@@ -198,15 +233,8 @@ class Staging(NamedTuple):
 
 def _staging(setup: Setup) -> Staging:
     """Slots for blocks beside the one in compute, the ring of the link, and a snapshot of the shared part."""
-    copied = KINDS[setup.profile.device.type].copies
-    slots, ring = staging_bytes(
-        max(layout.total_bytes for layout in setup.layouts),
-        setup.resident,
-        setup.recipe.offload.prefetch,
-        copied=copied,
-        num_blocks=len(setup.layouts),
-    )
-    if setup.streams:
+    slots, ring = setup.staged_bytes
+    if setup.by_unit:
         taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch, not setup.frozen)
         slots = taken.fetched + taken.chunks
     snapshot_and_ring = setup.snapshot_bytes + ring
@@ -221,7 +249,7 @@ def _device_categories(
     """Bytes on the device by category; on unified memory everything the process takes."""
     profile, shared = setup.profile, setup.shared
     categories = {
-        **(_streaming_categories if setup.streams else _visiting_categories)(setup),
+        **(_streaming_categories if setup.by_unit else _visiting_categories)(setup),
         "activations": activations,
         "borders": borders.device + (borders.host if profile.unified else 0),
         "shared_part": shared.total_bytes

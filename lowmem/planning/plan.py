@@ -92,6 +92,7 @@ class Plan(Section):
 
     def _notes(self) -> list[str]:
         budget, predicted, profile = self.budget, self.predicted, self.profile
+        grown = self.queue().grow_steps
         headroom = format_bytes(predicted.device_needed_bytes - predicted.run_peak_bytes)
         same = "   (the same memory as the device)" if profile.unified else ""
         no_time = (
@@ -103,7 +104,8 @@ class Plan(Section):
             f"   ({profile.device.type}, {profile.name})",
             f"host    {_bar(predicted.host_peak_bytes, budget.host_bytes)}{same}",
             f"disk    {_bar(predicted.disk_bytes, budget.disk_bytes)}",
-            f"settings: {_settings_text(self.settings)}",
+            f"settings: {_settings_text(self.settings, self.recipe.blocks.sweep_steps)}",
+            *([f"grows: block 0 alone for {grown} steps, then copied to all"] if grown else []),
             *(traffic_lines(predicted.traffic) if predicted.traffic else []),
             *(predicted.time.lines() if predicted.time else [no_time]),
             *([predicted.evaluation.line()] if predicted.evaluation else []),
@@ -113,17 +115,19 @@ class Plan(Section):
         ]
 
 
-def _settings_text(settings: Settings) -> str:
+def _settings_text(settings: Settings, sweep_steps: int) -> str:
+    pieces = "layers" if sweep_steps == 1 else "blocks"
     return ", ".join(
         [
             f"{settings.num_blocks} blocks",
             f"tier {settings.tier}",
+            *([f"sweeps of {sweep_steps} steps"] if sweep_steps > 1 else []),
             f"micro-batch {settings.micro_batch_size}",
             settings.precision,
             f"weights {settings.weights}",
             settings.optimizer,
             f"recompute {'on' if settings.recompute else 'off'}",
-            *([f"{settings.resident_layers} layers stay"] if settings.resident_layers else []),
+            *([f"{settings.resident_layers} {pieces} stay"] if settings.resident_layers else []),
             f"updates {'during' if settings.during_backward else 'after'} backward",
             f"write-back {settings.write_back}",
         ]
@@ -196,7 +200,8 @@ def _made_plan(
         )
 
     plan = _first_that_fits(candidates_of(recipe, profile, len(model.layers)), planned)
-    plan = _with_more_staying(plan, len(model.units()), planned)
+    swept = recipe.blocks.sweep_steps > 1
+    plan = _with_more_staying(plan, plan.settings.num_blocks if swept else len(model.units()), planned)
     if not plan.fits:
         return plan
     evaluation = _evaluation_of(plan, model, counter, num_test)
@@ -262,13 +267,15 @@ def _first_that_fits(candidates: Iterable[list[Settings]], planned: Callable[...
     return plan if counted else planned(plan.settings)
 
 
-def _with_more_staying(plan: Plan, num_units: int, planned: Callable[[Settings], Plan]) -> Plan:
-    """The plan with as many units on the device as the budget has room for, where the others stream."""
+def _with_more_staying(plan: Plan, num_pieces: int, planned: Callable[[Settings], Plan]) -> Plan:
+    """The plan with as many units, or blocks in sweeps, on the device as the budget has room for, where the
+    others stream.
+    """
     recipe, settings = plan.recipe, plan.settings
     streams = recipe.method == "end_to_end" and not is_resident(settings, plan.profile.unified)
     if not (streams and plan.fits and recipe.offload.resident_layers == "auto"):
         return plan
-    least, most = 0, num_units
+    least, most = 0, num_pieces
     while least < most:
         count = (least + most + 1) // 2
         more = planned(settings.model_copy(update={"resident_layers": count}))

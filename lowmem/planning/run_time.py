@@ -54,7 +54,7 @@ def predict_time(setup: Setup, passes: Sequence[Pass], traffic: StreamedTraffic 
 
 
 def _streamed(setup: Setup, queue: BlockQueue, passes_s: list[float], traffic: StreamedTraffic) -> Visits:
-    """Blocks come and go within each step."""
+    """Blocks come and go within each step, or sweep of several steps."""
     profile, step, on_disk = setup.profile, traffic.step, setup.settings.tier == "disk"
     a_step_s = max(  # the link and the disk work beside each other
         moving_s(step.host_to_device_bytes, step.device_to_host_bytes, profile, False),
@@ -63,7 +63,7 @@ def _streamed(setup: Setup, queue: BlockQueue, passes_s: list[float], traffic: S
     steps = min(queue.visit_steps, queue.num_steps)
     return Visits(
         [sum(passes_s) + _updates_s(setup, setup.updated)],
-        [Moving(steps * a_step_s)],
+        [Moving(steps // traffic.sweep_steps * a_step_s)],
         traffic.moved(queue.num_steps, queue.num_visits).disk_written_bytes,
     )
 

@@ -7,14 +7,14 @@ machine and the arenas of the blocks: every prediction starts from a `Setup`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import nn
 
 from lowmem.blocks.arena import FROZEN, ArenaLayout
-from lowmem.blocks.stream import block_key
+from lowmem.blocks.stream import block_key, staging_bytes
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import spread
 from lowmem.machine.device import KINDS
@@ -36,7 +36,8 @@ class Settings(Section):
     """Everything that a recipe may leave `auto`, settled."""
 
     num_blocks: int
-    # layers (units, see `BlockModel.units`) that stay on the device whole while the others stream
+    # layers (units, see `BlockModel.units`) that stay on the device whole while the others stream; in sweeps
+    # blocks
     resident_layers: int = 0
     micro_batch_size: int
     precision: Precision  # of compute and gradients
@@ -141,6 +142,7 @@ class Setup:
     units: list[Unit]  # what moves where the model streams
     base: ArenaLayout | None = None  # frozen, and on the device all along
     layer_weights: int = 0  # of all layers, in number
+    alone: bool = False  # the first block is the whole model, before it grows (blocks.grow_at)
 
     @property
     def frozen(self) -> bool:
@@ -154,8 +156,24 @@ class Setup:
 
     @property
     def stay(self) -> frozenset[int]:
-        """The units that stay on the device while others stream."""
-        return spread(len(self.units), self.settings.resident_layers)
+        """The units, or blocks in sweeps, that stay on the device while others stream."""
+        count = self.num_pieces if self.swept and self.resident else self.settings.resident_layers
+        return spread(self.num_pieces, count)
+
+    @property
+    def before_growth(self) -> Setup:
+        """The same with the first block alone."""
+        return replace(self, layouts=self.layouts[:1], units=[], alone=True)
+
+    @property
+    def swept(self) -> bool:
+        """Whether blocks make several steps each time they come, of a model that is trained end to end."""
+        return self.recipe.blocks.sweep_steps > 1 and not self.alone
+
+    @property
+    def num_pieces(self) -> int:
+        """How many pieces a model that streams moves in: units, or blocks in sweeps."""
+        return len(self.layouts) if self.swept else len(self.units)
 
     @property
     def end_to_end(self) -> bool:
@@ -163,17 +181,22 @@ class Setup:
 
     @property
     def resident(self) -> bool:
-        return is_resident(self.settings, self.profile.unified)
+        return self.alone or is_resident(self.settings, self.profile.unified)
 
     @property
     def together(self) -> bool:
         """Whether all blocks are on the device and are trained at once."""
-        return self.end_to_end and self.resident
+        return self.end_to_end and self.resident and not self.swept
 
     @property
     def streams(self) -> bool:
         """Whether the model is trained end to end while its blocks come and go within each step."""
         return self.end_to_end and not self.resident
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether it streams unit by unit, in every step."""
+        return self.streams and not self.swept
 
     @property
     def two_passes(self) -> bool:
@@ -192,6 +215,11 @@ class Setup:
         return self.recipe.train.batch_size // self.settings.micro_batch_size
 
     @property
+    def under_way(self) -> int:
+        """How many micro-batches are under way at once where the model passes in pieces."""
+        return self.recipe.blocks.sweep_steps * self.micro_batches
+
+    @property
     def visited(self) -> list[ArenaLayout]:
         """The arenas that are trained at once; of blocks that take turns, the largest."""
         return self.layouts if self.together else [max(self.layouts, key=lambda layout: layout.total_bytes)]
@@ -199,7 +227,27 @@ class Setup:
     @property
     def on_device(self) -> list[ArenaLayout]:
         """The blocks' arenas that are on the device during a visit, without what is staged."""
-        return self.layouts if self.resident else self.visited
+        if self.resident or not self.swept:
+            return self.layouts if self.resident else self.visited
+        return [*(self.layouts[block] for block in sorted(self.stay)), *self.moving[:1]]
+
+    @property
+    def staged_bytes(self) -> tuple[int, int]:
+        """Bytes of (device, host) that moving whole blocks takes beside the block in compute."""
+        moving = self.moving if self.swept else self.layouts
+        return staging_bytes(
+            max((layout.total_bytes for layout in moving), default=0),
+            self.resident or not moving,
+            self.recipe.offload.prefetch,
+            copied=KINDS[self.profile.device.type].copies,
+            num_blocks=len(moving),
+        )
+
+    @property
+    def moving(self) -> list[ArenaLayout]:
+        """The arenas of blocks that do not stay in sweeps, the largest first."""
+        moving = [layout for block, layout in enumerate(self.layouts) if block not in self.stay]
+        return sorted(moving, key=lambda layout: -layout.total_bytes)
 
     @property
     def compute_bytes(self) -> int:

@@ -8,10 +8,12 @@ all of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes
+from lowmem.blocks.order import BlockQueue
+from lowmem.blocks.sweep_stream import page_bytes, weights_pages, whole_pages
 from lowmem.blocks.traffic import Traffic
 from lowmem.blocks.unit import Piece
 from lowmem.planning.settings import Setup, file_bytes
@@ -25,21 +27,54 @@ class StreamedTraffic(Section):
     """What one process moves: once at its start, in each step, and in each commit."""
 
     start: Traffic
-    step: Traffic
+    step: Traffic  # or sweep
     commit: Traffic
+    sweep_steps: int = 1
+    # of a model that grows: everything until then, and the steps and commits of that
+    before: Traffic = Traffic()
+    grow_steps: int = 0
+    grow_visits: int = 0
     # tokens of a step from which on moving takes no longer than computing; None: the profile lacks a rate
     hidden_tokens: int | None
 
     def moved(self, steps: int, commits: int) -> Traffic:
-        """What a process moves that makes so many steps and commits."""
-        return self.start + self.step * steps + self.commit * commits
+        """What a process moves that makes so many steps, in whole sweeps, and commits; of a model that grows,
+        all of them.
+        """
+        sweeps, commits = (steps - self.grow_steps) // self.sweep_steps, commits - self.grow_visits
+        return self.before + self.start + self.step * sweeps + self.commit * commits
+
+
+def traffic_before_growth(setup: Setup, queue: BlockQueue) -> dict[str, Any]:
+    """The fields of `StreamedTraffic` for a model that grows.
+
+    The first block is read once, and written at every commit with the shared part; at the last one it is
+    written as each of the others too.
+    """
+    first, shared, visits = setup.layouts[0], setup.shared, queue.grow_visits
+    others = setup.layouts[1:]
+    before = Traffic(
+        disk_read_bytes=file_bytes([first, shared]),
+        disk_written_bytes=visits * file_bytes([first, shared]) + file_bytes(others),
+    )
+    if not setup.profile.unified:
+        copied = sum(layout.total_bytes for layout in others)
+        before += Traffic(
+            host_to_device_bytes=first.total_bytes,
+            device_to_host_bytes=visits * (first.total_bytes + shared.total_bytes) + copied,
+        )
+    return {"before": before, "grow_steps": queue.grow_steps, "grow_visits": visits}
 
 
 def streamed_traffic(setup: Setup, borders: BorderBytes) -> StreamedTraffic:
     """The traffic of a setup that streams. `borders`: what activations at block borders take and move."""
     start, step, commit = streamed_parts(setup)
     return StreamedTraffic(
-        start=start, step=step + borders.traffic, commit=commit, hidden_tokens=hidden_tokens(setup)
+        start=start,
+        step=step + borders.traffic,
+        commit=commit,
+        sweep_steps=setup.recipe.blocks.sweep_steps,
+        hidden_tokens=hidden_tokens(setup),
     )
 
 
@@ -63,11 +98,29 @@ def _unit_traffic(setup: Setup) -> Parts:
     return first, step, commit
 
 
+def _block_traffic(setup: Setup) -> Parts:
+    """What whole blocks move between the store and the device in a sweep: weights for the forward pass but
+    of the last block, then everything, there and back.
+    """
+    on_disk = setup.settings.tier == "disk"
+    first, sweep, commit = Moved(), Moved(), Moved()
+    for block, layout in enumerate(setup.layouts):
+        whole = page_bytes(whole_pages(layout), on_disk)
+        if block in setup.stay:
+            first += Moved(whole)
+            commit += Moved(written=whole)
+            continue
+        forward = page_bytes(weights_pages(layout), on_disk) if block < len(setup.layouts) - 1 else 0
+        sweep += Moved(forward + whole, whole)
+    return first, sweep, commit
+
+
 def streamed_parts(setup: Setup) -> tuple[Traffic, Traffic, Traffic]:
     """(start, step, commit) without what moves at the borders."""
-    units, unified, shared = _unit_traffic(setup), setup.profile.unified, setup.shared
+    pieces = _block_traffic(setup) if setup.swept else _unit_traffic(setup)
+    unified, shared = setup.profile.unified, setup.shared
     if setup.settings.tier == "disk":
-        on_disk = [Traffic(disk_read_bytes=m.read + m.patched, disk_written_bytes=m.written) for m in units]
+        on_disk = [Traffic(disk_read_bytes=m.read + m.patched, disk_written_bytes=m.written) for m in pieces]
         # A durable file is read again for its digest.
         blocks = [] if setup.frozen else setup.layouts
         whole = sum(layout.total_bytes for layout in blocks)
@@ -78,7 +131,7 @@ def streamed_parts(setup: Setup) -> tuple[Traffic, Traffic, Traffic]:
     else:
         files, written = file_bytes([*setup.layouts, shared]), file_bytes(setup.updated)
         on_disk = [Traffic(disk_read_bytes=files), Traffic(), Traffic(disk_written_bytes=written)]
-    link = [Traffic(host_to_device_bytes=m.read, device_to_host_bytes=m.written) for m in units]
+    link = [Traffic(host_to_device_bytes=m.read, device_to_host_bytes=m.written) for m in pieces]
     link[2] += Traffic(device_to_host_bytes=shared.total_bytes)
     start, step, commit = on_disk if unified else [a + b for a, b in zip(on_disk, link, strict=True)]
     return start, step, commit
@@ -125,14 +178,18 @@ def _header_bytes(layouts: Sequence[ArenaLayout]) -> int:
 def hidden_tokens(setup: Setup) -> int | None:
     """Tokens of a step from which on compute hides the moving of blocks; None: the profile lacks a rate.
 
-    Every unit must then compute for as long as the next one is fetched and the last one updated. A forward
-    pass makes 2 operations per weight and token, a backward pass 4 and its recomputation 2. A link carries
-    both directions at once, a disk one after the other.
+    Every unit, or block in sweeps, must then compute for as long as the next one is fetched and the last one
+    updated. A forward pass makes 2 operations per weight and token, a backward pass 4 and its recomputation
+    2. A link carries both directions at once, a disk one after the other.
     """
     profile, rate = setup.profile, setup.profile.device.peak_tflops
-    moving = [unit for index, unit in enumerate(setup.units) if index not in setup.stay]
-    weights = sum(unit.weights_bytes for unit in moving)
-    whole = sum(unit.num_bytes for unit in moving)
+    units = [unit for index, unit in enumerate(setup.units) if index not in setup.stay]
+    if setup.swept:
+        weights = sum(layout.weights_bytes for layout in setup.moving)
+        whole = sum(layout.total_bytes for layout in setup.moving)
+    else:
+        weights = sum(unit.weights_bytes for unit in units)
+        whole = sum(unit.num_bytes for unit in units)
     forward_s, backward_s = [0.0], [0.0]
     if setup.settings.tier == "disk":
         read_rate, write_rate = profile.disk_rates
@@ -148,7 +205,7 @@ def hidden_tokens(setup: Setup) -> int | None:
         backward_s.append(whole / min(into, out))
     if rate is None:
         return None
-    forward_per_token_s = 2 * setup.layer_weights / (rate * 1e12)
+    forward_per_token_s = 2 * setup.recipe.blocks.sweep_steps * setup.layer_weights / (rate * 1e12)
     backward_per_token_s = forward_per_token_s * 3
     return round(max(max(forward_s) / forward_per_token_s, max(backward_s) / backward_per_token_s))
 
@@ -160,4 +217,5 @@ def traffic_lines(traffic: StreamedTraffic) -> list[str]:
     read, written = format_bytes(step.disk_read_bytes), format_bytes(step.disk_written_bytes)
     link = f"link {into} in, {out} out; " if step.host_to_device_bytes else ""
     hides = "" if hidden is None else f"; hidden behind compute from about {hidden:,} tokens a step on"
-    return [f"traffic per step: {link}disk {read} read, {written} written{hides}"]
+    per = "step" if traffic.sweep_steps == 1 else f"sweep of {traffic.sweep_steps} steps"
+    return [f"traffic per {per}: {link}disk {read} read, {written} written{hides}"]

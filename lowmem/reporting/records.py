@@ -36,6 +36,8 @@ class SeenModel(Seen):
 
 class SeenBlocks(Seen):
     visit_steps: Annotated[int, Field(gt=0, le=10**9)]
+    sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
+    grow_at: Annotated[float, Field(gt=0, lt=1)] | None = None
     order: str
 
 
@@ -76,6 +78,8 @@ class SeenTraffic(Seen):
     start: Traffic
     step: Traffic
     commit: Traffic
+    sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
+    before: Traffic = Traffic()
 
 
 class SeenTime(Seen):

@@ -167,7 +167,11 @@ def _unbroken_traffic(
         parse(Traffic, planned[part], f"{run.plan_path}: predicted.traffic.{part}", StoreError)
         for part in ("start", "step", "commit")
     )
-    return (start + step * queue.num_steps + commit * queue.num_visits).model_dump()
+    where = f"{run.plan_path}: predicted.traffic.before"
+    before = parse(Traffic, planned.get("before", {}), where, StoreError)
+    sweeps = (queue.num_steps - queue.grow_steps) // int(planned.get("sweep_steps", 1))
+    whole: Traffic = before + start + step * sweeps + commit * (queue.num_visits - queue.grow_visits)
+    return whole.model_dump()
 
 
 # ------------------------------------------------------------------------------------------------------------

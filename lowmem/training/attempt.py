@@ -12,6 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import BlockRecord, FileRecord, RunDir, RunState
 from lowmem.blocks.seal import BACK
 from lowmem.blocks.stream import BlockStream
+from lowmem.blocks.sweep_stream import SweepStream
 from lowmem.blocks.unit_stream import UnitStream, spread
 from lowmem.blocks.verify import check_contents
 from lowmem.errors import StoreError
@@ -99,8 +101,11 @@ class Attempt:
         self.queue = frozen.queue()
         self.monitor = Monitor(frozen.profile.unified, self.device)
         self.base: ArenaLayout | None = None  # frozen weights that are in no block
-        self.units: UnitStream | None = None  # where a model that is trained end to end streams
-        self.borders: Borders | None = None  # where a model that is trained end to end streams
+        # Where a model that is trained end to end streams: one of the two, and borders.
+        self.units: UnitStream | None = None
+        self.sweeps: SweepStream | None = None
+        self.borders: Borders | None = None
+        self.grown = True  # all blocks are trained; before, the first is the whole model (`blocks.grow_at`)
         self.visit: Visit | None = None  # under way
         self._late: deque[tuple[dict[str, Any], Later]] = deque()  # steps and their losses
         self._checked = False  # whether the content of the committed files is known to be right
@@ -195,10 +200,12 @@ class Attempt:
                 "not end with the unbroken run's digest"
             )
             self.recorder.write("warning", message=message)
-        self.stream = open_stream(self.run, plan, self.model, state.files, checked=self._checked)
+        self.grown = state.visits_done >= self.queue.grow_visits
+        resident = not self.grown  # one block alone does not move
+        self.stream = open_stream(self.run, plan, self.model, state.files, resident, self._checked)
         opened.callback(self.stream.close)
         self.recorder.write("staging", **self.stream.facts())
-        whole = plan.recipe.method == "end_to_end"
+        whole, swept = plan.recipe.method == "end_to_end" and self.grown, plan.recipe.blocks.sweep_steps > 1
         dtype, seed = COMPUTE_DTYPE[plan.settings.precision], plan.recipe.train.seed
         self.scratch = Scratch(
             self.layouts,
@@ -207,28 +214,40 @@ class Attempt:
             self.device.torch,
             seed,
             plan.settings.during_backward,
-            together=whole and self.stream.resident,
+            together=whole and self.stream.resident and not swept,
         )
         self.shared = self.scratch.trainable(SHARED, self.shared_layout, self.stream.load_shared())
         opened.callback(self._let_go)
         self.shared.bind(self.model)
         self.base = bind_base(self.stream, self.model, plan)
         self.model.train()
-        if whole and not self.stream.resident:
-            self.borders = open_borders(
-                plan, self.model, self.device, self.run.path, self.stream.block_store.ring
-            )
-            opened.callback(self.borders.close)
-            units = units_of(self.model, plan.settings, self.layouts, self.device.kind)
-            stay = spread(len(units), plan.settings.resident_layers)
-            prefetch = plan.recipe.offload.prefetch
-            updates, store = plan.settings.frozen is None, self.stream.block_store
-            self.units = UnitStream(store, units, self.device, stay, prefetch, updates)
-            opened.callback(self.units.close)
+        if whole and (swept or not self.stream.resident):
+            self._open_passing(opened, swept)
         self._files = dict(state.files)
         before = self.run.read_previous()
         self._files_before = {} if before is None else before.files
         self._earlier = state.traffic, state.transfer_s  # what earlier processes moved
+
+    def _open_passing(self, opened: contextlib.ExitStack, swept: bool) -> None:
+        """Opens what takes the whole model through the device: the borders, and units or blocks."""
+        plan, store, device = self.plan, self.stream.block_store, self.device
+        self.borders = open_borders(plan, self.model, device, self.run.path, store.ring)
+        opened.callback(self.borders.close)
+        prefetch, resident = plan.recipe.offload.prefetch, plan.settings.resident_layers
+        if swept:
+            stay = spread(len(self.layouts), len(self.layouts) if self.stream.resident else resident)
+            self.sweeps = SweepStream(store, self.layouts, device, stay, prefetch)
+            opened.callback(self.sweeps.close)
+            return
+        units = units_of(self.model, plan.settings, self.layouts, device.kind)
+        stay, updates = spread(len(units), resident), plan.settings.frozen is None
+        self.units = UnitStream(store, units, device, stay, prefetch, updates)
+        opened.callback(self.units.close)
+
+    def take_written(self) -> dict[str, Future[FileRecord]]:
+        """The files of blocks that a visit has written already, by key, for the commit that names them."""
+        passing = self.units or self.sweeps
+        return {} if passing is None else passing.take_written()
 
     def _let_go(self) -> None:
         """Gives back all that the attempt has on the device: an evaluation, or the next attempt, needs the
@@ -244,7 +263,7 @@ class Attempt:
     @property
     def exposed_s(self) -> float:
         """Seconds that compute stood waiting, for blocks and for activations at borders."""
-        moving = (self.stream, self.borders, self.units)
+        moving = (self.stream, self.borders, self.units, self.sweeps)
         return sum(part.exposed_s for part in moving if part is not None)
 
     def record_step(self, visit: Visit, step: int, lr: float, loss: Tensor, step_s: float) -> None:

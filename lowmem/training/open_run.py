@@ -57,11 +57,9 @@ def open_borders(plan: Plan, model: BlockModel, device: Device, folder: Path, ri
     `ring`: the store's.
     """
     settings, recipe = plan.settings, plan.recipe
-    shape = (
-        len(model.units()),
-        recipe.train.batch_size // settings.micro_batch_size,
-        recipe.optimizer.clips_whole,
-    )
+    steps, micro_batches = recipe.blocks.sweep_steps, recipe.train.batch_size // settings.micro_batch_size
+    pieces = settings.num_blocks if steps > 1 else len(model.units())
+    shape = pieces, steps * micro_batches, recipe.optimizer.clips_whole
     if settings.borders == "device" or (settings.borders == "host" and plan.profile.unified):
         return NearBorders(*shape)
     return AwayBorders(*shape, device, folder if settings.borders == "disk" else None, ring)

@@ -26,32 +26,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.blocks import optim
 from lowmem.blocks.arena import HasSlots, bind, parameter_views, unbind
-from lowmem.blocks.borders import RANDOM_STATE_BYTES, Borders
+from lowmem.blocks.borders import Borders
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import GRADIENTS, Update, gathers_by_block
-from lowmem.machine.device import Device
-from lowmem.objectives.base import Batch, Kept, Objective
+from lowmem.objectives.base import Batch, Objective
 from lowmem.planning.settings import COMPUTE_DTYPE
+from lowmem.schedule import learning_rate
 from lowmem.training.attempt import Attempt
+from lowmem.training.border_passes import BorderPasses, Part, total_loss
 from lowmem.training.finite import FiniteWatch
-from lowmem.training.roots import backward_from
 from lowmem.training.trainable import rounding
-
-
-@dataclass
-class Part:
-    """A micro-batch on its way through the model."""
-
-    seed: int  # of its draws
-    batch: Batch
-    cond: Tensor
-    kept: Kept
-    cond_grad: Tensor | None = None  # as far as the backward pass has come
-    loss: Tensor | None = None
 
 
 @dataclass
@@ -72,19 +60,19 @@ class Gathered:
 class StreamedStep:
     """Optimizer steps of a whole model whose units come and go."""
 
+    steps_at_once = 1
+
     def __init__(
         self, attempt: Attempt, objective: Objective[Any, Any], borders: Borders, watch: FiniteWatch
     ) -> None:
         """`objective`: bound to the attempt's model. `borders`: where the attempt keeps activations."""
         assert attempt.units is not None
-        self.watch, self.objective, self.borders = watch, objective, borders
-        self.model, self.shared, self.monitor = attempt.model, attempt.shared, attempt.monitor
+        self.watch, self.borders, self.model, self.shared = watch, borders, attempt.model, attempt.shared
         self.recipe, self.layouts, self.stream = attempt.plan.recipe, attempt.layouts, attempt.units
         self.units, device = self.stream.units, self.stream.device
-        self.states = RandomStates(len(self.units), borders.parts, device)
+        self.passes = BorderPasses(attempt, objective, borders, self.model.units())
         # Blocks by key, as the units name them.
         self.block_of = [int(unit.key.rpartition("-")[2]) for unit in self.units]
-        self._ranges = self.model.units()
         dtype = COMPUTE_DTYPE[attempt.plan.settings.precision]
         self._frozen = attempt.plan.settings.frozen is not None  # units have neither gradients nor updates
         self._by_block = gathers_by_block(self.recipe.optimizer.grad_clip)
@@ -96,22 +84,19 @@ class StreamedStep:
             largest = max(unit.numel for unit in self.units)
             self._copy = torch.zeros(largest, dtype=dtype, device=device.torch)
 
-    def step(
-        self,
-        micro: Sequence[tuple[int, Batch]],
-        step: int,
-        lr: float,
-        visits_done: int,
-        durable: bool,
-    ) -> Tensor:
-        """One step over micro-batches, each with its seed. Returns the mean loss, on the device.
+    def train(
+        self, micro: Sequence[Sequence[tuple[int, Batch]]], step: int, visits_done: int, durable: bool
+    ) -> list[Tensor]:
+        """One step, the only one in `micro`, over micro-batches, each with its seed.
 
-        `durable`: the step ends a visit, and its files are to be committed under `visits_done`.
+        Returns the mean loss, on the device. `durable`: the step ends a visit, and its files are to be
+        committed under `visits_done`.
         """
         optimizer, factor, last = self.recipe.optimizer, None, len(self.units) - 1
+        lr = learning_rate(step, self.recipe.train)
         self.borders.begin()
         self.shared.begin(step + 1, lr, optimizer)
-        parts = [self._enter(index, seed, batch) for index, (seed, batch) in enumerate(micro)]
+        parts = [self.passes.enter(index, seed, batch) for index, (seed, batch) in enumerate(micro[0])]
         for unit in range(last):
             self._forward(unit, parts)
 
@@ -121,18 +106,16 @@ class StreamedStep:
         for gathered in self._gradients(parts):
             self.watch.look(step, optim.clipped(gathered.flat, optimizer, factor))
             self._update(gathered, step, lr, factor, visits_done, durable, norms)
-        self._backward_of_input(parts)
+        for part in parts:
+            self.passes.backward_of_input(part)
         self.watch.look(step, self.shared.update(factor), self.shared.weights_norm())
         if durable:
             self.stream.finish()
             if norms:
                 self.watch.look(step, *norms)
-        total = torch.zeros((), device=self.stream.device.torch)
-        for part in parts:
-            assert part.loss is not None
-            total += part.loss
+        total = total_loss(parts, self.stream.device.torch)
         self.watch.look(step, total)
-        return total
+        return [total]
 
     def _factor(self, parts: list[Part], step: int) -> Tensor:
         """What clips the whole model's gradients: a backward pass of its own finds their norm."""
@@ -140,7 +123,8 @@ class StreamedStep:
         for gathered in self._gradients(parts, following=len(self.units) - 1):
             norms[gathered.block] = optim.gradient_norm(gathered.flat)
             self._free.append(gathered.whole)
-        self._backward_of_input(parts)
+        for part in parts:
+            self.passes.backward_of_input(part)
         every = [*(norms[block] for block in sorted(norms)), self.shared.gradient_norm()]
         self.watch.look(step, *every)
         self.shared.forget()
@@ -222,27 +206,11 @@ class StreamedStep:
         unbind(self.model, self.units[unit])
         self.stream.release(unit)
 
-    def _layers(self, unit: int) -> list[nn.Module]:
-        return [self.model.layers[index] for index in self._ranges[unit]]
-
-    @torch.no_grad()
-    def _enter(self, index: int, seed: int, batch: Batch) -> Part:
-        torch.manual_seed(seed)
-        h, cond, kept = self.objective.enter(batch)
-        self.borders.put((0, index), h)
-        self.states.save(0, index)
-        return Part(seed, batch, cond, kept)
-
-    @torch.no_grad()
     def _forward(self, unit: int, parts: list[Part]) -> None:
         bind(self.model, self._weights(unit), None)
         self.stream.prefetch(unit + 1)
-        for index, part in enumerate(parts):
-            self.states.restore(unit, index)
-            h = self.borders.get((unit, index))
-            out = self.objective.through(self._layers(unit), h, part.cond, part.kept)
-            self.borders.put((unit + 1, index), out)
-            self.states.save(unit + 1, index)
+        for part in parts:
+            self.passes.forward(unit, part)
             self.stream.advance()
         self._let_go(unit)
 
@@ -256,25 +224,8 @@ class StreamedStep:
         if following is not None:
             self.stream.prefetch(following)
         self._bind(unit, weights, gathered)
-        count, last = len(self.units), unit == len(self.units) - 1
-        for index, part in enumerate(parts):
-            self.states.restore(unit, index)
-            h = self.borders.get((unit, index)).detach().requires_grad_()
-            cond = part.cond.detach().requires_grad_()
-            out = self.objective.through(self._layers(unit), h, cond, part.kept)
-            self.stream.advance()
-            self.monitor.sample()  # activations are at their most
-            if last:
-                loss = self.objective.leave(out, cond, part.kept, part.batch).mean() / len(parts)
-                part.loss = loss.detach()
-                loss.backward()  # type: ignore[no-untyped-call]
-                del loss
-            else:
-                backward_from((out, self.borders.get((count, index))), (cond, part.cond_grad))
-            del out
-            assert h.grad is not None
-            self.borders.put((count, index), h.grad)
-            part.cond_grad = cond.grad
+        for part in parts:
+            self.passes.backward(unit, part, len(parts), self.stream.advance)
         self._let_go(unit)
 
     def _bind(self, unit: int, weights: dict[str, Tensor], gathered: Gathered | None) -> None:
@@ -288,33 +239,3 @@ class StreamedStep:
             parameter = self.model.get_parameter(name)
             # Updates of other units go on while this one computes.
             parameter.register_post_accumulate_grad_hook(lambda _: self.stream.advance())  # type: ignore[no-untyped-call]
-
-    def _backward_of_input(self, parts: list[Part]) -> None:
-        for index, part in enumerate(parts):
-            torch.manual_seed(part.seed)
-            h, cond, _ = self.objective.enter(part.batch)
-            backward_from((h, self.borders.get((len(self.units), index))), (cond, part.cond_grad))
-
-
-class RandomStates:
-    """The generators' states at the entry of every unit, for every micro-batch.
-
-    They have memory of their own for the whole run. A tensor for each state would lie amid freed activations,
-    and the C library's heap would grow around it.
-    """
-
-    def __init__(self, num_units: int, parts: int, device: Device) -> None:
-        self._device, own = device, device.random_state()
-        self._cpu = torch.empty(num_units, parts, RANDOM_STATE_BYTES, dtype=torch.uint8)
-        self._own = None if own is None else torch.empty(num_units, parts, len(own), dtype=torch.uint8)
-
-    def save(self, unit: int, part: int) -> None:
-        self._cpu[unit, part] = torch.get_rng_state()
-        own = self._device.random_state()
-        if self._own is not None and own is not None:
-            self._own[unit, part] = own
-
-    def restore(self, unit: int, part: int) -> None:
-        torch.set_rng_state(self._cpu[unit, part].clone())  # it reads a storage from its start
-        if self._own is not None:
-            self._device.set_random_state(self._own[unit, part].clone())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +41,10 @@ class Trainable:
         else:
             self.grads.zero_()
             bind(model, parameter_views(layout, self.compute), parameter_views(layout, self.grads))
+
+    def bind_to_read(self, model: nn.Module) -> None:
+        self._refresh(slice(None))
+        bind(model, parameter_views(self.arena.layout, self.compute), None)
 
     def begin(self, step: int, lr: float, config: OptimizerConfig) -> None:
         """Says what the coming backward pass is for. `step` from 1."""
@@ -82,6 +87,38 @@ class Trainable:
             self.grads.zero_()
         self._step = None
         return norm
+
+    def update_some(self, names: Collection[str], keep: bool = False) -> Tensor:
+        """The optimizer step of some parameters, whose gradients have gathered and are clipped by their own
+        norm. `keep`: the gradients stay, else they are zero afterwards.
+
+        Returns a scalar on the device that is finite where those gradients were.
+        """
+        assert self.grads is not None and self._step is not None
+        found = [
+            (slot, self.grads[slot.start : slot.start + slot.numel])
+            for slot in self.arena.layout.slots
+            if slot.name in names
+        ]
+        if not found:
+            return torch.zeros((), device=self.grads.device)
+        norms = torch.stack([optim.gradient_norm(grads) for _, grads in found])
+        clips, config = self._step.config.grad_clip is not None, self._step.config
+        factor = optim.whole_factor([norms], config) if clips else None
+        for slot, grads in found:
+            if factor is not None:
+                grads.mul_(factor.to(grads.dtype))
+            self._update_slot(slot, grads)
+            if not keep:
+                grads.zero_()
+        return optim.gradient_norm(norms)
+
+    def scale(self, names: Collection[str], factor: float) -> None:
+        """Scales the gradients of some parameters."""
+        assert self.grads is not None
+        for slot in self.arena.layout.slots:
+            if slot.name in names:
+                self.grads[slot.start : slot.start + slot.numel].mul_(factor)
 
     def _on_gradient(self, name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None

@@ -31,6 +31,7 @@ from lowmem.training.attempt import Attempt
 from lowmem.training.finite import FiniteWatch, not_finite
 from lowmem.training.memory_guard import check_available, go_on_smaller
 from lowmem.training.streamed_step import StreamedStep
+from lowmem.training.sweep import Sweep
 
 # step -> arrays or tensors by name, first dimension train.batch_size
 Batches = Callable[[int], Mapping[str, Any]]
@@ -74,7 +75,9 @@ class Trainer:
             attempt = Attempt(self.run, self.plan, self.model, self.listeners)
             try:
                 with self.device.deterministic(self.recipe.train.deterministic), attempt:
-                    return self._train(attempt, batches)
+                    state = self._train(attempt, batches)
+                if state.visits_done == self.queue.num_visits:
+                    return state
             except (RuntimeError, MemoryError) as problem:
                 if not is_out_of_memory(problem):
                     raise
@@ -96,8 +99,13 @@ class Trainer:
             event, fields = self.notices.pop(0)
             attempt.recorder.write(event, **fields)
         watch, borders = FiniteWatch(self.device.torch), attempt.borders
-        streamed = None if borders is None else StreamedStep(attempt, self.objective, borders, watch)
+        streamed: StreamedStep | Sweep | None = None
+        if borders is not None:
+            kind = StreamedStep if attempt.sweeps is None else Sweep
+            streamed = kind(attempt, self.objective, borders, watch)
         for visit, upcoming in self.queue.pending(attempt.state.visits_done):
+            if visit.index == self.queue.grow_visits and not attempt.grown:
+                break  # the whole model lies on the device in another way
             attempt.visit = visit
             attempt.recorder.write(
                 "visit",
@@ -121,20 +129,22 @@ class Trainer:
             if upcoming is not None:
                 check_available(attempt.plan, attempt.monitor.last, committed=True)
         attempt.stream.finish()
-        attempt.recorder.write("trained", visits_done=attempt.state.visits_done)
+        if attempt.state.visits_done == self.queue.num_visits:
+            attempt.recorder.write("trained", visits_done=attempt.state.visits_done)
         return self.run.read_state() or attempt.state
 
     def _store(self, attempt: Attempt, visit: Visit, mean_loss: float, buffers: dict[int, Tensor]) -> None:
         """Hands the visit's blocks to the writer. `attempt.state` is then what will be committed."""
         attempt.state = attempt.next_state(visit, mean_loss, self.objective.health())
-        start = time.perf_counter()
+        start, grows = time.perf_counter(), visit.index + 1 == self.queue.grow_visits
         attempt.stream.store(
             buffers,
             attempt.shared.arena.buffer,
             visit.index + 1,
             attempt.committer(attempt.state),
             wait=attempt.plan.settings.write_back == "wait",
-            written={} if attempt.units is None else attempt.units.take_written(),
+            written=attempt.take_written(),
+            copies={block: 0 for block in range(1, len(self.layouts))} if grows else None,
         )
         attempt.clock.commit_s += time.perf_counter() - start
 
@@ -201,22 +211,23 @@ class Trainer:
         return losses, {} if frozen else buffers
 
     def _streamed_steps(
-        self, attempt: Attempt, streamed: StreamedStep, visit: Visit, batches: Batches
+        self, attempt: Attempt, streamed: StreamedStep | Sweep, visit: Visit, batches: Batches
     ) -> Trained:
-        """The visit's steps of the whole model, with one unit on the device at a time.
+        """The visit's steps of the whole model, with one unit or block on the device at a time.
 
         The last step has already written what is to be committed, so there are no blocks to store.
         """
-        losses, stop = [], visit.first_step + visit.num_steps
-        for step in range(visit.first_step, stop):
-            start, lr = time.perf_counter(), learning_rate(step, self.recipe.train)
-            ends_visit = step == stop - 1
-            micro = list(self._micro_batches(attempt.plan, visit, step, batches(step)))
-            loss = streamed.step(micro, step, lr, visit.index + 1, ends_visit)
+        losses, stop, size = list[Tensor](), visit.first_step + visit.num_steps, streamed.steps_at_once
+        for first in range(visit.first_step, stop, size):
+            start, steps = time.perf_counter(), range(first, min(first + size, stop))
+            micro = [list(self._micro_batches(attempt.plan, visit, step, batches(step))) for step in steps]
+            some = streamed.train(micro, first, visit.index + 1, steps.stop == stop)
             if streamed.watch.at_once:
                 self._require_finite(attempt, streamed.watch, visit, batches)
-            losses.append(loss)
-            attempt.record_step(visit, step, lr, loss, time.perf_counter() - start)
+            losses += some
+            step_s = (time.perf_counter() - start) / len(steps)
+            for step, loss in zip(steps, some, strict=True):
+                attempt.record_step(visit, step, learning_rate(step, self.recipe.train), loss, step_s)
         return losses, {}
 
     def _forward_backward(

@@ -27,6 +27,9 @@ RUN = {
 }
 # Streamed: layer after layer in every step, beside one that stays.
 WHOLE = {**RUN, "method": "end_to_end", "offload__resident_layers": 1}
+SWEPT = {**WHOLE, "blocks__sweep_steps": 2}  # block after block in every two steps, beside one that stays
+# The first block alone, then copied to the others in one commit.
+GROWN = {**WHOLE, "blocks__grow_at": 0.5, "blocks__visit_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +124,21 @@ def test_killed_at_random_moments_a_run_ends_with_the_unbroken_digest(
         assert_only_kept_files(folder)
 
 
-@pytest.mark.parametrize("moments", [range(0, 24, 3), pytest.param(range(24), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("run", "moments"),
+    [
+        (RUN, range(0, 24, 3)),
+        (GROWN, range(7, 26, 6)),
+        *(pytest.param(run, range(24), marks=pytest.mark.slow) for run in (RUN, GROWN)),
+    ],
+)
 def test_killed_at_an_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_digest(
-    tmp_path: Path, processes: Any, moments: range
+    tmp_path: Path, processes: Any, run: dict[str, Any], moments: range
 ) -> None:
     """Before the first file, between two files, between files and folder, before and after state.json is
     replaced.
     """
-    overrides = {**RUN, "train__num_steps": 16}
+    overrides = {**run, "train__num_steps": 16}
     unbroken = start(processes, tmp_path / "unbroken", overrides)
     unbroken.join()
     state = RunDir(tmp_path / "unbroken").read_state()
@@ -148,17 +158,25 @@ def test_killed_at_an_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_dig
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", [WHOLE, SWEPT], ids=["steps", "sweeps"])
 def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_of_the_others(
-    tmp_path: Path, processes: Any, kills: int
+    tmp_path: Path, processes: Any, run: dict[str, Any], kills: int
 ) -> None:
-    """Two visits of two steps: the first files, then in each step the rows of every layer that streams.
+    """Two visits of two steps, or of two sweeps of two steps: the first files, then in each step the rows of
+    every layer that streams, or in each sweep every block.
 
     At each commit those of the layer that stays, and the shared part, are written too.
     """
-    overrides = {**WHOLE, "train__num_steps": 4, "train__warmup_steps": 0, "blocks__visit_steps": 2}
+    steps, least = (2, 40) if run is WHOLE else (4, 20)
+    overrides = {
+        **run,
+        "train__num_steps": 2 * steps,
+        "train__warmup_steps": 0,
+        "blocks__visit_steps": steps,
+    }
     start(processes, tmp_path / "unbroken", overrides, ("write", -1)).join()
     writes = int((tmp_path / "unbroken.count").read_text())
-    assert writes > 40
+    assert writes > least
     for moment in range(8, writes, max(writes // kills, 1)):
         folder = tmp_path / f"dies-at-{moment}"
         first = start(processes, folder, overrides, ("write", moment))

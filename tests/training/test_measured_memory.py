@@ -101,6 +101,17 @@ def test_bf16_weights_and_updates_during_backward_take_what_is_planned_and_less(
 
 
 @pytest.mark.slow
+def test_a_sweep_takes_and_moves_what_is_planned(tmp_path: Path) -> None:
+    size = ["blocks.visit_steps=8", "train.num_steps=8", "blocks.sweep_steps=4", "offload.resident_layers=0"]
+    report = report_of(
+        tmp_path, "digits-vit-end-to-end", *size, "offload.tier=disk", "offload.borders=device"
+    )
+    measured, planned = (report[kind]["device_peak_bytes"] for kind in ("measured", "predicted"))
+    assert measured == pytest.approx(planned, rel=0.05)
+    assert report["traffic"] == report["predicted"]["traffic"]
+
+
+@pytest.mark.slow
 def test_the_peak_of_a_streamed_model_does_not_grow_with_its_depth(tmp_path: Path) -> None:
     peaks = {}
     for num_layers in (4, 64):
