@@ -51,4 +51,11 @@ def fitted(line: str, further: int = 4) -> str:
     if len(line) <= width:
         return line
     begin = line[: len(line) - len(line.lstrip())]
-    return textwrap.fill(line, width, initial_indent=begin, subsequent_indent=" " * further) or line
+    lines = textwrap.TextWrapper(
+        width,
+        initial_indent=begin,
+        subsequent_indent=" " * further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines.fill(line) or line
