@@ -25,7 +25,7 @@ FLOORS = [
     {"planning"},
     {"training"},
     {"inference"},
-    {"job", "finetuning", "from_data", "terminal"},
+    {"job", "finetuning", "from_data", "terminal", "doctor"},
     {"cli", "runtime_probe", "floor_probe", "__init__"},
     {"__main__"},
 ]
@@ -36,6 +36,7 @@ BESIDE |= {("data", "machine"), ("finetuning", "job"), ("cli", "__init__")}
 LIGHT = [
     "lowmem",
     "lowmem.cli",
+    "lowmem.doctor",
     "lowmem.recipe",
     "lowmem.machine.profile",
     "lowmem.blocks.run_dir",

@@ -82,3 +82,24 @@ def env(as_json: JsonOption = False) -> None:
         return
     for name, value in {**environment, **environment.pop("packages")}.items():
         say(f"{name:<16} {value}")
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Argument(help="where runs would be; default: this folder")] = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """What this machine can do, and what stands in the way, each with its cure. Exits with 1 at a fault."""
+    from lowmem.doctor import examine, healthy, report
+    from lowmem.reporting.tables import fitted
+
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: found no folder; give one that is there, or leave it out")
+    findings = examine(folder)
+    if as_json:
+        say_json(report(findings))
+    for each in findings if not as_json else ():
+        cure = f"; {each.cure}" if each.cure else ""
+        say(fitted(f"{each.state:<8}{each.name:<17}{each.found}{cure}", 8))
+    if not healthy(findings):
+        raise typer.Exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,10 @@ MOST_SAMPLES, MOST_TOKENS = 100_000, 1_000_000  # of one file; each sample is in
 def status(
     run: RunArgument,
     watch: Annotated[bool, typer.Option("--watch", help="redraw until the run stops")] = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="serve the run's page on this machine, until interrupted")
+    ] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="of --web; default: any")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show where a run stands, from any terminal, also after it died."""
@@ -28,7 +33,14 @@ def status(
     from lowmem.reporting import dashboard
     from lowmem.reporting.report import read_status
 
-    if as_json:
+    if web:
+        from lowmem.reporting.web import PageServer
+
+        with PageServer(run, port) as server, contextlib.suppress(KeyboardInterrupt):
+            say(f"{server.url} shows {run}, on this machine alone; Ctrl-C ends it")
+            sys.stdout.flush()
+            server.serve_forever()
+    elif as_json:
         say_json(read_status(run))
     elif watch:
         dashboard.watch(run)

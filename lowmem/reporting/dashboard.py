@@ -197,7 +197,7 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
             views.append(_view_of(run))
         return views[0]
 
-    if console.is_terminal:
+    if console.is_terminal and not console.is_dumb_terminal:
         with Live(console=console, refresh_per_second=REFRESH_PER_S, transient=False) as live:
 
             def draw(record: dict[str, Any]) -> None:

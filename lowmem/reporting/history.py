@@ -13,7 +13,7 @@ from lowmem.reporting.telemetry import read_records
 
 @dataclass
 class History:
-    """Curves of a run. The first three lists have one entry for each step.
+    """Curves of a run. The first four lists have one entry for each step.
 
     Seconds count training alone: the time between two processes of a run does not count.
     """
@@ -21,8 +21,10 @@ class History:
     seconds: list[float] = field(default_factory=list)
     device_bytes: list[float] = field(default_factory=list)
     host_bytes: list[float] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
     # block (None: all together) -> step at which a visit ended -> mean loss of that visit
     losses: dict[int | None, dict[int, float]] = field(default_factory=dict)
+    rates: dict[int, float] = field(default_factory=dict)  # step of a block -> learning rate
     environment: dict[str, Any] = field(default_factory=dict)  # of the latest process
     note: str = ""  # about lines that were left out
 
@@ -49,6 +51,9 @@ def read_history(run_dir: str | os.PathLike[str], unified: bool) -> History:
             history.seconds.append(elapsed)
             history.host_bytes.append(numbers.get("host_bytes", 0))
             history.device_bytes.append(device_bytes(numbers, unified))
+            if "lr" in numbers:
+                history.rates[int(numbers["step"])] = numbers["lr"]
+            history.step_s.append(numbers.get("step_s", 0.0))
         elif event == "visited" and visit.get("visit") == record.get("visit"):
             blocks = record.get("blocks") or [None]
             last = int(visit.get("first_step", 0) + visit.get("num_steps", 0))

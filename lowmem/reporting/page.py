@@ -19,7 +19,10 @@ from lowmem.reporting.output import check_output, write_output
 from lowmem.reporting.plots import (
     compared_peaks_plot,
     losses_plot,
+    losses_svg,
     memory_plot,
+    model_plot,
+    pace_plot,
     peaks_plot,
     plot_style,
     time_plot,
@@ -34,6 +37,7 @@ from lowmem.reporting.report import (
 )
 from lowmem.units import MIB, format_bytes, shown
 
+Status = dict[str, Any]  # title, lines for a wide page and for a narrow one
 MOST_NAME = 60  # characters of a run's name in titles and legends
 MAX_SAMPLE_BYTES = 4 * MIB  # a larger picture or text is left out of the page
 PNG_START = b"\x89PNG"
@@ -46,34 +50,59 @@ def write_page(run_dirs: Sequence[str | os.PathLike[str]], out: str | os.PathLik
     profile, ConfigError without matplotlib or where `out` cannot be written.
     """
     check_output(out, "page")
+    return _written(Path(out), page_text(run_dirs))
+
+
+def page_text(run_dirs: Sequence[str | os.PathLike[str]], status: Status | None = None) -> str:
+    """The page of these runs. `status`: where the one run stands now. Raises as `write_page`."""
     reports = [read_report(run_dir) for run_dir in run_dirs]
     histories = [
         read_history(folder, _is_unified(report)) for folder, report in zip(run_dirs, reports, strict=True)
     ]
-    names = [shown(Path(run_dir).resolve().name, MOST_NAME) for run_dir in run_dirs]
+    names = _names(run_dirs)
     with plot_style():
         comparison = None if len(names) == 1 else _comparison(names, reports, histories)
         runs = [
             _run(Path(folder), name, report, history)
             for folder, name, report, history in zip(run_dirs, names, reports, histories, strict=True)
         ]
-    text = _template().render(
-        title=f"lowmem: {names[0] if len(names) == 1 else f'{len(names)} runs'}",
-        runs=runs,
-        comparison=comparison,
-        memory_columns=MEMORY_COLUMNS,
-        block_columns=BLOCK_COLUMNS,
+    return str(
+        _template().render(
+            title=f"lowmem: {names[0] if len(names) == 1 else f'{len(names)} runs'}",
+            runs=runs,
+            comparison=comparison,
+            status=status,
+            memory_columns=MEMORY_COLUMNS,
+            block_columns=BLOCK_COLUMNS,
+        )
     )
-    return _written(Path(out), text)
+
+
+def _names(run_dirs: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The runs' names: as many of the last parts of their paths as tell them apart."""
+    paths = [Path(run_dir).resolve().parts for run_dir in run_dirs]
+    for count in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(parts[-count:]) for parts in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return [shown(name, MOST_NAME) for name in names]
 
 
 def write_curves(
     run_dirs: Sequence[str | os.PathLike[str]], names: Sequence[str], out: str | os.PathLike[str]
 ) -> Path:
     """Writes the learning curves of these runs as one SVG. Raises as `write_page`."""
-    histories = [read_history(run_dir, _is_unified(read_report(run_dir))) for run_dir in run_dirs]
+    reports = [read_report(run_dir) for run_dir in run_dirs]
+    histories = [
+        read_history(folder, _is_unified(report)) for folder, report in zip(run_dirs, reports, strict=True)
+    ]
     with plot_style():
-        return _written(Path(out), losses_plot(names, histories))
+        return _written(Path(out), losses_svg(names, histories, [_kind_of_loss(r) for r in reports]))
+
+
+def _kind_of_loss(report: Report) -> str:
+    """Losses of one kind have one scale: those of the same kind of model, trained by the same method."""
+    return f"{report.content['recipe']['model']['name']}, {report.content['method']}"
 
 
 def _is_unified(report: Report) -> bool:
@@ -103,8 +132,28 @@ def _comparison(
     return {
         "columns": COMPARISON_COLUMNS,
         "rows": comparison_rows(names, reports),
-        "plots": [losses_plot(names, histories), compared_peaks_plot(names, reports)],
+        "differences": _differences(reports),
+        "plots": [
+            losses_plot(names, histories, [_kind_of_loss(report) for report in reports]),
+            compared_peaks_plot(names, reports),
+        ],
+        "names": names,
     }
+
+
+def _differences(reports: Sequence[Report]) -> list[tuple[str, ...]]:
+    """(key, the value of each run) of what is not the same in all of them."""
+    flat = [
+        dict(_flat("", {"profile": report.content["profile"]["name"], **_chosen(report.content)}))
+        for report in reports
+    ]
+    keys = dict.fromkeys(key for each in flat for key in each)
+    rows = [(key, *(each.get(key, "-") for each in flat)) for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _chosen(content: dict[str, Any]) -> dict[str, Any]:
+    return {"recipe": content["recipe"], "settings": content["settings"]}
 
 
 def _run(folder: Path, name: str, report: Report, history: History) -> dict[str, Any]:
@@ -120,7 +169,7 @@ def _run(folder: Path, name: str, report: Report, history: History) -> dict[str,
         "summary": report.summary(),
         "memory": report.memory_rows(),
         "blocks": report.block_rows(),
-        "traffic": [*report.closing_rows(), *([("note", history.note)] if history.note else [])],
+        "traffic": [*report.closing_rows()[:-1], *([("note", history.note)] if history.note else [])],
         "result": [
             (key.replace("_", " "), _shown(value))
             for key, value in (content["metrics"] or {}).items()
@@ -130,7 +179,10 @@ def _run(folder: Path, name: str, report: Report, history: History) -> dict[str,
         "details": list(_flat("", details)),
         "memory_plot": memory_plot(content, history, _is_unified(report)),
         "peaks_plot": peaks_plot(content),
-        "loss_plot": losses_plot([""], [history]),
+        "model_plot": model_plot(content),
+        "loss_plot": losses_plot([""], [history], [""]),
+        "pace_plot": pace_plot(history, content["recipe"]["train"]["batch_size"]),
+        "digest": content["digest"] or "-",
         "time_plot": time_plot(content["time"]),
         "picture": _sample(folder / "samples.png", _picture),
         "text": _sample(folder / "samples.txt", lambda data: data.decode("utf-8", "replace")),

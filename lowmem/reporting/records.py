@@ -43,6 +43,7 @@ class SeenBlocks(Seen):
 
 class SeenTrain(Seen):
     num_steps: Annotated[int, Field(gt=0, le=10**9)]
+    batch_size: Annotated[int, Field(gt=0, le=10**9)]
     seed: int
 
 

@@ -19,7 +19,7 @@ from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.reporting.moving import WAYS, moving_figures
 from lowmem.reporting.records import BASE, read_run
-from lowmem.reporting.tables import text_table
+from lowmem.reporting.tables import fitted, text_table
 from lowmem.reporting.telemetry import read_records
 from lowmem.schema import parse
 from lowmem.units import counted, format_bytes, format_seconds
@@ -36,6 +36,7 @@ EXTRA_METRICS = (
 PREDICTED = ("device_peak_bytes", "host_peak_bytes", "disk_bytes", "by_category", "host_by_category")
 # the last is the device's peak during evaluation, after training
 MEASURED = ("device_peak_bytes", "host_peak_bytes", "disk_bytes", "evaluation_peak_bytes")
+ENDURANCE_BYTES = 600 * 10**12  # that a common drive of one terabyte is made to have written (its TBW)
 TIMES = ("total_s", "compute_s", "exposed_transfer_s", "commit_s")
 MEMORY_COLUMNS = ("memory", "budget", "predicted", "measured", "difference")
 BLOCK_COLUMNS = ("block", "visits", "steps", "loss", "predicted peak", "measured peak")
@@ -194,7 +195,7 @@ class Report:
             text_table(f"report: {self.summary()}", MEMORY_COLUMNS, self.memory_rows()),
             text_table("predicted on the device, by category", ("category", "bytes"), categories),
             text_table("blocks", BLOCK_COLUMNS, self.block_rows()),
-            "\n".join(f"{name:<10}{text}" for name, text in self.closing_rows()),
+            "\n".join(fitted(f"{name:<10} {text}", 11) for name, text in self.closing_rows()),
         ]
         return "\n\n".join(parts)
 
@@ -260,6 +261,7 @@ class Report:
             run, exposed = format_seconds(expected["run_s"]), format_seconds(expected["exposed_s"])
             rows.append(("expected", f"{run} training, {exposed} exposed in a visit (by the plan)"))
         rows.append(("traffic", _traffic_text(content["traffic"])))
+        rows.append(("drive", _wear_text(content["traffic"]["disk_written_bytes"])))
         if planned:
             rows.append(("planned", f"{_traffic_text(planned)} (one process, to the end)"))
         if content["stream"]["exposed_share"] is not None:
@@ -271,7 +273,7 @@ class Report:
             said = content["predicted"].get("evaluation")
             by_plan = f" ({format_bytes(said['peak_bytes'])} by the plan)" if said else ""
             rows.append(
-                ("evaluation", f" peak {format_bytes(evaluation)} on the device, after training{by_plan}")
+                ("evaluation", f"peak {format_bytes(evaluation)} on the device, after training{by_plan}")
             )
         if content.get("first_metrics"):
             rows.append(("at first", _result_text(content["first_metrics"])))
@@ -303,6 +305,12 @@ def _time_text(time: dict[str, float]) -> str:
 def _traffic_text(traffic: dict[str, int]) -> str:
     into, out, read, written = (format_bytes(traffic[f"{way}_bytes"]) for way in WAYS)
     return f"link in {into}, out {out}; disk read {read}, written {written}"
+
+
+def _wear_text(written_bytes: int) -> str:
+    share = written_bytes / ENDURANCE_BYTES
+    words = f"{share:.2%}" if share >= 1e-4 else "less than 0.01%"
+    return f"{format_bytes(written_bytes)} written, {words} of what a drive of 600 TBW is made for"
 
 
 def _stream_text(stream: dict[str, Any]) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 
 from rich import box
@@ -24,7 +27,7 @@ def text_table(
     """A title, a table and one line for each note.
 
     The first column stands on the left of its cells, the others on the right. Cells wrap at `width`
-    characters a line.
+    characters a line. In a terminal all else ends between words at the terminal's width.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
@@ -33,4 +36,26 @@ def text_table(
         table.add_row(*(shown(cell) for cell in row))
     buffer = io.StringIO()
     Console(file=buffer, width=width, color_system=None, markup=False, highlight=False).print(table)
-    return "\n".join([title, *(line.rstrip() for line in buffer.getvalue().strip("\n").splitlines()), *notes])
+    lines = (line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
+    return "\n".join([fitted(title), *lines, *map(fitted, notes)])
+
+
+def fitted(line: str, further: int = 4) -> str:
+    """A line that ends between words at the terminal's width, with all but the first indented by `further`.
+
+    What goes to a file or a program stays one line.
+    """
+    if not sys.stdout.isatty():
+        return line
+    width = max(shutil.get_terminal_size().columns, 2 * further + 2)
+    if len(line) <= width:
+        return line
+    begin = line[: len(line) - len(line.lstrip())]
+    lines = textwrap.TextWrapper(
+        width,
+        initial_indent=begin,
+        subsequent_indent=" " * further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return lines.fill(line) or line

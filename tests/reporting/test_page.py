@@ -14,9 +14,11 @@ import pytest
 from lowmem.blocks.run_dir import RunDir
 from lowmem.errors import ConfigError
 from lowmem.reporting.page import write_page
-from lowmem.reporting.plots import MAX_POINTS
+from lowmem.reporting.plots import INK, MAX_POINTS
 from lowmem.reporting.report import comparison_table, read_report
 from lowmem.units import format_bytes
+
+PLOTS = 6  # of a run: loss, pace, memory over time, the model's part, peaks, time; each wide and narrow
 
 
 class Seen(HTMLParser):
@@ -47,7 +49,8 @@ def test_a_page_shows_what_the_report_says(trained: Path, tmp_path: Path) -> Non
     for number in (content["predicted"]["device_peak_bytes"], content["measured"]["device_peak_bytes"]):
         assert format_bytes(number) in seen.words
     assert {f"{block['loss']:.4f}" for block in content["blocks"]} <= set(seen.words)
-    assert seen.tags.count("svg") == 4  # memory over time, peaks, loss, time
+    assert seen.tags.count("svg") == 2 * PLOTS
+    assert [word for word in seen.words if word][-1] == content["digest"]
     assert {"budget", "measured", "runtime floor", "optimizer state", "block 2"} <= set(seen.words)
     assert "environment.packages.torch" in seen.words
 
@@ -60,11 +63,43 @@ def test_a_page_fetches_nothing_and_runs_nothing(trained: Path, tmp_path: Path) 
 
 def test_several_runs_are_compared(trained: Path, control: Path, tmp_path: Path) -> None:
     seen = page_of([trained, control], tmp_path)
-    assert seen.tags.count("svg") == 2 + 2 * 4
+    assert seen.tags.count("svg") == 2 * (2 + 2 * PLOTS)
     table = comparison_table(["a", "b"], [read_report(trained), read_report(control)])
     for run in (trained, control):
         result = f"accuracy {read_report(run).content['metrics']['value']:.4f}"
         assert result in seen.words and result in table
+
+
+def test_runs_of_one_name_are_told_apart_and_their_different_settings_are_shown(
+    trained: Path, control: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name / "run" for name in ("first", "second")]
+    for source, folder in zip((trained, control), folders, strict=True):
+        shutil.copytree(source, folder)
+    seen = page_of(folders, tmp_path)
+    assert {"first/run", "second/run"} <= set(seen.words)
+    rows = seen.words[seen.words.index("Settings that differ") :]
+    place = rows.index("recipe.method")
+    assert [word for word in rows[place : place + 8] if word][:3] == [
+        "recipe.method",
+        "diffusion_blocks",
+        "end_to_end",
+    ]
+    assert "recipe.train.batch_size" not in rows[: rows.index("Loss")], "it is the same in both"
+
+
+def test_losses_of_two_kinds_have_axes_of_their_own(trained: Path, control: Path, tmp_path: Path) -> None:
+    counts = []
+    for runs in ([trained, trained], [trained, control]):
+        comparison = Seen(write_page(runs, tmp_path / "page.html").read_text().split("<h3>")[0])
+        counts.append(sum(word == "steps of the block" for word in comparison.words))
+    assert counts == [2, 4], "one pair of axes, and two, each wide and narrow"
+
+
+def test_lines_and_words_of_plots_follow_the_colour_of_the_page(trained: Path, tmp_path: Path) -> None:
+    text = write_page([trained], tmp_path / "page.html").read_text()
+    assert "prefers-color-scheme: dark" in text and text.count("currentColor") > 100
+    assert "#000000" not in text and INK not in text and text.count('role="img"') == 2 * PLOTS
 
 
 def test_nothing_in_a_run_folder_becomes_markup_or_a_formula(trained: Path, tmp_path: Path) -> None:
