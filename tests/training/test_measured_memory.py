@@ -130,3 +130,19 @@ def test_the_peak_of_a_streamed_model_does_not_grow_with_its_depth(tmp_path: Pat
         peaks[num_layers] = report["measured"]["device_peak_bytes"]
         assert report["settings"]["tier"] == "disk" and report["predicted"]["by_category"]["borders"] > 0
     assert peaks[64] == pytest.approx(peaks[4], rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_streamed_model_does_not_depend_on_how_its_layers_are_cut_into_blocks(
+    tmp_path: Path,
+) -> None:
+    """Without a norm of a block's own to clip by: that needs all gradients of a block together."""
+    wide = ["model.dim=512", "model.num_layers=16", "train.batch_size=8", "train.micro_batch_size=8"]
+    streams = ["offload.tier=disk", "offload.resident_layers=0", "optimizer.grad_clip=null"]
+    peaks = {}
+    for num_blocks in (2, 4, 8, 16):
+        cut = f"blocks.num_blocks={num_blocks}"
+        report = report_of(tmp_path / cut, "digits-vit-end-to-end", *wide, *streams, cut)
+        peaks[num_blocks] = report["measured"]["device_peak_bytes"]
+        assert peaks[num_blocks] == pytest.approx(report["predicted"]["device_peak_bytes"], rel=0.05)
+    assert max(peaks.values()) < 1.02 * min(peaks.values()), peaks
