@@ -1,4 +1,4 @@
-"""The script of the first hour tries what the README shows, and its fast part does as expected from a wheel."""
+"""The script of the first hour tries what the README shows; its fast part does as expected from a wheel."""
 
 from __future__ import annotations
 
