@@ -191,14 +191,13 @@ def _train(
     from lowmem.machine.detect import training_device
     from lowmem.reporting.dashboard import live_view
     from lowmem.reporting.loggers import open_logger
-    from lowmem.reporting.report import read_report
+    from lowmem.reporting.report import read_report, read_status
 
     training_device(plan.profile)
 
     if not quiet:
         say(plan.table(), sys.stderr)
-    status = read_report(folder).content["progress"] if (folder / "plan.json").exists() else None
-    if status and status["visits_done"] == status["visits_total"]:  # what is not evaluated is evaluated now
+    if (folder / "plan.json").exists() and read_status(folder)["state"] == "finished":
         further = f"train it further with lowmem resume {folder} --steps N"
         say(
             f"{folder}: this run is finished; choose another --run-dir to train again, or {further}",

@@ -21,7 +21,11 @@ LOGGERS = ("tensorboard", "trackio", "wandb")
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a step's or a visit's record, by tag: `train/loss/block-2`, `memory/host_bytes`, ..."""
+    """The numbers of a step's, a visit's or an evaluation's record, by tag: `train/loss/block-2`,
+    `memory/host_bytes`, `result/accuracy`, ...
+    """
+    if record["event"] == "evaluated":
+        return {f"result/{record['metric']}": float(record["value"])}
     if record["event"] not in ("step", "visited"):
         return {}
     block = record.get("block")
@@ -50,11 +54,13 @@ def open_logger(name: str, run_dir: Path, settings: dict[str, Any]) -> Iterator[
 
 @contextlib.contextmanager
 def _tensorboard(run_dir: Path) -> Iterator[Listener]:
-    writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(run_dir / "tensorboard"))
-    steps_sent = 0
+    library = importlib.import_module("torch.utils.tensorboard")
+    writer, steps_sent = None, 0
 
     def send(record: dict[str, Any]) -> None:
-        nonlocal steps_sent
+        nonlocal writer, steps_sent
+        if writer is None:  # made with the first record: a folder that holds other things is no new run's
+            writer = library.SummaryWriter(str(run_dir / "tensorboard"))
         steps_sent += record["event"] == "step"
         for tag, value in scalars(record).items():
             # a block's loss runs over the block's own steps, all else over the steps of this process
@@ -64,7 +70,8 @@ def _tensorboard(run_dir: Path) -> Iterator[Listener]:
     try:
         yield send
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
 
 
 @contextlib.contextmanager

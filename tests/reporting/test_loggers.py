@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import run_short
 
 from lowmem.errors import ConfigError
 from lowmem.reporting.loggers import open_logger, scalars
@@ -96,3 +97,16 @@ def test_an_unknown_or_missing_logger_is_refused_in_one_line(
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ConfigError, match="trackio is not installed"), open_logger("trackio", tmp_path, {}):
         pass
+
+
+def test_a_logger_writes_nothing_into_a_run_s_folder_before_the_run_does(tmp_path: Path) -> None:
+    """A new run refuses a folder that holds other things."""
+    with open_logger("tensorboard", tmp_path / "run", {}) as listener:
+        assert not (tmp_path / "run").exists()
+        run_short(tmp_path / "run", [listener])
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_the_result_is_sent_under_the_name_of_its_metric() -> None:
+    record = {"event": "evaluated", "time": 1.0, "metric": "accuracy", "value": 0.5}
+    assert scalars(record) == {"result/accuracy": 0.5}
