@@ -327,6 +327,9 @@ def plan(
         str | None, typer.Argument(help="with a model's folder: the file of rows; not needed")
     ] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", help="as of finetune")] = None,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="this recipe by each method, side by side, and which to take")
+    ] = False,
 ) -> None:
     """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
     from lowmem.finetuning import finetune_recipe, is_model_folder
@@ -357,12 +360,32 @@ def plan(
                 f"heads\n{plan.table()}\n"
             )
         return
+    if methods:
+        _print_methods(wanted, profile, set_ or [], folder, as_json)
+        return
     machines: list[str] | list[None] = profile or [None]
     plans = [plan_recipe(wanted, name, set_ or [], folder) for name in machines]
     if len(plans) == 1:
         _print_plan(plans[0], as_json)
     else:
         say_json({"plans": [plan.to_dict() for plan in plans]}) if as_json else say(plans_table(plans))
+
+
+def _print_methods(
+    recipe: Any, profiles: list[str] | None, overrides: list[str], folder: Path | None, as_json: bool
+) -> None:
+    from lowmem.methods import methods_table, plan_methods
+
+    if profiles and len(profiles) > 1:
+        raise ConfigError(
+            f"--methods: found {len(profiles)} profiles; allowed: one; give them one after the other"
+        )
+    with _only_json(as_json):
+        found = plan_methods(recipe, profiles[0] if profiles else None, overrides, folder)
+    if as_json:
+        say_json({"methods": [each.to_dict() for each in found]})
+    else:
+        say(methods_table(found))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:

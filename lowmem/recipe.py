@@ -47,7 +47,8 @@ LEAST_PROBABILITY = 1e-3  # that a drawn level lies in [sigma_min, sigma_max]
 Auto = Literal["auto"]
 Tier = Literal["device", "host", "disk"]
 Precision = Literal["float32", "bfloat16"]
-OptimizerName = Literal["adamw8bit", "adamw"]
+# muon: the blocks' matrices by Muon, with one moment; everything else by adamw
+OptimizerName = Literal["adamw8bit", "adamw", "muon"]
 Method = Literal["diffusion_blocks", "end_to_end"]
 # What the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing, so that
 # only the read-out knows z and sigma.

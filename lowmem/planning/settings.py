@@ -61,7 +61,7 @@ def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout]
         _layout(named_layer_parameters(model, layers), settings, frozen)
         for layers in model.block_slices(settings.num_blocks)
     ]
-    return blocks, _layout(named_shared_parameters(model), settings)
+    return blocks, _layout(named_shared_parameters(model), settings, shared=True)
 
 
 def base_layout_of(model: BlockModel, settings: Settings) -> ArenaLayout | None:
@@ -71,12 +71,17 @@ def base_layout_of(model: BlockModel, settings: Settings) -> ArenaLayout | None:
 
 
 def _layout(
-    parameters: Iterable[tuple[str, nn.Parameter]], settings: Settings, frozen: bool = False
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    settings: Settings,
+    frozen: bool = False,
+    shared: bool = False,
 ) -> ArenaLayout:
     shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters]
     if frozen and settings.frozen is not None:
         return ArenaLayout(shapes, FROZEN, False, COMPUTE_DTYPE[settings.frozen])
-    return ArenaLayout(shapes, settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
+    # Tables and read-outs are matrices too, but Muon is not for them.
+    optimizer = "adamw" if shared and settings.optimizer == "muon" else settings.optimizer
+    return ArenaLayout(shapes, optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
 
 
 def units_of(
