@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from lowmem import methods as methods_module
 from lowmem.cli import app
 from lowmem.errors import ConfigError
 from lowmem.methods import MethodPlan, methods_table, plan_methods, recommended
@@ -90,7 +90,8 @@ def test_a_method_that_cannot_be_says_why_and_the_others_are_planned() -> None:
     assert "optimizer.clip" in problems["sweeps of 4"] and "\n" not in "".join(problems.values())
 
 
-def test_the_command_prints_one_object_and_refuses_several_machines(tmp_path: Path) -> None:
+def test_the_command_prints_one_object_and_refuses_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods_module, "WAYS", methods_module.WAYS[:1])
     arguments = ["plan", "digits-vit", "--profile", "cpu-4gib", "--methods"]
     arguments += [part for change in CHANGES for part in ("--set", change)]
     done = CliRunner().invoke(app, [*arguments, "--json"])
