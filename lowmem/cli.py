@@ -361,8 +361,7 @@ def plan(
             )
         return
     if methods:
-        _print_methods(wanted, profile, set_ or [], folder, as_json)
-        return
+        return _print_methods(wanted, profile, set_ or [], folder, as_json)
     machines: list[str] | list[None] = profile or [None]
     plans = [plan_recipe(wanted, name, set_ or [], folder) for name in machines]
     if len(plans) == 1:
