@@ -51,18 +51,18 @@ def plan_recipe(
     folder: Path | None = None,
 ) -> Plan:
     """The plan of a recipe on a machine (None: this one). It may not fit; see `Plan.fits`."""
-    return _plan_on(_machine(profile), _settled(recipe, overrides), folder)
+    return plan_on(machine_of(profile), settled_recipe(recipe, overrides), folder)
 
 
-def _settled(recipe: Named, overrides: Sequence[str]) -> Recipe:
+def settled_recipe(recipe: Named, overrides: Sequence[str]) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
 
 
-def _machine(profile: str | os.PathLike[str] | None) -> Profile:
+def machine_of(profile: str | os.PathLike[str] | None) -> Profile:
     return detect_profile() if profile is None else load_profile(profile)
 
 
-def _plan_on(machine: Profile, recipe: Recipe, folder: Path | None) -> Plan:
+def plan_on(machine: Profile, recipe: Recipe, folder: Path | None) -> Plan:
     spec = describe_data(recipe.data, recipe.train.seq_len)
     return make_plan(model_builder(recipe, spec), recipe, machine, folder, spec.host_bytes, spec.num_test)
 
@@ -81,7 +81,7 @@ def largest_models(
     fits.
     """
     # The machine is looked at once, because what is free on it changes.
-    machine, settled = _machine(profile), load_recipe(recipe, overrides)
+    machine, settled = machine_of(profile), load_recipe(recipe, overrides)
     model, blocks = settled.model, settled.blocks.num_blocks
     if not isinstance(model, TransformerModel):
         raise ConfigError(
@@ -91,7 +91,7 @@ def largest_models(
     head = model.dim // model.num_heads
 
     def planned(*change: str) -> Plan:
-        return _plan_on(machine, load_recipe(recipe, [*overrides, *change]), folder)
+        return plan_on(machine, load_recipe(recipe, [*overrides, *change]), folder)
 
     def told(words: str, plan: Plan) -> Plan:
         need, verb = format_bytes(plan.predicted.device_needed_bytes), "fits" if plan.fits else "does not fit"
@@ -138,7 +138,7 @@ def plan_run(
     run = RunDir(run_dir)
     if not run.exists():
         return plan_recipe(recipe, profile, overrides, run_dir)
-    plan, settled = read_plan(run), _settled(recipe, overrides)
+    plan, settled = read_plan(run), settled_recipe(recipe, overrides)
     frozen: dict[str, Any] = {"recipe": plan.recipe.to_dict()}
     given: dict[str, Any] = {"recipe": settled.to_dict()}
     if profile is not None:
@@ -166,7 +166,7 @@ def plan_resume(folder: Path, num_steps: int | None = None) -> Plan:
     recipe = recipe_from_dict({**raw, "train": {**raw["train"], "num_steps": num_steps}}, "--steps")
     other = plan.model_copy(update={"recipe": recipe})
     _require_same_visits(folder, plan, other)
-    made = _plan_on(plan.profile, recipe, folder)
+    made = plan_on(plan.profile, recipe, folder)
     known = made.fits and made.settings == plan.settings
     return other.model_copy(update={"predicted": made.predicted}) if known else other
 

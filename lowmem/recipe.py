@@ -52,7 +52,8 @@ Precision = Literal["float32", "bfloat16"]
 Quantised = Literal["int8", "nf4"]
 QUANTISED: tuple[Quantised, ...] = ("int8", "nf4")
 Frozen = Precision | Quantised  # how frozen weights are kept
-OptimizerName = Literal["adamw8bit", "adamw"]
+# muon: the blocks' matrices by Muon, with one moment; everything else by adamw
+OptimizerName = Literal["adamw8bit", "adamw", "muon"]
 Method = Literal["diffusion_blocks", "end_to_end"]
 # What the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing, so that
 # only the read-out knows z and sigma.

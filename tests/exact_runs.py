@@ -108,7 +108,9 @@ def setting(name: str, **overrides: Any) -> tuple[Recipe, BuildModel]:
         "model": model,
         "train": short(STEPS),
     }
-    recipe = recipe_with(**{**changes, "blocks__num_blocks": 3, "blocks__visit_steps": 3, **overrides})
+    # Everything would fit on the device, and would stay there.
+    changes |= {"blocks__num_blocks": 3, "blocks__visit_steps": 3, "offload__resident_layers": 0}
+    recipe = recipe_with(**{**changes, **overrides})
     return recipe, Tied if name == "tied" else lambda: MODELS[name][1](recipe.model)
 
 

@@ -60,6 +60,7 @@ class Group:
     stop: int
     decay: bool
     quantized: bool
+    matrix: tuple[int, int] | None = None  # its shape, of one that Muon updates as a whole
 
 
 class StateField(NamedTuple):
@@ -94,9 +95,13 @@ class ArenaLayout:
         """`dtypes`: of each parameter, where they differ; then the flat weights are bytes (uint8)."""
 
         def kind(parameter: tuple[str, tuple[int, ...]]) -> tuple[bool, bool]:
-            """(fp32 state, no weight decay): quantized parameters come first, vectors are not decayed."""
+            """(AdamW in fp32, no weight decay): other parameters come first, vectors are not decayed."""
             _, shape = parameter
-            return not (optimizer == "adamw8bit" and prod(shape) >= MIN_8BIT_NUMEL), len(shape) < 2
+            quantized = optimizer == "adamw8bit" and prod(shape) >= MIN_8BIT_NUMEL
+            return not (quantized or is_matrix(shape)), len(shape) < 2
+
+        def is_matrix(shape: tuple[int, ...]) -> bool:
+            return optimizer == "muon" and len(shape) == 2
 
         self.slots: list[ParameterSlot] = []
         self.groups: list[Group] = []
@@ -108,13 +113,20 @@ class ArenaLayout:
             self.slots.append(slot)
             start, end = end, end + round_up(slot.numel, GROUP_SIZE)
             last = self.groups[-1] if self.groups else None
-            if last is not None and (last.decay, last.quantized) == (not no_decay, not fp32_state):
+            if is_matrix(shape):
+                self.groups.append(Group(start, end, not no_decay, False, (shape[0], shape[1])))
+            elif (
+                last is not None
+                and last.matrix is None
+                and (last.decay, last.quantized) == (not no_decay, not fp32_state)
+            ):
                 self.groups[-1] = Group(last.start, end, last.decay, last.quantized)
             else:
                 self.groups.append(Group(start, end, not no_decay, not fp32_state))
         self.numel, self.weights_dtype = end, weights_dtype
-        # Quantized groups come first, so fp32 state needs room only from here on.
-        self.fp32_state_start = max((g.stop for g in self.groups if g.quantized), default=0)
+        # Quantized groups and matrices come first, so AdamW's fp32 state needs room only from here on.
+        others = (group.stop for group in self.groups if group.quantized or group.matrix)
+        self.fp32_state_start = max(others, default=0)
         self.fields: dict[str, tuple[StateField, int]] = {}  # name -> field, first byte
         position = self.weights_bytes
         for field in state_fields(optimizer, self.fp32_state_start, self.numel, ema):
@@ -134,6 +146,8 @@ class ArenaLayout:
             return {}
         rest = slice(rows.start - self.fp32_state_start, rows.stop - self.fp32_state_start)
         groups = slice(rows.start // GROUP_SIZE, rows.stop // GROUP_SIZE)
+        if group.matrix is not None:
+            return {"momentum": rows, **({"ema": rows} if "ema" in self.fields else {})}
         held = (
             {"state1": rows, "state2": rows, "absmax1": groups, "absmax2": groups}
             if group.quantized
@@ -187,7 +201,8 @@ class ArenaLayout:
 def state_fields(optimizer: str, quantized_numel: int, numel: int, ema: bool = False) -> list[StateField]:
     """The optimizer's state for `numel` weights, in the order in which it lies in the buffer.
 
-    `quantized_numel`: how many of them, the first ones, have 8-bit state if the optimizer is an 8-bit one.
+    `quantized_numel`: how many of them, the first ones, have 8-bit state if the optimizer is an 8-bit one, or
+    one moment if it is Muon.
     `ema`: also keep the weights' average.
     """
     fp32, average = torch.float32, [StateField("ema", torch.float32, numel)] if ema else []
@@ -196,13 +211,16 @@ def state_fields(optimizer: str, quantized_numel: int, numel: int, ema: bool = F
     if optimizer == "adamw":
         return [StateField("exp_avg", fp32, numel), StateField("exp_avg_sq", fp32, numel), *average]
     groups, rest = quantized_numel // GROUP_SIZE, numel - quantized_numel
+    adamw = [StateField("exp_avg", fp32, rest), StateField("exp_avg_sq", fp32, rest)]
+    if optimizer == "muon":
+        fields = [StateField("momentum", fp32, quantized_numel), *adamw, *average]
+        return [field for field in fields if field.numel]
     fields = [
         StateField("state1", torch.uint8, quantized_numel),
         StateField("state2", torch.uint8, quantized_numel),
         StateField("absmax1", fp32, groups),
         StateField("absmax2", fp32, groups),
-        StateField("exp_avg", fp32, rest),
-        StateField("exp_avg_sq", fp32, rest),
+        *adamw,
         *average,
     ]
     return [field for field in fields if field.numel]

@@ -1,4 +1,5 @@
-"""Updates a block's weights with AdamW on flat slices: bitsandbytes' 8-bit kernel, or torch's fused one.
+"""Updates a block's weights on flat slices with AdamW: bitsandbytes' 8-bit kernel, or torch's fused one; or
+matrix by matrix with torch's Muon.
 
 The update is a function of slices, and its state consists of fields of the block's arena. So the state
 streams, rests and is saved together with its block. The stock 8-bit `step()` would not do: it synchronises
@@ -7,7 +8,8 @@ object. Quantization groups have 256 elements and the arena starts each paramete
 update is bit-equal to that of bitsandbytes parameter by parameter.
 
 AdamW: Loshchilov and Hutter, "Decoupled weight decay regularization", algorithm 2. 8-bit state: Dettmers et
-al., "8-bit optimizers via block-wise quantization".
+al., "8-bit optimizers via block-wise quantization". Muon: Jordan et al., 2024; the size of its updates: Liu
+et al., "Muon is scalable for LLM training".
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0, "mps": 0}
 # Elements whose rounding is drawn at once. The draws depend on it.
 ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024, "mps": 256 * 1024}
 
+MUON_MOMENTUM = 0.95  # of the one moment; torch's default
+
 
 def workspace_bytes(
     numel: int,
@@ -44,11 +48,17 @@ def workspace_bytes(
     weights_dtype: torch.dtype,
     grads_dtype: torch.dtype,
     device_kind: str = "cpu",
+    matrix: tuple[int, int] | None = None,
 ) -> int:
-    """The largest temporaries, in bytes, of an update of `numel` elements of one group."""
-    numel = min(numel, _slice_numel(quantized, device_kind))
+    """The largest temporaries, in bytes, of an update of `numel` elements of one group.
+
+    `matrix`: see `Group`. It is updated as a whole: the update in fp32, two copies and two products in bf16.
+    """
+    numel = numel if matrix else min(numel, _slice_numel(quantized, device_kind))
     kept_in_bf16 = weights_dtype != torch.float32
     updating = 4 * numel * (kept_in_bf16 + (grads_dtype != torch.float32))
+    if matrix:
+        updating += 8 * numel + 4 * min(matrix) ** 2
     if quantized:
         updating += EIGHT_BIT_TEMPORARIES[device_kind] * numel
     if not kept_in_bf16:
@@ -174,6 +184,7 @@ class Rows(NamedTuple):
     state: dict[str, Tensor]  # by field; the absmax of 8-bit state has an element for GROUP_SIZE weights
     decay: bool
     quantized: bool
+    matrix: tuple[int, int] | None = None  # see `Group`; the elements are then all of it, and padding
 
     def part(self, start: int, stop: int) -> Rows:
         """Some of them. `start` and `stop` are multiples of GROUP_SIZE."""
@@ -190,7 +201,7 @@ def rows_of(arena: Arena, group: Group, start: int, stop: int) -> Rows:
     """The elements [start, stop) of a group, in an arena that is on the device as a whole."""
     places = arena.layout.state_rows(group, slice(start, stop))
     state = {name: arena.state[name][rows] for name, rows in places.items()}
-    return Rows(start, arena.weights[start:stop], state, group.decay, group.quantized)
+    return Rows(start, arena.weights[start:stop], state, group.decay, group.quantized, group.matrix)
 
 
 def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Step) -> None:
@@ -199,6 +210,9 @@ def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Ste
     `first` is the start of a parameter or of the group. An element without a gradient of its own (padding)
     may be updated with 0.
     """
+    if group.matrix is not None:
+        update_slices(rows_of(arena, group, group.start, group.stop), grads, step)
+        return
     whole = len(grads) // GROUP_SIZE * GROUP_SIZE
     update_slices(rows_of(arena, group, first, first + whole), grads[:whole], step)
     if whole < len(grads):  # a parameter's end: the kernel needs a whole group, and padding follows
@@ -207,7 +221,14 @@ def update_rows(arena: Arena, group: Group, first: int, grads: Tensor, step: Ste
 
 
 def update_slices(rows: Rows, grads: Tensor, step: Step) -> None:
-    """Updates rows by their gradients [n], a slice at a time. n is a multiple of GROUP_SIZE."""
+    """Updates rows by their gradients [n], a slice at a time, or a matrix as a whole.
+
+    n is a multiple of GROUP_SIZE, or the size of the matrix.
+    """
+    if rows.matrix is not None:
+        numel = rows.matrix[0] * rows.matrix[1]
+        _update_slice(rows.part(0, numel), grads[:numel].contiguous(), step)
+        return
     size = _slice_numel(rows.quantized, grads.device.type)
     for start in range(0, len(grads), size):
         stop = min(start + size, len(grads))
@@ -218,7 +239,10 @@ def _update_slice(rows: Rows, grads: Tensor, step: Step) -> None:
     """Updates in fp32 and stores the result in the weights' dtype. It allocates `workspace_bytes`."""
     weights = rows.weights.float()  # not a copy if they are fp32 already
     weight_decay = step.config.weight_decay if rows.decay else 0.0
-    (_adamw8bit if rows.quantized else _adamw)(rows.state, weights, grads.float(), step, weight_decay)
+    if rows.matrix is not None:
+        _muon(rows.state, weights.view(rows.matrix), grads.float().view(rows.matrix), step, weight_decay)
+    else:
+        (_adamw8bit if rows.quantized else _adamw)(rows.state, weights, grads.float(), step, weight_decay)
     if rows.weights.dtype != torch.float32:
         assert step.rounding is not None
         step.rounding.round(weights, rows.first, rows.weights)
@@ -246,6 +270,31 @@ def _adamw(state: dict[str, Tensor], weights: Tensor, grads: Tensor, step: Step,
         eps=step.config.eps,
         amsgrad=False,
         maximize=False,
+    )
+
+
+def has_muon() -> bool:
+    """Whether the installed torch has it."""
+    return hasattr(torch.optim, "Muon")
+
+
+def _muon(state: dict[str, Tensor], weights: Tensor, grads: Tensor, step: Step, weight_decay: float) -> None:
+    """Of one matrix. The update is scaled to the size of AdamW's, so that one learning rate serves both."""
+    from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS, EPS, muon
+
+    muon(
+        [weights],
+        [grads],
+        [state["momentum"].view(weights.shape)],
+        lr=step.lr,
+        weight_decay=weight_decay,
+        momentum=MUON_MOMENTUM,
+        nesterov=True,
+        ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+        ns_steps=DEFAULT_NS_STEPS,
+        eps=EPS,
+        adjust_lr_fn="match_rms_adamw",
+        has_complex=False,
     )
 
 

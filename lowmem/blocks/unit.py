@@ -112,7 +112,8 @@ class Piece:
         """The rows for an update, in a buffer that holds all of the piece."""
         values = {field.name: field.pages.of(pages, field.dtype) for field, pages in self.parts(buffer)}
         weights = values.pop("weights")
-        return Rows(self.rows.start, weights, values, self.group.decay, self.group.quantized)
+        group = self.group
+        return Rows(self.rows.start, weights, values, group.decay, group.quantized, group.matrix)
 
 
 class Unit:
@@ -209,6 +210,9 @@ class Unit:
         """The unit in chunks of rows, each with its place in the unit's own flat vectors."""
         for place, piece in zip(self.starts, self.pieces, strict=True):
             group = piece.group
+            if group.matrix is not None:  # updated as a whole
+                yield place, piece
+                continue
             for start in range(group.start, group.stop, self._chunk_numel):
                 stop = min(start + self._chunk_numel, group.stop)
                 yield place + start - group.start, Piece(self.layout, replace(group, start=start, stop=stop))

@@ -272,6 +272,9 @@ def plan(
         str | None, typer.Argument(help="with a model's folder: the file of rows; not needed")
     ] = None,
     adapter: Annotated[str | None, typer.Option("--adapter", help="as of finetune")] = None,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="this recipe by each method, side by side, and which to take")
+    ] = False,
 ) -> None:
     """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
     for name in profile or []:
@@ -292,6 +295,9 @@ def plan(
         )
     if max_model:
         _print_largest(recipe, profile or [], set_ or [], folder, as_json)
+        return
+    if methods:
+        _print_methods(wanted, profile or [], set_ or [], folder, as_json)
         return
     machines: list[str] | list[None] = profile or [None]
     plans = [plan_recipe(wanted, name, set_ or [], folder) for name in machines]
@@ -320,6 +326,23 @@ def _print_largest(
         model: Any = plan.recipe.model
         size = f"{counted(model.num_layers, 'layer')}, dim {model.dim}, {model.num_heads} heads"
         say(f"{name}: {size}\n{plan.table()}\n")
+
+
+def _print_methods(
+    recipe: Any, profiles: list[str], overrides: list[str], folder: Path | None, as_json: bool
+) -> None:
+    from lowmem.methods import methods_table, plan_methods
+
+    if len(profiles) > 1:
+        raise ConfigError(
+            f"--methods: found {len(profiles)} profiles; allowed: one; give them one after the other"
+        )
+    with _only_json(as_json):
+        found = plan_methods(recipe, profiles[0] if profiles else None, overrides, folder)
+    if as_json:
+        say_json({"methods": [each.to_dict() for each in found]})
+    else:
+        say(methods_table(found))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from lowmem.blocks.optim import has_muon
 from lowmem.errors import ConfigError
 from lowmem.machine.profile import Profile
 from lowmem.planning.settings import Settings, Setup
@@ -160,6 +161,11 @@ def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:
         raise ConfigError(
             f"optimizer.name: found adamw8bit; allowed on device type mps (profile {profile.name}): adamw; "
             "there is no 8-bit kernel for it: set optimizer.name: adamw"
+        )
+    if recipe.optimizer.name == "muon" and not has_muon():
+        raise ConfigError(
+            "optimizer.name: found muon; allowed where torch has it (2.9 or later): adamw, adamw8bit; "
+            "install a newer torch"
         )
     if recipe.optimizer.name != "auto":
         return recipe.optimizer.name

@@ -102,7 +102,13 @@ def update_work(layout: ArenaLayout, grad_bytes: int, clipped: bool) -> Work:
     The step reads and writes everything in the arena. It reads the gradients, once more where they are
     clipped, and clears them.
     """
-    return Work({(0, 2 * layout.total_bytes + (3 if clipped else 2) * grad_bytes * layout.numel): 1})
+    work = Work({(0, 2 * layout.total_bytes + (3 if clipped else 2) * grad_bytes * layout.numel): 1})
+    for group in layout.groups:
+        if group.matrix is not None:  # Newton-Schulz: five times three products
+            small, large = sorted(group.matrix)
+            num_bytes = 2 * (3 * small * small + 4 * small * large)
+            work[5 * (4 * small * small * large + 2 * small**3), num_bytes] += 1
+    return work
 
 
 def moving_s(read_bytes: int, written_bytes: int, profile: Profile, from_disk: bool) -> float:

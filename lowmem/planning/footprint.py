@@ -205,7 +205,9 @@ def _workspace_bytes(setup: Setup) -> int:
         return 0
     dtypes = COMPUTE_DTYPE[settings.weights], COMPUTE_DTYPE[settings.precision]
     return max(
-        workspace_bytes(group.stop - group.start, group.quantized, *dtypes, setup.profile.device.type)
+        workspace_bytes(
+            group.stop - group.start, group.quantized, *dtypes, setup.profile.device.type, group.matrix
+        )
         for layout in setup.updated
         for group in layout.groups
     )

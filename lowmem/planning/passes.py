@@ -244,8 +244,9 @@ class PassCounter:
 
         def updated(name: str, parameter: nn.Parameter) -> None:
             slot, kept_as = slots[name], COMPUTE_DTYPE[settings.weights]
-            quantized = layout.group_of(slot).quantized
-            torch.empty(workspace_bytes(slot.numel, quantized, kept_as, dtype), dtype=torch.uint8)
+            group = layout.group_of(slot)
+            taken = workspace_bytes(slot.numel, group.quantized, kept_as, dtype, matrix=group.matrix)
+            torch.empty(taken, dtype=torch.uint8)
             parameter.grad = None
             torch.autograd.graph.increment_version(parameter)
 

@@ -62,7 +62,7 @@ def layouts_of(model: BlockModel, settings: Settings) -> tuple[list[ArenaLayout]
         _layout(model, named_layer_parameters(model, layers), settings, frozen)
         for layers in model.block_slices(settings.num_blocks)
     ]
-    return blocks, _layout(model, named_shared_parameters(model), settings)
+    return blocks, _layout(model, named_shared_parameters(model), settings, shared=True)
 
 
 def base_layout_of(model: BlockModel, settings: Settings) -> ArenaLayout | None:
@@ -76,10 +76,13 @@ def _layout(
     parameters: Iterable[tuple[str, nn.Parameter]],
     settings: Settings,
     frozen: bool = False,
+    shared: bool = False,
 ) -> ArenaLayout:
     shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters]
     if not frozen:
-        return ArenaLayout(shapes, settings.optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
+        # Tables and read-outs are matrices too, but Muon is not for them.
+        optimizer = "adamw" if shared and settings.optimizer == "muon" else settings.optimizer
+        return ArenaLayout(shapes, optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
     return frozen_layout(model, shapes, frozen_dtype(settings))
 
 

@@ -23,7 +23,7 @@ SHAPES = [
     ("c.scale", ()),
     ("d.weight", (2, 3, 5)),
 ]
-both_optimizers = pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+both_optimizers = pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw", "muon"])
 
 
 def random_arena(optimizer: str) -> Arena:
@@ -58,7 +58,10 @@ def test_update_groups_cover_every_element_once_with_the_right_decay_and_state(o
         assert slot.start + slot.numel <= group.stop
         assert group.decay == (len(slot.shape) >= 2), slot.name
         assert group.quantized == (optimizer == "adamw8bit" and slot.numel >= 4096), slot.name
-    assert len({(group.decay, group.quantized) for group in layout.groups}) == len(layout.groups)
+    alike = [(group.decay, group.quantized) for group in layout.groups if group.matrix is None]
+    assert len(set(alike)) == len(alike)
+    matrices = [group.matrix for group in layout.groups if group.matrix is not None]
+    assert matrices == [shape for _, shape in SHAPES if len(shape) == 2 and optimizer == "muon"]
 
 
 @both_optimizers
@@ -130,7 +133,7 @@ def test_a_layout_depends_on_names_shapes_and_optimizer_alone(optimizer: str) ->
         ArenaLayout([("w", (60, 80)), ("bias", (60,))], optimizer),
     ]
     other_optimizer = ArenaLayout(
-        [("weight", (60, 80)), ("bias", (60,))], {"adamw": "adamw8bit", "adamw8bit": "adamw"}[optimizer]
+        [("weight", (60, 80)), ("bias", (60,))], "adamw" if optimizer != "adamw" else "adamw8bit"
     )
     assert first.header() not in [layout.header() for layout in [*others, other_optimizer]]
 

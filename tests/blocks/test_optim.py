@@ -320,6 +320,48 @@ def test_the_average_follows_the_weights_closely_in_the_first_steps_and_less_and
         torch.testing.assert_close(arena.state["ema"].double(), average, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.skipif(not optim.has_muon(), reason="torch has no Muon before 2.9")
+def test_muon_is_torchs_for_matrices_and_fused_adamw_for_the_rest() -> None:
+    arena = train(fresh_arena("muon"))
+    start = parameter_views(arena.layout, fresh_arena("muon").weights)
+    matrices = {n: torch.nn.Parameter(start[n].clone()) for n, shape in SHAPES if len(shape) == 2}
+    stock = torch.optim.Muon(
+        matrices.values(), weight_decay=CONFIG.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    for grads, lr in zip(gradients(arena.layout), LEARNING_RATES, strict=True):
+        for name, view in parameter_views(arena.layout, grads).items():
+            if name in matrices:
+                matrices[name].grad = view.clone()
+        stock.param_groups[0]["lr"] = lr
+        stock.step()
+    rest, _ = train_stock(torch.optim.AdamW, fresh_arena("muon"), fused=True)
+    assert len(matrices) == 4 < len(SHAPES)
+    for name, value in parameter_views(arena.layout, arena.weights).items():
+        assert torch.equal(value, matrices[name].detach() if name in matrices else rest[name]), name
+    for name, parameter in matrices.items():
+        slot = next(slot for slot in arena.layout.slots if slot.name == name)
+        momentum = arena.state["momentum"][slot.start : slot.start + slot.numel]
+        assert torch.equal(momentum, stock.state[parameter]["momentum_buffer"].flatten())
+
+
+@pytest.mark.skipif(not optim.has_muon(), reason="torch has no Muon before 2.9")
+@pytest.mark.parametrize("shape", [(600, 1024), (1024, 600)])
+@pytest.mark.parametrize(
+    ("weights", "grads"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+def test_a_muon_update_allocates_what_the_plan_counts(
+    shape: tuple[int, int], weights: str, grads: str
+) -> None:
+    dtype, kept = getattr(torch, grads), getattr(torch, weights)
+    layout = ArenaLayout([("weight", shape)], "muon", weights_dtype=kept)
+    arena, flat = Arena(layout, aligned_buffer(layout.total_bytes)), torch.ones(layout.numel, dtype=dtype)
+    with LiveBytes(arena.buffer, flat) as counter:
+        rounding = optim.Rounding(1, torch.device("cpu")) if weights == "bfloat16" else None
+        optim.update(arena, flat, optim.Step(1, 1e-3, CONFIG, rounding))
+    counted = optim.workspace_bytes(layout.numel, False, kept, dtype, matrix=shape)
+    assert 0.9 * counted <= counter.peak <= counted + 1024, (counter.peak, counted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradient_norm_is_that_of_fp32_whatever_the_gradients_dtype(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import pytest
 from exact_runs import STEPS, setting_model, short, through_ram, trained, uncounted_activations  # noqa: F401
 
 from lowmem.blocks.borders import BorderBytes
+from lowmem.blocks.optim import has_muon
 from lowmem.blocks.traffic import Traffic
 from lowmem.planning.settings import setup_of
 from lowmem.planning.traffic import StreamedTraffic, streamed_traffic
@@ -48,6 +49,19 @@ def test_the_bytes_moved_are_those_of_the_plan_with_borders_on_disk(
     assert state.traffic == traffic.moved(steps=3, commits=1)
     resident = trained(tmp_path / "resident", "masked_lm", **{**changes, "offload__tier": "device"})[0]
     assert digest(state) == digest(resident)
+
+
+@pytest.mark.skipif(not has_muon(), reason="torch has no Muon before 2.9")
+def test_the_bytes_moved_with_muon_are_those_of_the_plan_and_fewer_than_with_adamw(tmp_path: Path) -> None:
+    """One moment in place of two."""
+    moved = {}
+    for name in ("muon", "adamw"):
+        changes = {"optimizer__name": name, "offload__tier": "disk", "train": short(3), "model__dim": 64}
+        state, plan = trained(tmp_path / name, "causal_lm", **changes)
+        traffic = plan.predicted.traffic
+        assert traffic is not None and state.traffic == traffic.moved(steps=3, commits=1)
+        moved[name] = traffic.step.disk_written_bytes
+    assert 0.6 < moved["muon"] / moved["adamw"] < 0.75
 
 
 @pytest.mark.parametrize("clip", ["block", "global"])

@@ -26,6 +26,7 @@ from exact_runs import (
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lowmem.blocks.optim import has_muon
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.inference import image_samples, sampling
 from lowmem.inference.evaluation import images, labels, masked, recurrent, tokens
@@ -67,7 +68,14 @@ def test_every_tier_gives_the_same_digest(tmp_path: Path, name: str, monkeypatch
     assert len(set(digests.values())) == 1 and None not in digests.values(), digests
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw8bit",
+        "adamw",
+        pytest.param("muon", marks=pytest.mark.skipif(not has_muon(), reason="torch has none before 2.9")),
+    ],
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_both_optimizers_and_precisions_give_the_resident_digest(
     tmp_path: Path, optimizer: str, precision: str
