@@ -105,6 +105,11 @@ class ModelConfig(Section):
         """Whether the first weights are trained ones, so that they are worth an evaluation."""
         return False
 
+    @property
+    def freezes(self) -> bool:
+        """Whether only some of the weights are trained, and the others are frozen."""
+        return False
+
     def library_bytes(self, adapter: bool) -> int:
         """What the library that the model is built with takes in a process on a CPU, with torch's compiler;
         0: it needs none. `adapter`: with what it needs for one, bitsandbytes among that.

@@ -195,7 +195,7 @@ def _made_plan(
             model_source=source,
         )
 
-    plan = _first_that_fits(candidates_of(recipe, profile, len(model.layers)), planned)
+    plan = _first_that_fits(candidates_of(recipe, profile, model.most_blocks), planned)
     plan = _with_more_staying(plan, len(model.units()), planned)
     if not plan.fits:
         return plan

@@ -141,6 +141,7 @@ class Setup:
     units: list[Unit]  # what moves where the model streams
     base: ArenaLayout | None = None  # frozen, and on the device all along
     layer_weights: int = 0  # of all layers, in number
+    lowest: int = 0  # the first unit that a backward pass comes to
 
     @property
     def frozen(self) -> bool:
@@ -230,4 +231,5 @@ def setup_of(model: BlockModel, recipe: Recipe, profile: Profile, settings: Sett
     layouts, shared = layouts_of(model, settings)
     units, base = units_of(model, settings, layouts, profile.device.type), base_layout_of(model, settings)
     weights = num_weights(model, named_layer_parameters(model, range(len(model.layers))))
-    return Setup(recipe, profile, settings, layouts, shared, units, base, weights)
+    lowest = min(sum(run.stop <= model.first_trained for run in model.units()), len(units) - 1)
+    return Setup(recipe, profile, settings, layouts, shared, units, base, weights, lowest)

@@ -87,6 +87,9 @@ class StreamedStep:
         self._ranges = self.model.units()
         dtype = COMPUTE_DTYPE[attempt.plan.settings.precision]
         self._frozen = attempt.plan.settings.frozen is not None  # units have neither gradients nor updates
+        # The first unit that holds trained weights, or whose input has a gradient that is used.
+        trained = self.model.first_trained
+        self._lowest = sum(run.stop <= trained for run in self._ranges)
         self._by_block = gathers_by_block(self.recipe.optimizer.grad_clip)
         numel = max(part.numel for part in (self.layouts if self._by_block else self.units))
         count = 0 if self._frozen else GRADIENTS
@@ -155,10 +158,11 @@ class StreamedStep:
         `following`: the unit that is needed after the pass.
         """
         gathered: Gathered | None = None
-        for unit in reversed(range(len(self.units))):
+        lowest = min(self._lowest, len(self.units) - 1)  # the last unit makes the loss
+        for unit in reversed(range(lowest, len(self.units))):
             block = self.block_of[unit]
             if self._frozen:
-                self._backward(unit, unit - 1 if unit else following, None, parts)
+                self._backward(unit, unit - 1 if unit > lowest else following, None, parts)
                 continue
             if gathered is None:
                 layout = self.layouts[block] if self._by_block else self.units[unit]
@@ -290,6 +294,8 @@ class StreamedStep:
             parameter.register_post_accumulate_grad_hook(lambda _: self.stream.advance())  # type: ignore[no-untyped-call]
 
     def _backward_of_input(self, parts: list[Part]) -> None:
+        if self._lowest:  # nothing that is trained is in the input part
+            return
         for index, part in enumerate(parts):
             torch.manual_seed(part.seed)
             h, cond, _ = self.objective.enter(part.batch)

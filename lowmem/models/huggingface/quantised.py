@@ -25,10 +25,27 @@ SLICE_NUMEL = 2**20  # weights that are quantised at once; it takes some 25 byte
 WEIGHT, SCALES = "weight", "scales"
 
 
+def with_bitsandbytes(name: str) -> Any:
+    """A module that imports bitsandbytes, without torch's compiler.
+
+    bitsandbytes hands it functions that are not used here, and goes without where it is refused. To import it
+    takes 42 MiB and more than a second.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a package that none should have
+    compiler = torch.compile
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler")
+
+    setattr(torch, "compile", refuse)  # noqa: B010
+    try:
+        return imported(name)
+    finally:
+        setattr(torch, "compile", compiler)  # noqa: B010
+
+
 def library() -> Any:
-    # it warns of a package that none should have
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return imported("bitsandbytes.functional")
+    return with_bitsandbytes("bitsandbytes.functional")
 
 
 def quantised(kind: Quantised, weight: Tensor) -> dict[str, Tensor]:
