@@ -65,7 +65,11 @@ def finetune_recipe(
     Raises ConfigError, and DataError where the rows or the tokenizer cannot be read.
     """
     path, where = Path(folder), f"finetune {Path(folder)}"
-    raw = with_overrides(_defaults(path, data, adapter), overrides)
+    defaults = _defaults(path, data, adapter)
+    raw = with_overrides(defaults, overrides)
+    trained, blocks = raw["model"].get("trainable"), defaults["blocks"]["num_blocks"]
+    if type(trained) is int and type(blocks) is int and raw["blocks"]["num_blocks"] == blocks:
+        raw["blocks"]["num_blocks"] = max(blocks - trained, 1)  # a block is of frozen layers
     recipe = recipe_from_dict(raw, where)
     if any(override.startswith("train.num_steps=") for override in overrides) or data is None:
         return recipe

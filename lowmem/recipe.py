@@ -108,6 +108,11 @@ class ModelConfig(Section):
         """Whether the first weights are trained ones, so that they are worth an evaluation."""
         return False
 
+    @property
+    def freezes(self) -> bool:
+        """Whether only some of the weights are trained, and the others are frozen."""
+        return False
+
     def library_bytes(self, adapter: bool) -> int:
         """What the library that the model is built with takes in a process on a CPU, with torch's compiler;
         0: it needs none. `adapter`: with what it needs for one, bitsandbytes among that.
@@ -486,8 +491,8 @@ def _sweep_that_cannot_be(recipe: Recipe) -> str | None:
         )
     if recipe.optimizer.during_backward is True:
         return f"{found} with optimizer.during_backward true: 1; set optimizer.during_backward: auto"
-    if recipe.adapter is not None:
-        return f"{found} with an adapter: 1 (its blocks are not updated); leave it out"
+    if recipe.adapter is not None or recipe.model.freezes:
+        return f"{found} where layers are frozen: 1 (their blocks are not updated); leave it out"
     if train.num_steps % steps:
         return (
             f"train.num_steps: found {train.num_steps}; allowed with blocks.sweep_steps {steps}: a multiple "

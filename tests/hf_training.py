@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import recipe_with
-from hf_folders import LENGTH, VOCAB
+from hf_folders import FAMILIES, LENGTH, VOCAB
 from torch import Tensor
 
 from lowmem.blocks.arena import Arena, aligned_buffer, parameter_views
@@ -23,10 +26,12 @@ from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.plan import Plan, make_plan
 from lowmem.planning.settings import base_layout_of, layouts_of
 from lowmem.recipe import Recipe
+from lowmem.schedule import learning_rate, mix_seed
 from lowmem.training.open_run import layouts_by_key
 from lowmem.training.trainer import Trainer
 
 BATCH, STEPS = 4, 10
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +66,39 @@ def setting(folder: Path, tier: str, **overrides: Any) -> tuple[Recipe, BuildMod
     }
     recipe = recipe_with(**{**changes, **overrides})
     return recipe, recipe.model.builder(recipe, DataSpec(vocab_size=VOCAB, seq_len=LENGTH))
+
+
+def plain_loop(
+    folder: Path, recipe: Recipe, kind: str, trained: Callable[[str], bool] = lambda _: True
+) -> dict[str, Tensor]:
+    """transformers' own model from the folder, and torch's AdamW. `trained`: by the names of parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FAMILIES[kind].model_class().from_pretrained(folder, dtype=torch.float32)
+    model.set_attn_implementation(FAMILIES[kind].attention)
+    model.train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained(name))
+    decayed = [p for p in model.parameters() if p.ndim > 1 and p.requires_grad]
+    others = [p for p in model.parameters() if p.ndim < 2 and p.requires_grad]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    betas = recipe.optimizer.betas
+    optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=recipe.optimizer.eps, fused=True)
+    for step in range(STEPS):
+        torch.manual_seed(mix_seed(recipe.train.seed, "step", 0, step, 0))
+        batch = batches(step)
+        logits = model(input_ids=batch["tokens"]).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
+        (losses.view(batch["labels"].shape).sum(1) * batch["share"]).mean().backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.train)
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {}
+    for name, parameter in model.named_parameters():
+        found[f"{name} weight"], state = parameter.detach(), optimizer.state.get(parameter, {})
+        found.update({f"{name} {field}": state[field] for field in MOMENTS if field in state})
+    return found
 
 
 def trained(run_dir: Path, folder: Path, tier: str, **overrides: Any) -> tuple[Plan, dict[str, Tensor]]:

@@ -14,9 +14,10 @@ et al., "Muon is scalable for LLM training".
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -325,16 +326,23 @@ def _adamw8bit(
 
 @functools.cache
 def bitsandbytes_functional() -> Any:
-    """bitsandbytes.functional, imported at its first use.
+    """bitsandbytes.functional, imported at its first use."""
+    with without_compiler():
+        import bitsandbytes.functional
+    return bitsandbytes.functional
 
-    The import marks functions as some that torch's compiler is to compile, or is to leave alone. Either mark
-    imports the compiler: seconds, and 115 MiB for the rest of the run. It compiles nothing here, so the marks
-    are left out.
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """For the first import of bitsandbytes.
+
+    It marks functions as some that torch's compiler is to compile, or is to leave alone. Either mark imports
+    the compiler: seconds, and 115 MiB for the rest of the run. It compiles nothing here, so the marks are left
+    out.
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that we do not use
     with mock.patch.multiple(torch, compile=_unmarked, _disable_dynamo=_unmarked):
-        import bitsandbytes.functional
-    return bitsandbytes.functional
+        yield
 
 
 def _unmarked(function: Any = None, *_: Any, **__: Any) -> Any:

@@ -44,7 +44,7 @@ def spread(num_units: int, count: int) -> frozenset[int]:
 def chunk_bytes(units: Sequence[Unit]) -> int:
     """Of the largest chunk of rows that an update moves."""
     kinds = {unit.shape: unit for unit in units}
-    return max(piece.num_bytes for unit in kinds.values() for _, piece in unit.chunks())
+    return max((piece.num_bytes for unit in kinds.values() for _, piece in unit.chunks()), default=0)
 
 
 def num_weights_slots(prefetch: bool, num_units: int) -> int:

@@ -53,7 +53,7 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str], mer
     """
     folder = Path(out)
     with open_run(run_dir) as frozen, torch.no_grad():
-        if merge and not frozen.model.adapted:
+        if merge and not is_adapted(frozen):
             raise ConfigError("--merge: found a run without an adapter; leave it out")
         try:
             folder.mkdir(parents=True)
@@ -61,7 +61,7 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str], mer
             raise ConfigError(
                 f"{folder}: {problem.strerror}; it is left as it is; give a folder that is not there yet"
             ) from None
-        if frozen.model.adapted and not merge:
+        if is_adapted(frozen) and not merge:
             _write_adapter(folder, frozen)
         else:
             _write_weights(folder, frozen)
@@ -69,12 +69,20 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str], mer
     return folder
 
 
+def is_adapted(frozen: FrozenRun) -> bool:
+    """Whether an adapter was trained, and not some of the model's own weights."""
+    return frozen.plan.recipe.adapter is not None
+
+
 def _write_weights(folder: Path, frozen: FrozenRun) -> None:
     """A file for each block and one for the rest, with an index of what is where."""
-    where, stream, count, model = dict[str, str](), frozen.stream, len(frozen.blocks) + 1, frozen.model
+    where, stream, model = dict[str, str](), frozen.stream, frozen.model
+    base = base_layout_of(model, frozen.plan.settings)
+    shared = None if is_adapted(frozen) else frozen.shared_layout
+    count = len(frozen.blocks) + (base is not None) + (shared is not None)
     library = model if isinstance(model, HuggingfaceLm) else None
     names = {} if library is None else library.file_names()
-    adapter = adapter_weights(frozen) if model.adapted else {}
+    adapter = adapter_weights(frozen) if is_adapted(frozen) else {}
 
     def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
         views = parameter_views(layout, Arena(layout, buffer).result)
@@ -89,11 +97,10 @@ def _write_weights(folder: Path, frozen: FrozenRun) -> None:
         buffer = stream.load(block)
         save(block + 1, block_key(block), frozen.layouts[block], buffer)
         stream.release(block, buffer)
-    base = base_layout_of(model, frozen.plan.settings)
-    if base is None:
-        save(count, "shared", frozen.shared_layout, stream.load_shared())
-    else:
-        save(count, BASE_KEY, base, stream.load_whole(BASE_KEY, base))
+    if base is not None:
+        save(len(frozen.blocks) + 1, BASE_KEY, base, stream.load_whole(BASE_KEY, base))
+    if shared is not None:
+        save(count, "shared", shared, stream.load_shared())
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     _write(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     if library is not None:
@@ -114,7 +121,8 @@ def _write_beside(folder: Path, frozen: FrozenRun, model: HuggingfaceLm) -> None
     """The configuration with the weights' dtype and the library's class, and the tokenizer's files."""
     source, settings = Path(getattr(frozen.plan.recipe.model, "path", "")), frozen.plan.settings
     content = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
-    dtype = settings.frozen or ("float32" if settings.ema else settings.weights)
+    adapted = is_adapted(frozen) and settings.frozen
+    dtype = adapted or ("float32" if settings.ema else settings.weights)
     if dtype in QUANTISED:  # they are made whole
         dtype = settings.precision
     _write(folder / CONFIG, {**content, "architectures": [model.family.model], "dtype": dtype})

@@ -52,6 +52,7 @@ class BlockModel(nn.Module):
     # Only the parameters that `is_adapter` names are trained; all others are frozen. They count as the shared
     # part, wherever they are; what else is in no layer is the *base*, which is on the device and only read.
     adapted = False
+    first_trained = 0  # the first layer that holds trained parameters; no gradient is needed below it
     layers_alike = False  # each layer takes as much memory and makes as many operations as the others
 
     def make_objective(self, noise: NoiseConfig) -> Objective[Any, Any]:
@@ -99,9 +100,14 @@ class BlockModel(nn.Module):
         # for parameters of its own; those of its layers are on meta then
         return [*found, ("model", self)] if self.has_first_weights(self) else found
 
+    @property
+    def most_blocks(self) -> int:
+        """The number of layers that are cut into blocks."""
+        return len(self.layers)
+
     def block_slices(self, num_blocks: int) -> list[range]:
         """The layers of each block: contiguous, in order; sizes differ by one at most, larger ones first."""
-        size, larger = divmod(len(self.layers), num_blocks)
+        size, larger = divmod(self.most_blocks, num_blocks)
         starts = [b * size + min(b, larger) for b in range(num_blocks + 1)]
         return [range(starts[b], starts[b + 1]) for b in range(num_blocks)]
 

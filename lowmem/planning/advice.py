@@ -52,8 +52,18 @@ class Shortage:
         return self.end_to_end and self.settings.tier == "device"
 
     @property
+    def trains_in_blocks(self) -> bool:
+        """Whether the model can be trained block by block."""
+        other = self.recipe.model_copy(update={"method": "diffusion_blocks"})
+        return self.recipe.model.contradiction(other) is None
+
+    @property
     def num_layers(self) -> int:
-        """The most blocks there can be. A model of the user's own does not say: twice as many may do."""
+        """The most blocks there can be. A model of the user's own does not say: twice as many may do. One
+        that streams in any case gains nothing by more.
+        """
+        if not self.trains_in_blocks:
+            return self.settings.num_blocks
         return getattr(self.recipe.model, "num_layers", 2 * self.settings.num_blocks)
 
     @property
@@ -78,7 +88,7 @@ class Cure:
 
 CURES = (
     Cure("offload.tier", "auto", lambda s: s.together and s.recipe.offload.tier == "device"),
-    Cure("method", "diffusion_blocks", lambda s: s.end_to_end),
+    Cure("method", "diffusion_blocks", lambda s: s.end_to_end and s.trains_in_blocks),
     Cure(
         "blocks.num_blocks",
         lambda s: min(2 * s.settings.num_blocks, s.num_layers),

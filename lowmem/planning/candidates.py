@@ -16,7 +16,7 @@ from lowmem.blocks.optim import has_muon
 from lowmem.errors import ConfigError
 from lowmem.machine.profile import Profile
 from lowmem.planning.settings import Settings, Setup
-from lowmem.recipe import NoiseConfig, OptimizerName, Precision, Recipe, Tier
+from lowmem.recipe import Frozen, NoiseConfig, OptimizerName, Precision, Recipe, Tier
 from lowmem.units import MIB
 
 # A visit that writes less than this waits for the write. Waiting takes milliseconds, and after a kill at most
@@ -56,7 +56,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
                 micro_batch_size=size,
                 precision=_precision(recipe, profile),
                 weights="float32" if recipe.train.weights == "auto" else recipe.train.weights,
-                frozen=None if recipe.adapter is None else recipe.adapter.base,
+                frozen=_frozen(recipe, profile),
                 recompute=place.recompute,
                 optimizer=_optimizer(recipe, profile),
                 ema=recipe.optimizer.ema is not None,
@@ -153,6 +153,13 @@ def _precision(recipe: Recipe, profile: Profile) -> Precision:
             "set train.precision: bfloat16"
         )
     return "float32"
+
+
+def _frozen(recipe: Recipe, profile: Profile) -> Frozen | None:
+    """How frozen weights are kept, where there are some."""
+    if recipe.adapter is not None:
+        return recipe.adapter.base
+    return _precision(recipe, profile) if recipe.model.freezes else None
 
 
 def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:

@@ -117,9 +117,12 @@ def plan_evaluation(
     )
     base = _base(setup, training)
     held = demand.held_bytes * num_samples + demand.fixed_bytes
+    left, per_sample = allowed_bytes - sum(base.values()) - held, 0.0
     for size in _sizes(min(config.batch_size, num_samples), demand.row):
+        if size > 1 and size * per_sample > left:
+            continue  # a smaller size takes no less for each sample
         taken = _counted(model, setup, counter, layers, size)
-        room = allowed_bytes - sum(base.values()) - held - taken.peak_bytes
+        per_sample, room = taken.peak_bytes / size, left - taken.peak_bytes
         most_walked = num_samples if not setup.end_to_end else min(num_samples, TOGETHER * config.batch_size)
         walk = min(most_walked, max(room, 0) // max(demand.walk_bytes, 1) // size * size)
         if walk >= size or size == 1:

@@ -314,7 +314,7 @@ def _cpu_runtime_bytes(setup: Setup) -> int:
     if setup.profile.device.type != "cpu":
         return 0
     eight_bit, bf16 = setup.settings.optimizer == "adamw8bit", setup.settings.precision == "bfloat16"
-    library = setup.recipe.model.library_bytes(setup.frozen)
+    library = setup.recipe.model.library_bytes(setup.recipe.adapter is not None)
     compiler = COMPILER_BYTES if not library and compiler_stays() else 0
     return library + BITSANDBYTES_BYTES * eight_bit + CPU_BFLOAT16_BYTES * bf16 + compiler
 

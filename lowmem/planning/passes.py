@@ -193,7 +193,12 @@ class PassCounter:
     ) -> Pass:
         """`scored`: the pass makes logits."""
         shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
-        key = (kind, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
+        trained = tuple(
+            self._model.is_adapter(f"layers.{i}.{name}")
+            for i in layers
+            for name, _ in self._model.layers[i].named_parameters()
+        )
+        key = (kind, shapes, trained, settings.micro_batch_size, settings.precision, settings.recompute)
         if key not in self._known:
             self._known[key] = self._with_all_chunks(settings, count) if scored else count()
         return self._known[key]

@@ -199,7 +199,7 @@ def _made_plan(
             model_source=source,
         )
 
-    plan = _first_that_fits(candidates_of(recipe, profile, len(model.layers)), planned)
+    plan = _first_that_fits(candidates_of(recipe, profile, model.most_blocks), planned)
     swept = recipe.blocks.sweep_steps > 1
     plan = _with_more_staying(plan, plan.settings.num_blocks if swept else len(model.units()), planned)
     if not plan.fits:

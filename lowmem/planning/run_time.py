@@ -43,7 +43,10 @@ def predict_time(setup: Setup, passes: Sequence[Pass], traffic: StreamedTraffic 
     recipe = setup.recipe
     queue = BlockQueue.of(recipe.to_dict(), setup.settings.num_blocks)
     last = len(passes) - 1
-    passes_s = [_passes_s(setup, taken, forward=index < last) for index, taken in enumerate(passes)]
+    passes_s = [
+        _passes_s(setup, taken, forward=index < last, backward=not setup.streams or index >= setup.lowest)
+        for index, taken in enumerate(passes)
+    ]
     if traffic is not None:
         visits = _streamed(setup, queue, passes_s, traffic)
     elif setup.end_to_end:
@@ -96,12 +99,13 @@ def _in_turns(setup: Setup, queue: BlockQueue, passes_s: list[float]) -> Visits:
     )
 
 
-def _passes_s(setup: Setup, taken: Pass, forward: bool) -> float:
+def _passes_s(setup: Setup, taken: Pass, forward: bool, backward: bool) -> float:
     """Seconds of a step's passes through one block or unit.
 
-    `forward`: where units stream, a pass without gradients comes first; the last unit needs none.
+    `forward`: where units stream, a pass without gradients comes first; the last unit needs none. `backward`:
+    a gradient comes to the unit.
     """
-    backward_passes = 2 if setup.streams and setup.two_passes else 1
+    backward_passes = backward * (2 if setup.streams and setup.two_passes else 1)
     forward_s, backward_s = pass_s(taken.forward_work, setup.profile), pass_s(taken.work, setup.profile)
     return setup.micro_batches * (forward * forward_s + backward_passes * backward_s)
 

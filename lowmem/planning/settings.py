@@ -146,6 +146,7 @@ class Setup:
     base: ArenaLayout | None = None  # frozen, and on the device all along
     layer_weights: int = 0  # of all layers, in number
     alone: bool = False  # the first block is the whole model, before it grows (blocks.grow_at)
+    lowest: int = 0  # the first unit that a backward pass comes to
 
     @property
     def frozen(self) -> bool:
@@ -281,4 +282,5 @@ def setup_of(model: BlockModel, recipe: Recipe, profile: Profile, settings: Sett
     layouts, shared = layouts_of(model, settings)
     units, base = units_of(model, settings, layouts, profile.device.type), base_layout_of(model, settings)
     weights = num_weights(model, named_layer_parameters(model, range(len(model.layers))))
-    return Setup(recipe, profile, settings, layouts, shared, units, base, weights)
+    lowest = min(sum(run.stop <= model.first_trained for run in model.units()), len(units) - 1)
+    return Setup(recipe, profile, settings, layouts, shared, units, base, weights, lowest=lowest)

@@ -88,7 +88,8 @@ def _unit_traffic(setup: Setup) -> Parts:
             first += Moved(sum(_fetched(piece, on_disk) for piece in unit.pieces))
             commit += Moved() if setup.frozen else _rewritten(unit.pieces, on_disk, fetched=False)
             continue
-        passes = (index < last) + (2 if setup.two_passes else 1)
+        backward = (2 if setup.two_passes else 1) if index >= setup.lowest else 0
+        passes = (index < last) + backward
         step += Moved(passes * (unit.weights_bytes if on_disk else unit.used_weights_bytes))
         if not setup.frozen:
             if unit.shape not in known:

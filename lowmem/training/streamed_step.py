@@ -75,6 +75,9 @@ class StreamedStep:
         self.block_of = [int(unit.key.rpartition("-")[2]) for unit in self.units]
         dtype = COMPUTE_DTYPE[attempt.plan.settings.precision]
         self._frozen = attempt.plan.settings.frozen is not None  # units have neither gradients nor updates
+        # The first unit that holds trained weights, or whose input has a gradient that is used.
+        trained = self.model.first_trained
+        self._lowest = sum(run.stop <= trained for run in self.model.units())
         self._by_block = gathers_by_block(self.recipe.optimizer.grad_clip)
         numel = max(part.numel for part in (self.layouts if self._by_block else self.units))
         count = 0 if self._frozen else GRADIENTS
@@ -106,8 +109,7 @@ class StreamedStep:
         for gathered in self._gradients(parts):
             self.watch.look(step, optim.clipped(gathered.flat, optimizer, factor))
             self._update(gathered, step, lr, factor, visits_done, durable, norms)
-        for part in parts:
-            self.passes.backward_of_input(part)
+        self._backward_of_input(parts)
         self.watch.look(step, self.shared.update(factor), self.shared.weights_norm())
         if durable:
             self.stream.finish()
@@ -123,8 +125,7 @@ class StreamedStep:
         for gathered in self._gradients(parts, following=len(self.units) - 1):
             norms[gathered.block] = optim.gradient_norm(gathered.flat)
             self._free.append(gathered.whole)
-        for part in parts:
-            self.passes.backward_of_input(part)
+        self._backward_of_input(parts)
         every = [*(norms[block] for block in sorted(norms)), self.shared.gradient_norm()]
         self.watch.look(step, *every)
         self.shared.forget()
@@ -139,10 +140,11 @@ class StreamedStep:
         `following`: the unit that is needed after the pass.
         """
         gathered: Gathered | None = None
-        for unit in reversed(range(len(self.units))):
+        lowest = min(self._lowest, len(self.units) - 1)  # the last unit makes the loss
+        for unit in reversed(range(lowest, len(self.units))):
             block = self.block_of[unit]
             if self._frozen:
-                self._backward(unit, unit - 1 if unit else following, None, parts)
+                self._backward(unit, unit - 1 if unit > lowest else following, None, parts)
                 continue
             if gathered is None:
                 layout = self.layouts[block] if self._by_block else self.units[unit]
@@ -239,3 +241,9 @@ class StreamedStep:
             parameter = self.model.get_parameter(name)
             # Updates of other units go on while this one computes.
             parameter.register_post_accumulate_grad_hook(lambda _: self.stream.advance())  # type: ignore[no-untyped-call]
+
+    def _backward_of_input(self, parts: list[Part]) -> None:
+        if self._lowest:  # nothing that is trained is in the input part
+            return
+        for part in parts:
+            self.passes.backward_of_input(part)

@@ -99,6 +99,19 @@ def test_an_exported_folder_opens_with_the_library_with_equal_logits_and_the_sam
     assert names <= {path.name for path in out.iterdir()}
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # a head of its own, and a table that is tied to it
+def test_a_folder_of_which_some_parts_were_trained_opens_with_equal_logits(kind: str, tmp_path: Path) -> None:
+    run = finetuned(tmp_path, kind, "disk", "model.trainable=1", "train.lr=0.1")
+    tokens = torch.randint(BYTES_VOCAB, (2, 20))
+    with open_run(run) as frozen, torch.no_grad():
+        ours = logits_of(frozen, tokens)
+    theirs = library(export_run(run, tmp_path / "out"))
+    torch.testing.assert_close(outputs_of(theirs, tokens), ours, rtol=0, atol=1e-6)
+    assert (outputs_of(library(tmp_path / kind), tokens) - ours).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match="--merge: found a run without an adapter"):
+        export_run(run, tmp_path / "whole", merge=True)
+
+
 def logits_of(frozen: FrozenRun, tokens: torch.Tensor) -> torch.Tensor:
     """As a streamed evaluation makes them."""
     assert isinstance(frozen.model, HuggingfaceLm)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from conftest import recipe_with
 
+from lowmem import job
 from lowmem.data.datasets import describe_data
 from lowmem.errors import BudgetError
+from lowmem.finetuning import finetune_recipe
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
 from lowmem.planning.advice import CURES, Cure, Shortage, advice_for
@@ -205,3 +209,23 @@ def test_a_plan_that_does_not_clip_is_not_told_to_stop_clipping() -> None:
     with pytest.raises(BudgetError, match="optimizer.name: adamw8bit") as refused:
         make_plan(build, recipe, load_profile("cpu-3gib")).require_fit()
     assert "grad_clip" not in str(refused.value)
+
+
+def test_a_decoder_from_a_folder_is_not_advised_to_train_in_blocks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "llama",
+                "vocab_size": 512,
+                "hidden_size": 4096,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 32,
+            }
+        )
+    )
+    plan = job.plan_recipe(finetune_recipe(tmp_path, overrides=["train.seq_len=64"]), "cpu-3gib")
+    with pytest.raises(BudgetError) as caught:
+        plan.require_fit()
+    assert "diffusion_blocks" not in str(caught.value)
+    assert "num_blocks" not in str(caught.value)

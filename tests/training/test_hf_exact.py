@@ -2,53 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hf_folders import FAMILIES, make_folder
-from hf_training import STEPS, batches, setting, trained, uncounted
-from torch import Tensor
+from hf_training import plain_loop, setting, trained, uncounted
 
 from lowmem.errors import ConfigError
 from lowmem.models.huggingface.model import HuggingfaceLm
-from lowmem.recipe import Recipe
-from lowmem.schedule import learning_rate, mix_seed
 
 uncounted_activations = pytest.fixture(autouse=True)(uncounted)
-
-
-def plain_loop(folder: Path, recipe: Recipe, kind: str) -> dict[str, Tensor]:
-    """transformers' own model from the folder, and torch's AdamW."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = FAMILIES[kind].model_class().from_pretrained(folder, dtype=torch.float32)
-    model.set_attn_implementation(FAMILIES[kind].attention)
-    model.train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    betas = recipe.optimizer.betas
-    optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=recipe.optimizer.eps, fused=True)
-    for step in range(STEPS):
-        torch.manual_seed(mix_seed(recipe.train.seed, "step", 0, step, 0))
-        batch = batches(step)
-        logits = model(input_ids=batch["tokens"]).logits
-        losses = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none")
-        (losses.view(batch["labels"].shape).sum(1) * batch["share"]).mean().backward()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.train)
-        optimizer.step()
-        optimizer.zero_grad()
-    found = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        found[f"{name} weight"] = parameter.detach()
-        found.update({f"{name} {field}": state[field] for field in ("exp_avg", "exp_avg_sq")})
-    return found
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

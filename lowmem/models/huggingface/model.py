@@ -9,7 +9,6 @@ the library's as well.
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 
 from lowmem.errors import ConfigError
 from lowmem.models.base import BlockModel, GivenWeights, Packed
-from lowmem.models.huggingface.families import Family, imported
-from lowmem.models.huggingface.quantised import SCALES, FrozenLinear, whole
+from lowmem.models.huggingface.families import Family
+from lowmem.models.huggingface.quantised import SCALES, FrozenLinear, whole, with_bitsandbytes
 from lowmem.objectives.base import Batch
 from lowmem.objectives.next_tokens import Call, NextTokens
 from lowmem.recipe import AdapterConfig, NoiseConfig, Quantised
@@ -92,6 +91,9 @@ class HuggingfaceLm(BlockModel):
         self.head = None if config.tie_word_embeddings else whole.lm_head
         self.layers_alike = family.windows != "listed" or len(set(config.layer_types)) == 1
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.peft_config: Any = None  # of an adapter
+        self._trained: list[str] = []  # modules, where only some are trained
+        self._frozen_layers = len(self.layers)
         self._place = {id(layer): index for index, layer in enumerate(self.layers)}
         self._without_buffers()
 
@@ -115,8 +117,7 @@ class HuggingfaceLm(BlockModel):
 
         Raises ConfigError where they name none.
         """
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a package that none should have
-        library = imported("peft")
+        library = with_bitsandbytes("peft")
         wanted = config.targets
         if wanted == "auto":
             found = (name for name, module in self.layers.named_modules() if _is_linear(module))
@@ -156,13 +157,38 @@ class HuggingfaceLm(BlockModel):
         owner, _, leaf = name.rpartition(".")
         return self.quantised[owner].packed.get(leaf) if owner in self.quantised else None
 
+    def train_only(self, last_layers: int) -> None:
+        """Freezes all but the last layers, the last norm and the head, with the table that is tied to it."""
+        self.adapted, self.layers_alike = True, False
+        self._frozen_layers = len(self.layers) - last_layers
+        trained = [f"layers.{index}" for index in range(self._frozen_layers, len(self.layers))]
+        if self.head is None:
+            table = self.body.get_input_embeddings()
+            self._trained = [next(name for name, module in self.named_modules() if module is table)]
+        else:
+            self._trained, self.first_trained = ["head"], self._frozen_layers
+        self._trained += ["norm", *trained]
+
     def is_adapter(self, name: str) -> bool:
-        return self.adapted and ".lora_" in name
+        if self.peft_config is not None:
+            return ".lora_" in name
+        return self.adapted and any(name.startswith(f"{owner}.") for owner in self._trained)
 
     def drawn_modules(self) -> list[tuple[str, nn.Module]]:
         if not self.adapted:
             return super().drawn_modules()
+        if self.peft_config is None:
+            return [(name, self.get_submodule(name)) for name in self._trained]
         return [(name, module) for name, module in self.named_modules() if hasattr(module, RESET)]
+
+    @property
+    def most_blocks(self) -> int:
+        return self._frozen_layers
+
+    def block_slices(self, num_blocks: int) -> list[range]:
+        """Trained layers stand in the last block, which holds nothing of them, where others are frozen."""
+        found = super().block_slices(num_blocks)
+        return [*found[:-1], range(found[-1].start, len(self.layers))]
 
     # --------------------------------------------------------------------------------------------------------
     # First weights
@@ -191,7 +217,7 @@ class HuggingfaceLm(BlockModel):
         }
         for name, _ in self.named_parameters():
             packed = self.packed(name)
-            if self.is_adapter(name) or (packed is not None and not packed.numel):
+            if ".lora_" in name or (packed is not None and not packed.numel):
                 continue
             start = next(start for start in starts if name.startswith(start))
             names[name] = starts[start] + name[len(start) :].replace(".base_layer.", ".")

@@ -7,7 +7,6 @@ on a CPU: activations are not quantised.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from math import ceil, prod
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowmem.blocks.optim import without_compiler
 from lowmem.models.base import GivenWeights, Packed
 from lowmem.models.huggingface.families import imported
 from lowmem.recipe import Quantised
@@ -25,10 +25,14 @@ SLICE_NUMEL = 2**20  # weights that are quantised at once; it takes some 25 byte
 WEIGHT, SCALES = "weight", "scales"
 
 
+def with_bitsandbytes(name: str) -> Any:
+    """A module that imports bitsandbytes."""
+    with without_compiler():
+        return imported(name)
+
+
 def library() -> Any:
-    # it warns of a package that none should have
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return imported("bitsandbytes.functional")
+    return with_bitsandbytes("bitsandbytes.functional")
 
 
 def quantised(kind: Quantised, weight: Tensor) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from lowmem.recipe import QUANTISED, AdapterConfig, Count, ModelConfig, Recipe
 from lowmem.units import MIB, shown
 
 LIBRARY_BYTES = 128 * MIB  # that importing transformers takes on a CPU, torch's compiler included; measured
-ADAPTER_LIBRARY_BYTES = 52 * MIB  # that peft takes beside it, with bitsandbytes; measured
+ADAPTER_LIBRARY_BYTES = 12 * MIB  # that peft takes beside it, with bitsandbytes; measured
 LOGITS = 2**24  # elements of the logits that are in memory at once, where the recipe does not say
 
 
@@ -32,6 +32,8 @@ class HuggingfaceModel(ModelConfig):
     name: Literal["huggingface"]
     path: str  # of the folder
     weights: Literal["pretrained", "random"] = "pretrained"
+    # Which weights are trained: all, the head with the last norm, or those and as many of the last layers.
+    trainable: Literal["all", "head"] | Count = "all"
     head_chunk: Count | None = None  # tokens whose logits are in memory at once; None: as LOGITS allows
 
     def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
@@ -45,6 +47,10 @@ class HuggingfaceModel(ModelConfig):
                 "allowed: a model that knows every token; give the tokenizer of this model"
             )
         return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False), recipe.adapter)
+
+    @property
+    def freezes(self) -> bool:
+        return self.trainable != "all"
 
     @property
     def begins_trained(self) -> bool:
@@ -62,6 +68,11 @@ class HuggingfaceModel(ModelConfig):
             return (
                 f"adapter.base: found {adapter.base}; allowed with model.weights random: float32, bfloat16; "
                 "change one of them"
+            )
+        if self.freezes and adapter is not None:
+            return (
+                f"model.trainable: found {self.trainable}; allowed with an adapter, which is all that is "
+                "trained: all; leave one of them out"
             )
         if recipe.method == "end_to_end":
             return None
@@ -88,6 +99,14 @@ class HuggingfaceModel(ModelConfig):
             ) from None
         if adapter is not None:
             model.adapt(adapter)
+        if self.trainable != "all":
+            last = 0 if self.trainable == "head" else self.trainable
+            if last >= len(model.layers):
+                raise ConfigError(
+                    f"model.trainable: found {last}; allowed: fewer than the model's {len(model.layers)} "
+                    "layers, head, all; lower it"
+                )
+            model.train_only(last)
         if self.weights == "pretrained":
             ignored = list(family.model_class()._keys_to_ignore_on_load_unexpected or [])
             if config.tie_word_embeddings:
