@@ -14,18 +14,16 @@ et al., "Muon is scalable for LLM training".
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lowmem.blocks.arena import GROUP_SIZE, Arena, Group
+from lowmem.machine.compiler import without_compiler
 from lowmem.recipe import OptimizerConfig
 from lowmem.schedule import mix_seed
 
@@ -330,24 +328,6 @@ def bitsandbytes_functional() -> Any:
     with without_compiler():
         import bitsandbytes.functional
     return bitsandbytes.functional
-
-
-@contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """For the first import of bitsandbytes.
-
-    It marks functions as some that torch's compiler is to compile, or is to leave alone. Either mark imports
-    the compiler: seconds, and 115 MiB for the rest of the run. It compiles nothing here, so the marks are left
-    out.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a CPU kernel that we do not use
-    with mock.patch.multiple(torch, compile=_unmarked, _disable_dynamo=_unmarked):
-        yield
-
-
-def _unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
-    """Stands for a decorator of the compiler, with arguments or without."""
-    return function if function is not None else lambda function: function
 
 
 @functools.cache

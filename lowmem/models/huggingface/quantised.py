@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.blocks.optim import without_compiler
+from lowmem.machine.compiler import without_compiler
 from lowmem.models.base import GivenWeights, Packed
 from lowmem.models.huggingface.families import imported
 from lowmem.recipe import Quantised
