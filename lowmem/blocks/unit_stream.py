@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lowmem.blocks import optim
@@ -90,7 +91,7 @@ class Update(NamedTuple):
     step: optim.Step
     visits_done: int
     durable: bool
-    norms: list[Tensor]  # of the updated weights, where they are durable
+    norm: Tensor  # a scalar that gathers the norm of the updated weights, where they are durable
     done: Callable[[], None]  # the gradients are used
 
 
@@ -290,7 +291,9 @@ class UnitStream:
         grads = update.grads(slice(rows.first, rows.first + len(rows.weights)))
         optim.update_slices(rows, grads, update.step)
         if update.durable:
-            update.norms.append(optim.gradient_norm(rows.weights))
+            # Into one tensor: small ones that stay, between the temporaries of the slices, would keep those
+            # apart once they are freed, and the C library's heap would grow with every chunk.
+            torch.hypot(update.norm, optim.gradient_norm(rows.weights), out=update.norm)
 
     def _end(self, update: Update) -> None:
         """The unit is updated. Where that is durable, the last unit of a block ends the block's file, and its

@@ -105,16 +105,15 @@ class StreamedStep:
 
         if optimizer.clips_whole:
             factor = self._factor(parts, step)
-        norms: list[Tensor] = []
+        norm = torch.zeros((), device=self.stream.device.torch)  # of the weights that become durable
         for gathered in self._gradients(parts):
             self.watch.look(step, optim.clipped(gathered.flat, optimizer, factor))
-            self._update(gathered, step, lr, factor, visits_done, durable, norms)
+            self._update(gathered, step, lr, factor, visits_done, durable, norm)
         self._backward_of_input(parts)
         self.watch.look(step, self.shared.update(factor), self.shared.weights_norm())
         if durable:
             self.stream.finish()
-            if norms:
-                self.watch.look(step, *norms)
+            self.watch.look(step, norm)
         total = total_loss(parts, self.stream.device.torch)
         self.watch.look(step, total)
         return [total]
@@ -169,7 +168,7 @@ class StreamedStep:
         factor: Tensor | None,
         visits_done: int,
         durable: bool,
-        norms: list[Tensor],
+        norm: Tensor,
     ) -> None:
         """Hands gradients, clipped already, to the updates of their units."""
         left = len(gathered.units)
@@ -189,7 +188,7 @@ class StreamedStep:
 
             rounded = rounding(unit.layout, self.recipe.train.seed, step + 1, self.stream.device.torch)
             the_step = optim.Step(step + 1, lr, self.recipe.optimizer, rounded)
-            self.stream.update(Update(index, given, the_step, visits_done, durable, norms, done))
+            self.stream.update(Update(index, given, the_step, visits_done, durable, norm, done))
 
     # --------------------------------------------------------------------------------------------------------
     # Passes

@@ -40,7 +40,9 @@ def train_units(stream: UnitStream, first_visit: int) -> None:
             stream.prefetch(unit - 1 if unit else len(BLOCKS) - 1)
             the_step = Step(step, 1e-3, OptimizerConfig())
             given = lambda rows: grads[: rows.stop - rows.start]  # noqa: E731
-            stream.update(Update(unit, given, the_step, first_visit + step, True, [], lambda: None))
+            stream.update(
+                Update(unit, given, the_step, first_visit + step, True, torch.zeros(()), lambda: None)
+            )
             stream.release(unit)
         stream.finish()
         for file in stream.take_written().values():

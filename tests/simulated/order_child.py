@@ -108,6 +108,7 @@ def units(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
         moving = UnitStream(kept, every, device, stay, True)
         grads = torch.zeros(max(unit.numel for unit in every) + GROUP_SIZE, device="cuda")
         shared = torch.zeros(SHARED.total_bytes, dtype=torch.uint8, device="cuda")
+        norm = torch.zeros((), device="cuda")
         try:
             for number, durable in ((1, False), (2, True)):
                 for index in range(UNITS - 1):
@@ -122,7 +123,7 @@ def units(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
                         first = unit.place(rows.start)
                         return grads[first : first + rows.stop - rows.start]
 
-                    moving.update(Update(index, given, step, 1, durable, [], lambda: None))
+                    moving.update(Update(index, given, step, 1, durable, norm, lambda: None))
                 moving.finish()
             for write in moving.take_written().values():
                 write.result()
