@@ -38,7 +38,8 @@ ARCHITECTURES = {
     "huggingface": "lowmem.models.huggingface.section:HuggingfaceModel",
     "custom": "lowmem.recipe:CustomModel",
 }
-NO_TRANSFORMERS = ("huggingface", "custom")  # whose sections lack the keys of `TransformerModel`
+# whose sections have the keys of `TransformerModel`
+TRANSFORMERS = ("vit", "dit", "masked_lm", "causal_lm", "recurrent_lm")
 
 STANDARD_NORMAL = NormalDist()
 PATHS = ("path", "tokenizer")  # keys whose value is, or may be, a path
@@ -185,7 +186,7 @@ def _section_of(name: str) -> type[ModelConfig]:
 
 
 def _known_section(raw: Any) -> ModelConfig:
-    return _model_section(raw, lambda name: KnownModel if name in NO_TRANSFORMERS else KnownTransformer)
+    return _model_section(raw, lambda name: KnownTransformer if name in TRANSFORMERS else KnownModel)
 
 
 def _model_section(raw: Any, section_of: Callable[[str], type[ModelConfig]] = _section_of) -> ModelConfig:

@@ -33,6 +33,7 @@ def is_there(module: str) -> bool:
 
 def imported(module: str, what: str, instead: str = "") -> Any:
     """The module, of one of EXTRAS or below one. Raises DataError, beginning with `what`, without it."""
+    require_package(module.partition(".")[0], what, instead)
     try:
         return importlib.import_module(module)
     except ImportError:

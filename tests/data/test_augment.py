@@ -169,6 +169,8 @@ def test_augmentation_that_cannot_be_done_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match="unknown key 'data.augment'"):
         recipe_with(data={"name": "stdlib_text", "augment": {"flip": True}})
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(DataError, match=r"data.augment.rand_augment_ops needs Pillow.*'lowmem\[data\]'"):
+    with pytest.raises(
+        DataError, match=r"data.augment.rand_augment_ops needs the package Pillow.*'lowmem\[data\]'"
+    ):
         digits(rand_augment_ops=1)
     digits(flip=True).batch(0, 0, 4)

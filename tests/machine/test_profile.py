@@ -27,6 +27,7 @@ EXPECTED = [
     "cpu-16gib",
     "cpu-3gib",
     "cpu-4gib",
+    "cpu-4gib-limit",
     "cpu-8gib",
     "cuda-8gib-host-24gib",
     "gtx-1650-4gb",
