@@ -36,15 +36,20 @@ def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, File
     layouts, shared_layout = layouts_of(model, plan.settings)
     base = base_layout_of(model, plan.settings)
     store = DiskStore(run, layouts_by_key(layouts, shared_layout, base), {})
-    # One buffer for all of them: a freed one may stay in the C library's heap.
+    # One buffer for all of them: a freed one may stay in the C library's heap. It is zero to begin with, and
+    # what is never written of it, the optimizer's state, takes no memory.
     buffer = aligned_buffer(max(layout.total_bytes for layout in store.layouts.values()))
+    written = 0  # bytes from its start on that are not zero now
     seed, given = plan.recipe.train.seed, model.given_weights()
     for block, layers in enumerate(model.block_slices(plan.settings.num_blocks)):
         modules = [(f"layers.{i}", model.layers[i]) for i in layers]
-        _create(store, block_key(block), buffer, model, modules, seed, given)
-    _create(store, SHARED_KEY, buffer, model, model.drawn_modules(), seed, given)
+        buffer[:written].zero_()
+        written = max(written, _create(store, block_key(block), buffer, model, modules, seed, given))
+    buffer[:written].zero_()
+    written = max(written, _create(store, SHARED_KEY, buffer, model, model.drawn_modules(), seed, given))
     if base is not None:
         others = [(name, module) for name, module in model.named_children() if name != "layers"]
+        buffer[:written].zero_()
         _create(store, BASE_KEY, buffer, model, others, seed, given)
     store.close()
     if given is not None:
@@ -60,13 +65,14 @@ def _create(
     modules: list[tuple[str, nn.Module]],
     seed: int,
     given: GivenWeights | None,
-) -> None:
-    """Puts first weights into `buffer` and writes them as the block `key`.
+) -> int:
+    """Puts first weights into `buffer`, which is zero, and writes them as the block `key`.
 
-    They are those `given`, or the modules, by name, draw them.
+    They are those `given`, or the modules, by name, draw them. Returns how many bytes from the buffer's start
+    on may not be zero now.
     """
     layout = store.layouts[key]
-    arena = Arena(layout, buffer.zero_())
+    arena = Arena(layout, buffer)
     views = parameter_views(layout, arena.weights)
     with torch.no_grad():
         if given is not None and all(name in given for name in views):
@@ -90,3 +96,4 @@ def _create(
     if "ema" in arena.state:
         arena.state["ema"].copy_(arena.weights)
     store.write(key, arena.buffer, 0)
+    return layout.total_bytes if "ema" in arena.state else layout.weights_bytes
