@@ -37,19 +37,15 @@ def create_weights(run: RunDir, plan: Plan, model: BlockModel) -> dict[str, File
     base = base_layout_of(model, plan.settings)
     store = DiskStore(run, layouts_by_key(layouts, shared_layout, base), {})
     # One buffer for all of them: a freed one may stay in the C library's heap. It is zero to begin with, and
-    # what is never written of it, the optimizer's state, takes no memory.
+    # what is never written of it, the optimizer's state, takes no memory. `_create` leaves it zero.
     buffer = aligned_buffer(max(layout.total_bytes for layout in store.layouts.values()))
-    written = 0  # bytes from its start on that are not zero now
     seed, given = plan.recipe.train.seed, model.given_weights()
     for block, layers in enumerate(model.block_slices(plan.settings.num_blocks)):
         modules = [(f"layers.{i}", model.layers[i]) for i in layers]
-        buffer[:written].zero_()
-        written = max(written, _create(store, block_key(block), buffer, model, modules, seed, given))
-    buffer[:written].zero_()
-    written = max(written, _create(store, SHARED_KEY, buffer, model, model.drawn_modules(), seed, given))
+        _create(store, block_key(block), buffer, model, modules, seed, given)
+    _create(store, SHARED_KEY, buffer, model, model.drawn_modules(), seed, given)
     if base is not None:
         others = [(name, module) for name, module in model.named_children() if name != "layers"]
-        buffer[:written].zero_()
         _create(store, BASE_KEY, buffer, model, others, seed, given)
     store.close()
     if given is not None:
@@ -65,11 +61,10 @@ def _create(
     modules: list[tuple[str, nn.Module]],
     seed: int,
     given: GivenWeights | None,
-) -> int:
-    """Puts first weights into `buffer`, which is zero, and writes them as the block `key`.
+) -> None:
+    """Puts first weights into `buffer`, which is zero, writes them as the block `key`, and clears it again.
 
-    They are those `given`, or the modules, by name, draw them. Returns how many bytes from the buffer's start
-    on may not be zero now.
+    They are those `given`, or the modules, by name, draw them.
     """
     layout = store.layouts[key]
     arena = Arena(layout, buffer)
@@ -96,4 +91,6 @@ def _create(
     if "ema" in arena.state:
         arena.state["ema"].copy_(arena.weights)
     store.write(key, arena.buffer, 0)
-    return layout.total_bytes if "ema" in arena.state else layout.weights_bytes
+    arena.weights.zero_()
+    if "ema" in arena.state:
+        arena.state["ema"].zero_()
