@@ -15,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+# A plan is made in a child process, which imports this for some seconds, unless it is here already.
+import torch._dynamo  # noqa: F401
+
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.errors import DataError
 from lowmem.machine.detect import detect_profile

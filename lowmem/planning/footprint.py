@@ -16,6 +16,7 @@ from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
 from lowmem.machine.floor import measured_floor_bytes
+from lowmem.machine.pool import pays
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
 from lowmem.planning.duration import Duration, Work, has_rates
@@ -59,6 +60,7 @@ class Predicted(Section):
     by_category: dict[str, int]
     host_by_category: dict[str, int]
     block_peak_bytes: list[int]  # the device's peak while each block is visited
+    pool_bytes: int = 0  # within the activations: what a CPU keeps for the next ones (`machine.pool`)
     traffic: StreamedTraffic | None = None  # None: the model does not stream within a step
     time: Duration | None = None  # None: the profile lacks a rate
     evaluation: Evaluation | None = None  # None: not planned, as where training does not fit
@@ -130,6 +132,7 @@ def _with_growth(setup: Setup, grown: Predicted, alone: Predicted) -> Predicted:
             "host_peak_bytes": larger_on_host.host_peak_bytes,
             "host_by_category": larger_on_host.host_by_category,
             "block_peak_bytes": [max(first, alone.device_peak_bytes), *others],
+            "pool_bytes": max(grown.pool_bytes, alone.pool_bytes),
             "traffic": traffic,
             "time": time,
         }
@@ -139,10 +142,12 @@ def _with_growth(setup: Setup, grown: Predicted, alone: Predicted) -> Predicted:
 def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_bytes: int) -> Predicted:
     passes = _passes(model, setup, counter)
     workspace = _workspace_bytes(setup)  # while an update uses it, no activation is alive
-    # Where units stream, other units are updated while one computes.
+    pool_bytes = _pool_bytes(setup, passes)
+    # Where units stream, other units are updated while one computes. What a pool keeps is there in updates
+    # too.
+    together = setup.by_unit or pool_bytes > 0
     activations = [
-        taken.peak_bytes + workspace if setup.by_unit else max(taken.peak_bytes, workspace)
-        for taken in passes
+        taken.peak_bytes + workspace if together else max(taken.peak_bytes, workspace) for taken in passes
     ]
     borders, traffic, time = BorderBytes(), None, None
     if counter is not None:
@@ -164,9 +169,19 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
         by_category=device,
         host_by_category=host,
         block_peak_bytes=[without_activations + num_bytes for num_bytes in by_block],
+        pool_bytes=pool_bytes,
         traffic=traffic,
         time=time,
     )
+
+
+def _pool_bytes(setup: Setup, passes: list[Pass]) -> int:
+    """The peak of large activations, where a run keeps as much for the next ones."""
+    born = sum(taken.large.born_bytes for taken in passes)
+    operations = sum(sum(taken.work.values()) for taken in passes)
+    if setup.profile.device.type != "cpu" or not pays(born, operations):
+        return 0
+    return max(taken.large.peak_bytes for taken in passes)
 
 
 def _by_block(setup: Setup, activations: list[int]) -> list[int]:

@@ -40,10 +40,21 @@ PROBED = 3  # layers that tell what more of the same take
 PROBED_CHUNKS = 4  # chunks of logits that tell what more of them take
 
 
+class Large(NamedTuple):
+    """Storages that the C library serves from maps of their own (`heap`), of one pass."""
+
+    peak_bytes: int = 0
+    born_bytes: int = 0
+
+    def plus(self, other: Large, count: int = 1) -> Large:
+        return Large(self.peak_bytes + count * other.peak_bytes, self.born_bytes + count * other.born_bytes)
+
+
 class Pass(NamedTuple):
     peak_bytes: int  # beyond weights and gradients
     work: Work  # forward and backward
     forward_work: Work  # of a forward pass alone, where the block streams and makes one; else none
+    large: Large = Large()
 
     def with_more(self, fewer: Pass, count: int) -> Pass:
         """With `count` layers, or chunks of logits, more. Each adds what this pass has beyond one with one
@@ -51,7 +62,8 @@ class Pass(NamedTuple):
         """
         more = {kind: number * count for kind, number in (self.work - fewer.work).items()}
         peak_bytes = self.peak_bytes + count * (self.peak_bytes - fewer.peak_bytes)
-        return Pass(peak_bytes, self.work + Work(more), self.forward_work)
+        large = self.large.plus(self.large.plus(fewer.large, -1), count)
+        return Pass(peak_bytes, self.work + Work(more), self.forward_work, large)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -67,6 +79,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_heap = in_heap
         self.live: int = 0
         self.peak: int = 0
+        self.large = Large()
+        self._large_live: int = 0
         self.work = Work()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in existing:
@@ -91,16 +105,20 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._storages:
             return
         nbytes = storage.nbytes()
-        if self._in_heap and nbytes < MMAP_THRESHOLD_BYTES:
+        large = nbytes if self._in_heap and nbytes >= MMAP_THRESHOLD_BYTES else 0
+        if self._in_heap and not large:
             nbytes = round((1 + GAPS) * nbytes)
 
         def died(_: object) -> None:
             self.live -= nbytes
+            self._large_live -= large
             self._storages.pop(key, None)
 
         self._storages[key] = weakref.ref(storage, died)
         self.live += nbytes
         self.peak = max(self.peak, self.live)
+        self._large_live += large
+        self.large = Large(max(self.large.peak_bytes, self._large_live), self.large.born_bytes + large)
 
 
 @functools.cache
@@ -293,7 +311,7 @@ class PassCounter:
                     "after its gradient is whole: false; set optimizer.during_backward: false"
                 ) from None
             del loss, batch
-        return Pass(bytes_.peak, bytes_.work, Work())
+        return Pass(bytes_.peak, bytes_.work, Work(), bytes_.large)
 
     def _count_streamed(self, layers: range, settings: Settings, first: bool, last: bool) -> Pass:
         objective = self._objective
@@ -314,7 +332,7 @@ class PassCounter:
                 if first:
                     roots = [root for root in objective.enter(batch)[:2] if root.requires_grad]
                     torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
-        return Pass(bytes_.peak, bytes_.work, forward)
+        return Pass(bytes_.peak, bytes_.work, forward, bytes_.large)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

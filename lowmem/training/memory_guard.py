@@ -66,7 +66,9 @@ def smaller(plan: Plan, micro_batch_size: int) -> Plan:
     settings = plan.settings.model_copy(
         update={"micro_batch_size": micro_batch_size, "during_backward": during_backward}
     )
-    return plan.model_copy(update={"settings": settings})
+    share = micro_batch_size / plan.settings.micro_batch_size
+    predicted = plan.predicted.model_copy(update={"pool_bytes": int(share * plan.predicted.pool_bytes)})
+    return plan.model_copy(update={"settings": settings, "predicted": predicted})
 
 
 def next_smaller(micro_batch_size: int) -> int | None:

@@ -21,6 +21,7 @@ from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.errors import DataError
 from lowmem.machine.detect import training_device
 from lowmem.machine.device import is_out_of_memory
+from lowmem.machine.pool import activation_pool
 from lowmem.models.base import BuildModel, check_model
 from lowmem.objectives.base import Batch
 from lowmem.planning.plan import Plan
@@ -74,7 +75,11 @@ class Trainer:
         while True:
             attempt = Attempt(self.run, self.plan, self.model, self.listeners)
             try:
-                with self.device.deterministic(self.recipe.train.deterministic), attempt:
+                with (
+                    self.device.deterministic(self.recipe.train.deterministic),
+                    attempt,
+                    activation_pool(attempt.plan.predicted.pool_bytes),
+                ):
                     state = self._train(attempt, batches)
                 if state.visits_done == self.queue.num_visits:
                     return state

@@ -1,0 +1,268 @@
+"""Memory of large activations on a CPU that is used again, and not given back at every free.
+
+The C library serves a large tensor from a map of its own, which goes back to the system when it is freed (see
+`heap`). The next tensor then starts on pages that the kernel has to clear first: some two microseconds for
+each 4 KiB, a quarter of the time of a step. A pool keeps the maps, and gives one of the same size again. What
+it holds, lent and free together, stays within a limit: the peak of large activations that was planned anyway.
+So a run's peak is as predictable as without a pool.
+
+The pool stands between torch and its operators while it is entered. Operators that can write into a given
+tensor write into one of the pool's. Their kernels are the same, so every bit is. All other operators run as
+they do without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import mmap
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem.machine.heap import MMAP_THRESHOLD_BYTES
+from lowmem.units import PAGE, round_up
+
+# A page that the kernel clears takes as long as this for each byte of it, and an operator that passes through
+# the pool takes so much longer: measured, and rounded against the pool.
+CLEARING_S_PER_BYTE, DISPATCH_S = 0.4e-9, 25e-6
+SPACE = 8  # address space over memory: room for holes whose pages were given back
+MAP_NORESERVE = 0x4000  # mmap(2): Python names it since 3.13
+aten = torch.ops.aten
+Result = tuple[tuple[int, ...], torch.dtype]
+
+
+def pays(cleared_bytes: float, num_operations: float) -> bool:
+    """Whether a pass that allocates so many large bytes, in so many operators, is faster with a pool."""
+    return CLEARING_S_PER_BYTE * cleared_bytes > DISPATCH_S * num_operations
+
+
+def activation_pool(limit_bytes: int) -> contextlib.AbstractContextManager[object]:
+    """A pool to enter, or nothing where the limit is none or the system gives no address space for it."""
+    with contextlib.suppress(OSError):
+        if limit_bytes:
+            return Pool(limit_bytes)
+    return contextlib.nullcontext()
+
+
+class Span(NamedTuple):
+    """A part of the pool's address space."""
+
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.stop - self.start
+
+
+class Holes:
+    """Free spans, none beside another."""
+
+    def __init__(self) -> None:
+        self._stop_of: dict[int, int] = {}
+        self._start_of: dict[int, int] = {}
+
+    def add(self, span: Span) -> None:
+        start, stop = span
+        if start in self._start_of:  # a hole ends where this one begins
+            start = self.remove(Span(self._start_of[start], start)).start
+        if stop in self._stop_of:
+            stop = self.remove(Span(stop, self._stop_of[stop])).stop
+        self._stop_of[start], self._start_of[stop] = stop, start
+
+    def remove(self, span: Span) -> Span:
+        del self._stop_of[span.start], self._start_of[span.stop]
+        return span
+
+    def take(self, num_bytes: int) -> Span | None:
+        """A span of the smallest hole that is large enough."""
+        fitting = [
+            (stop - start, start) for start, stop in self._stop_of.items() if stop - start >= num_bytes
+        ]
+        if not fitting:
+            return None
+        size, start = min(fitting)
+        self.remove(Span(start, start + size))
+        if size > num_bytes:
+            self.add(Span(start + num_bytes, start + size))
+        return Span(start, start + num_bytes)
+
+    def smallest(self) -> Span | None:
+        sizes = [(stop - start, start) for start, stop in self._stop_of.items()]
+        return None if not sizes else Span(min(sizes)[1], sum(min(sizes)))
+
+
+class Pool(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lends memory for large results of the operators that run while it is entered, in this thread.
+
+    `limit_bytes`: of memory that is lent, and of free memory whose pages stay. Only what is lent at once may
+    exceed it.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.limit_bytes = limit_bytes
+        size = round_up(SPACE * limit_bytes, PAGE)
+        self._space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+        self._warm, self._cold = Holes(), Holes()  # with pages, and without
+        self._cold.add(Span(0, size))
+        self.held_bytes = 0  # lent or warm
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch would import its compiler, 70 MiB, to keep it away from here."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        way = WAYS.get(func)
+        if way is None:
+            return func(*args, **kwargs)
+        result_of, write, name = way
+        result = result_of(args, kwargs)
+        out = None if result is None else self.empty(*result)
+        if out is None:
+            return func(*args, **kwargs)
+        write(*args, **kwargs, **{name: out})
+        return out
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A tensor whose memory comes back to the pool when its storage dies. None: the pool has none."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes < MMAP_THRESHOLD_BYTES:
+            return None
+        size = round_up(num_bytes, PAGE)
+        span = self._warm.take(size)
+        if span is None:
+            self.keep_at_most(self.limit_bytes - size)
+            span = self._cold.take(size)
+            if span is None:
+                return None
+            self.held_bytes += size
+        lent = _lent(num_bytes).from_buffer(self._space, span.start)  # lives as long as the storage
+        lent.give_back = functools.partial(self._take_back, span)
+        return torch.frombuffer(lent, dtype=dtype).view(shape)
+
+    def keep_at_most(self, limit_bytes: int) -> None:
+        """Gives pages of free memory back to the system until no more is held, or all is lent."""
+        while self.held_bytes > limit_bytes:
+            hole = self._warm.smallest()
+            if hole is None:
+                return
+            self._warm.remove(hole)
+            kept = max(hole.num_bytes - (self.held_bytes - limit_bytes), 0) // PAGE * PAGE
+            given = Span(hole.start + kept, hole.stop)
+            if kept:
+                self._warm.add(Span(hole.start, given.start))
+            self._space.madvise(mmap.MADV_DONTNEED, given.start, given.num_bytes)
+            self._cold.add(given)
+            self.held_bytes -= given.num_bytes
+
+    def _take_back(self, span: Span) -> None:
+        self._warm.add(span)
+        self.keep_at_most(self.limit_bytes)
+
+
+@functools.cache
+def _lent(num_bytes: int) -> Any:
+    """The type of a buffer of that size: it tells its pool when nothing reads or writes it any more."""
+
+    class Lent(ctypes.c_ubyte * num_bytes):  # type: ignore[misc]
+        give_back: Callable[[], None]
+
+        def __del__(self) -> None:
+            self.give_back()
+
+    return Lent
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Operators: what the result is, where it is known to be contiguous, and the form that writes it
+
+
+def _falls(tensor: Tensor) -> bool:
+    """Whether the strides fall from the first dimension to the last, but for those that do not count."""
+    last = None
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 1 or stride == 0:
+            continue
+        if last is not None and stride > last:
+            return False
+        last = stride
+    return True
+
+
+def _elementwise(args: Any, kwargs: Any) -> Result | None:
+    """Of tensors of one dtype, and numbers. The result has the largest one's shape, and is contiguous where
+    all strides fall.
+    """
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    largest = max(tensors, key=Tensor.numel)
+    if largest.device.type != "cpu" or not largest.is_floating_point():
+        return None
+    for tensor in tensors:
+        if tensor.dtype != largest.dtype or not _falls(tensor) or tensor.ndim > largest.ndim:
+            return None
+        if any(
+            a not in (1, b) for a, b in zip(reversed(tensor.shape), reversed(largest.shape), strict=False)
+        ):
+            return None
+    return tuple(largest.shape), largest.dtype
+
+
+def _product(args: Any, kwargs: Any) -> Result | None:
+    *_, a, b = args
+    return ((*a.shape[:-1], b.shape[-1]), a.dtype) if a.device.type == "cpu" else None
+
+
+def _joined(args: Any, kwargs: Any) -> Result | None:
+    """Of `cat`: contiguous tensors of one dtype and as many dimensions."""
+    tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    first = tensors[0]
+    if any(t.dtype != first.dtype or t.ndim != first.ndim or not t.is_contiguous() for t in tensors):
+        return None
+    if first.device.type != "cpu" or not first.dtype.is_floating_point:
+        return None
+    shape = list(first.shape)
+    shape[dim] = sum(t.shape[dim] for t in tensors)
+    return tuple(shape), first.dtype
+
+
+def _copied(args: Any, kwargs: Any) -> Result | None:
+    source = args[0]
+    kept = kwargs.get("memory_format") in (None, torch.preserve_format) and not source.is_contiguous()
+    return None if kept or source.device.type != "cpu" else (tuple(source.shape), source.dtype)
+
+
+def _copy(source: Tensor, *, out: Tensor, **_: Any) -> None:
+    out.copy_(source)
+
+
+def _ways() -> dict[Any, tuple[Callable[[Any, Any], Result | None], Callable[..., Any], str]]:
+    """By operator: its result, what writes it, and the name of the tensor that is written."""
+    ways: dict[Any, Any] = {}
+    for name in ("add", "sub", "mul", "div"):
+        packet = getattr(aten, name)
+        ways[packet.Tensor] = _elementwise, packet.out, "out"
+    for name in ("gelu", "silu", "sigmoid", "tanh", "exp", "neg", "rsqrt", "sqrt"):
+        packet = getattr(aten, name)
+        ways[packet.default] = _elementwise, packet.out, "out"
+    for name in ("gelu_backward", "silu_backward"):
+        packet = getattr(aten, name)
+        ways[packet.default] = _elementwise, packet.grad_input, "grad_input"
+    for name in ("mm", "addmm", "bmm"):
+        packet = getattr(aten, name)
+        ways[packet.default] = _product, packet.out, "out"
+    ways[aten.pow.Tensor_Scalar] = _elementwise, aten.pow.Tensor_Scalar_out, "out"
+    ways[aten.cat.default] = _joined, aten.cat.out, "out"
+    ways[aten.clone.default] = _copied, _copy, "out"
+    return ways
+
+
+WAYS = _ways()
