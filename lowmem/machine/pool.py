@@ -42,7 +42,7 @@ def pays(cleared_bytes: float, num_operations: float) -> bool:
     return CLEARING_S_PER_BYTE * cleared_bytes > DISPATCH_S * num_operations
 
 
-def activation_pool(limit_bytes: int) -> contextlib.AbstractContextManager[object]:
+def activation_pool(limit_bytes: int) -> contextlib.AbstractContextManager[Pool | None]:
     """A pool to enter, or nothing where the limit is none or the system gives no address space for it."""
     with contextlib.suppress(OSError):
         if limit_bytes:

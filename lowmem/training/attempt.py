@@ -34,6 +34,7 @@ from lowmem.machine.device import Later
 from lowmem.machine.environment import read_environment
 from lowmem.machine.heap import give_back_freed
 from lowmem.machine.monitor import Monitor, sample_fields
+from lowmem.machine.pool import Pool, activation_pool
 from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan, check_continues, read_plan
 from lowmem.planning.settings import COMPUTE_DTYPE, base_layout_of, layouts_of, units_of
@@ -106,6 +107,9 @@ class Attempt:
         self.sweeps: SweepStream | None = None
         self.borders: Borders | None = None
         self.grown = True  # all blocks are trained; before, the first is the whole model (`blocks.grow_at`)
+        self.pool: Pool | None = (
+            None  # lends memory to all operators of this thread while the attempt is open
+        )
         self.visit: Visit | None = None  # under way
         self._late: deque[tuple[dict[str, Any], Later]] = deque()  # steps and their losses
         self._checked = False  # whether the content of the committed files is known to be right
@@ -131,6 +135,7 @@ class Attempt:
             self.clock = Clock(**self.state.time)
             if not self.finished:
                 self._open_stream(opened)
+                self.pool = opened.enter_context(activation_pool(self.plan.predicted.pool_bytes))
             self._closing = opened.pop_all()
         return self
 

@@ -21,7 +21,6 @@ from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.errors import DataError
 from lowmem.machine.detect import training_device
 from lowmem.machine.device import is_out_of_memory
-from lowmem.machine.pool import activation_pool
 from lowmem.models.base import BuildModel, check_model
 from lowmem.objectives.base import Batch
 from lowmem.planning.plan import Plan
@@ -75,11 +74,7 @@ class Trainer:
         while True:
             attempt = Attempt(self.run, self.plan, self.model, self.listeners)
             try:
-                with (
-                    self.device.deterministic(self.recipe.train.deterministic),
-                    attempt,
-                    activation_pool(attempt.plan.predicted.pool_bytes),
-                ):
+                with self.device.deterministic(self.recipe.train.deterministic), attempt:
                     state = self._train(attempt, batches)
                 if state.visits_done == self.queue.num_visits:
                     return state
@@ -141,6 +136,8 @@ class Trainer:
     def _store(self, attempt: Attempt, visit: Visit, mean_loss: float, buffers: dict[int, Tensor]) -> None:
         """Hands the visit's blocks to the writer. `attempt.state` is then what will be committed."""
         attempt.state = attempt.next_state(visit, mean_loss, self.objective.health())
+        if attempt.pool is not None:
+            attempt.pool.keep_at_most(0)  # the copies that are written take memory of their own
         start, grows = time.perf_counter(), visit.index + 1 == self.queue.grow_visits
         attempt.stream.store(
             buffers,
