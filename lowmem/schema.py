@@ -143,7 +143,7 @@ def names_in(kind: str) -> list[str]:
 def find_file(name: str | os.PathLike[str], kind: str, what: str, error: type[LowmemError]) -> Path:
     """The file of a name among the package's profiles, or of a path. Raises `error` when there is none."""
     path = Path(expanded(os.fspath(name), what, error))
-    if path.suffix in (".yaml", ".yml") or os.sep in str(name):
+    if path.suffix or os.sep in str(name):
         try:
             if path.is_file():
                 return path

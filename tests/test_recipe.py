@@ -329,6 +329,7 @@ def test_the_borders_of_those_rules_are_allowed(recipe_path: Path) -> None:
 def test_an_unknown_recipe_is_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
     assert "did you mean 'digits-vit'?" in message(Path("digits-vitt"))
     assert "no file" in message(tmp_path / "none.yaml")
+    assert "no file 'notes.txt'" in message(Path("notes.txt"))  # no name has an ending
 
 
 def test_a_recipe_is_called_by_its_stem() -> None:
