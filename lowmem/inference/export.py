@@ -24,6 +24,7 @@ from lowmem.inference.export_adapter import (
     peft_names,
 )
 from lowmem.inference.frozen_run import FrozenRun, open_run
+from lowmem.models.base import BuildModel
 from lowmem.models.huggingface.folder import CONFIG, read_config
 from lowmem.models.huggingface.model import HuggingfaceLm
 from lowmem.planning.settings import base_layout_of
@@ -40,7 +41,12 @@ BESIDE = (
 )
 
 
-def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str], merge: bool = False) -> Path:
+def export_run(
+    run_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    merge: bool = False,
+    build_model: BuildModel | None = None,
+) -> Path:
     """Writes the last commit's weights, or their average where one is kept, to a new folder. Returns it.
 
     Optimizer state is left out. Blocks that stay on the device in training are all in memory, else one at a
@@ -48,11 +54,12 @@ def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str], mer
     all files' tensors together. A decoder from a Hugging Face folder becomes such a folder again, with its
     names, config.json and tokenizer: `from_pretrained` loads it. Of a run that trained an adapter it is
     peft's folder of the adapter alone, or with `merge` the whole model with the adapter in its weights.
+    `build_model`: of a model of your own (`custom`).
     Raises ResumeError if the folder holds no run, ConfigError if `out` exists or cannot be made, or for
     `merge` of a run without an adapter.
     """
     folder = Path(out)
-    with open_run(run_dir) as frozen, torch.no_grad():
+    with open_run(run_dir, build_model=build_model) as frozen, torch.no_grad():
         if merge and not is_adapted(frozen):
             raise ConfigError("--merge: found a run without an adapter; leave it out")
         try:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lowmem.blocks.unit_stream import unit_bytes
 from lowmem.models.base import BlockModel
 from lowmem.objectives.base import Objective
+from lowmem.objectives.given_loss import GivenLoss
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.objectives.masked import MaskedDenoising
@@ -226,7 +227,7 @@ def _demand(model: BlockModel, setup: Setup, counter: PassCounter, num_samples: 
     waits = 0
     if setup.streams:
         waits = sum(counter.waiting(setup.settings)) // setup.settings.micro_batch_size
-    if isinstance(objective, NextTokens):
+    if isinstance(objective, NextTokens | GivenLoss):
         return Demand(1, waits, item)
     if isinstance(objective, TokenDenoising):
         length, (_, dim) = item // 8, objective.target_shape()
