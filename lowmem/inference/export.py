@@ -52,8 +52,9 @@ def export_run(
     Optimizer state is left out. Blocks that stay on the device in training are all in memory, else one at a
     time; nothing is copied to be written. Names are the model's own: `build_model().load_state_dict` takes
     all files' tensors together. A decoder from a Hugging Face folder becomes such a folder again, with its
-    names, config.json and tokenizer: `from_pretrained` loads it. Of a run that trained an adapter it is
-    peft's folder of the adapter alone, or with `merge` the whole model with the adapter in its weights.
+    names, config.json and tokenizer: `from_pretrained` loads it. Only one whose blocks were trained alone
+    does not, because its layers do not follow each other. Of a run that trained an adapter it is peft's
+    folder of the adapter alone, or with `merge` the whole model with the adapter in its weights.
     `build_model`: of a model of your own (`custom`).
     Raises ResumeError if the folder holds no run, ConfigError if `out` exists or cannot be made, or for
     `merge` of a run without an adapter.
@@ -87,7 +88,8 @@ def _write_weights(folder: Path, frozen: FrozenRun) -> None:
     base = base_layout_of(model, frozen.plan.settings)
     shared = None if is_adapted(frozen) else frozen.shared_layout
     count = len(frozen.blocks) + (base is not None) + (shared is not None)
-    library = model if isinstance(model, HuggingfaceLm) else None
+    # Blocks that were trained alone are not one after the other what `from_pretrained` would take them for.
+    library = model if isinstance(model, HuggingfaceLm) and model.whole else None
     names = {} if library is None else library.file_names()
     adapter = adapter_weights(frozen) if is_adapted(frozen) else {}
 

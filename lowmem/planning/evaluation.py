@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lowmem.blocks.unit_stream import unit_bytes
 from lowmem.models.base import BlockModel
 from lowmem.objectives.base import Objective
+from lowmem.objectives.block_tokens import BlockTokens
 from lowmem.objectives.given_loss import GivenLoss
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.labels import LabelDenoising
@@ -227,6 +228,10 @@ def _demand(model: BlockModel, setup: Setup, counter: PassCounter, num_samples: 
     waits = 0
     if setup.streams:
         waits = sum(counter.waiting(setup.settings)) // setup.settings.micro_batch_size
+    if isinstance(objective, BlockTokens):
+        length, (_, dim) = model.example_batch(1)["labels"].numel(), objective.target_shape()
+        # of the block that passes both features, with the true tokens and with another's; and their mean
+        return Demand(2 * num_blocks, item + 12 * length * dim, 0, row=length * dim)
     if isinstance(objective, NextTokens | GivenLoss):
         return Demand(1, waits, item)
     if isinstance(objective, TokenDenoising):
