@@ -93,8 +93,8 @@ def _write_weights(folder: Path, frozen: FrozenRun) -> None:
     names = {} if library is None else library.file_names()
     adapter = adapter_weights(frozen) if is_adapted(frozen) else {}
 
-    def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
-        views = parameter_views(layout, Arena(layout, buffer).result)
+    def save(number: int, key: str, layout: ArenaLayout, weights: torch.Tensor) -> None:
+        views = parameter_views(layout, weights)
         if library is not None and adapter:
             views = merged(library, library.whole_weights(views, frozen.dtype), adapter)
         views = {names.get(name, name): view for name, view in views.items()}
@@ -104,12 +104,14 @@ def _write_weights(folder: Path, frozen: FrozenRun) -> None:
 
     for block in frozen.blocks:
         buffer = stream.load(block)
-        save(block + 1, block_key(block), frozen.layouts[block], buffer)
+        layout = frozen.layouts[block]
+        save(block + 1, block_key(block), layout, Arena(layout, buffer).result)
         stream.release(block, buffer)
     if base is not None:
-        save(len(frozen.blocks) + 1, BASE_KEY, base, stream.load_whole(BASE_KEY, base))
+        weights = Arena(base, stream.load_whole(BASE_KEY, base)).weights
+        save(len(frozen.blocks) + 1, BASE_KEY, base, weights)
     if shared is not None:
-        save(count, "shared", shared, stream.load_shared())
+        save(count, "shared", shared, stream.load_shared_result())
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     _write(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     if library is not None:

@@ -116,7 +116,8 @@ class FrozenRun:
             opened.callback(self.stream.close)
             if self.units is not None:
                 opened.callback(self.units.close)
-            self._bind(self.shared_layout, self.stream.load_shared())
+            shared = computing(self.stream.load_shared_result(), self.dtype)
+            bind(self.model, parameter_views(self.shared_layout, shared), None)
             bind_base(self.stream, self.model, plan)
             self._closing = opened.pop_all()
 

@@ -183,7 +183,8 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     kept = {name: num_bytes for name, num_bytes in training.items() if name not in gone}
     snapshot = setup.snapshot_bytes if setup.profile.unified else 0
     kept["staging"] -= snapshot
-    kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel
+    of_updates = setup.shared.total_bytes - setup.shared.result[2]  # only the weights to use are read
+    kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel + of_updates
     if setup.streams:  # no layer stays, and none is updated
         prefetch = setup.recipe.offload.prefetch
         frozen = unit_bytes(setup.units, frozenset(), prefetch)

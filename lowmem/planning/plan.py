@@ -266,7 +266,8 @@ def _first_that_fits(candidates: Iterable[list[Settings]], planned: Callable[...
             if plan.fits:
                 return plan
         refused.append((plan, counted))
-    plan, counted = min(refused, key=lambda pair: _excess(pair[0]))
+    # Of equal bounds the last is the leanest, because what was not counted makes no difference in them.
+    plan, counted = min(reversed(refused), key=lambda pair: _excess(pair[0]))
     return plan if counted else planned(plan.settings)
 
 
