@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lowmem.machine.profile import list_profiles as list_profiles
     from lowmem.machine.profile import load_profile as load_profile
     from lowmem.models.base import BlockModel as BlockModel
+    from lowmem.models.wrapped import wrap as wrap
     from lowmem.objectives.base import Objective as Objective
     from lowmem.objectives.images import ImageDenoising as ImageDenoising
     from lowmem.objectives.labels import LabelDenoising as LabelDenoising
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from lowmem.recipe import list_recipes as list_recipes
     from lowmem.recipe import load_recipe as load_recipe
     from lowmem.recipe import recipe_from_dict as recipe_from_dict
+    from lowmem.reporting.dashboard import live_view as live_view
     from lowmem.reporting.page import write_page as write_page
     from lowmem.reporting.report import Report as Report
     from lowmem.reporting.report import read_report as read_report
@@ -85,6 +87,7 @@ _HOME = {
     "finetune": "lowmem.finetuning",
     "list_profiles": "lowmem.machine.profile",
     "list_recipes": "lowmem.recipe",
+    "live_view": "lowmem.reporting.dashboard",
     "load_profile": "lowmem.machine.profile",
     "load_recipe": "lowmem.recipe",
     "make_plan": "lowmem.planning.plan",
@@ -96,6 +99,7 @@ _HOME = {
     "sample_run": "lowmem.inference.generate",
     "train": "lowmem.job",
     "verify_run": "lowmem.blocks.verify",
+    "wrap": "lowmem.models.wrapped",
     "write_page": "lowmem.reporting.page",
 }
 __all__ = sorted(_HOME)

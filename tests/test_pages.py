@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -122,18 +119,3 @@ def test_every_recipe_that_a_page_trains_or_plans_is_there(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_no_page_names_a_path_of_somebodys_machine(page: Path) -> None:
     assert not MACHINE.search(text_of(page))
-
-
-def test_the_example_of_a_users_own_model_trains_goes_on_and_reads_its_weights_back(tmp_path: Path) -> None:
-    script, run_dir = str(ROOT / "examples" / "own_model.py"), str(tmp_path / "own")
-    command = [sys.executable, script, "--steps", "10", "--run-dir", run_dir]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    shown = []
-    for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        shown.append(done.stdout)
-    digests = [re.findall(r"^digest +(\w{64})$", out, re.MULTILINE) for out in shown]
-    assert digests[0] and digests[0] == digests[1], "the second call finds the finished run"
-    assert all("3 of 3 visits, 10 of 10 steps of each of 3 blocks" in out for out in shown)
-    assert re.search(r"accuracy of block 0 alone on new points: \d+\.\d%", shown[0])

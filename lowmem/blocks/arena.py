@@ -163,6 +163,14 @@ class ArenaLayout:
     def state_bytes(self) -> int:
         return self.total_bytes - self.weights_bytes
 
+    @property
+    def result(self) -> tuple[torch.dtype, int, int]:
+        """(dtype, first byte, bytes) of the flat weights to use: their average where one is kept."""
+        if "ema" not in self.fields:
+            return self.weights_dtype, 0, self.weights_bytes
+        field, first = self.fields["ema"]
+        return field.dtype, first, field.numel * field.dtype.itemsize
+
     def header(self) -> bytes:
         """The file's safetensors header, padded with spaces so that the data begin on a page.
 

@@ -25,6 +25,7 @@ from lowmem.blocks.run_dir import FileRecord
 from lowmem.blocks.staging import SlotPool, ring_bytes
 from lowmem.blocks.store import Store
 from lowmem.blocks.traffic import Traffic, TransferTimes
+from lowmem.blocks.unit import Pages
 from lowmem.machine.device import Device
 
 HOST_SLOTS = 3  # on a CPU, at most: one in compute, one being filled, one being written
@@ -115,6 +116,18 @@ class BlockStream:
         """
         self.finish()  # it may still be being written
         return self.load_whole(SHARED_KEY, self.shared_layout)
+
+    def load_shared_result(self) -> Tensor:
+        """Returns the shared part's weights to use, flat, in new memory on the device, without the rest.
+
+        Raises StoreError.
+        """
+        self.finish()
+        dtype, first, num_bytes = self.shared_layout.result
+        pages = Pages(first, first + num_bytes)
+        buffer = aligned_buffer(pages.num_bytes)
+        self.block_store.read_pages(SHARED_KEY, [(pages, buffer)], False)
+        return pages.of(buffer, dtype).to(self.device.torch)
 
     def load_whole(self, key: str, layout: ArenaLayout) -> Tensor:
         """Returns the bytes of what is no block in a new buffer on the device. Raises StoreError."""

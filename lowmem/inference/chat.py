@@ -18,6 +18,7 @@ from lowmem.errors import ConfigError
 from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.inference.sampling import Draw
 from lowmem.models.huggingface.model import HuggingfaceLm
+from lowmem.objectives.base import Entered
 from lowmem.objectives.next_tokens import Calls, NextTokens
 from lowmem.schedule import mix_seed
 from lowmem.units import format_bytes
@@ -67,9 +68,7 @@ def answer(frozen: FrozenRun, prompt: Tensor, num_tokens: int, draw: Draw, ends:
         positions = torch.arange(fed, fed + new.shape[1], device=new.device)[None].expand_as(new)
         h, calls = model.way_in({"tokens": new, "positions": positions}, cache)
         kept, cond = Calls(calls), h.new_zeros(len(h), 1, 1)
-        for layers in frozen.passed():
-            h = objective.through(layers, h, cond, kept)
-        logits = model.logits(model.output_part(h[:, -1:], cond)[:, 0]).float()
+        logits = model.logits(_features(frozen, objective, Entered(h, cond, kept))[:, 0]).float()
         fed += new.shape[1]
         following = draw.token(logits, generator)
         new = torch.where(done.to(following.device), out[-1] if out else following, following)
@@ -78,6 +77,20 @@ def answer(frozen: FrozenRun, prompt: Tensor, num_tokens: int, draw: Draw, ends:
         if bool(done.all()):
             break
     return torch.cat(out, 1)
+
+
+def _features(frozen: FrozenRun, objective: NextTokens, entered: Entered) -> Tensor:
+    """[B, 1, D] of the last token: after all layers, or the mean of blocks that were trained alone."""
+    h, cond, kept = entered
+    if frozen.plan.recipe.method == "end_to_end":
+        for layers in frozen.passed():
+            h = objective.through(layers, h, cond, kept)
+        return objective.model.output_part(h[:, -1:], cond)
+    of_block = [
+        objective.model.output_part(objective.through(layers, h, cond, kept)[:, -1:], cond)
+        for _, layers in frozen.walk(frozen.blocks)
+    ]
+    return torch.stack(of_block).mean(0)
 
 
 def _require_room(frozen: FrozenRun, model: HuggingfaceLm, rows: int, length: int) -> None:

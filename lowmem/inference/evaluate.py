@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from lowmem.data.config import TextConfig
 from lowmem.data.datasets import Dataset, DataSpec, describe_data, load_data
+from lowmem.data.given import test_part
 from lowmem.errors import ConfigError
 from lowmem.files import printable
 from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.inference.kinds import kind_of
 from lowmem.inference.progress import Progress, Say, silent
+from lowmem.models.base import BuildModel
 from lowmem.planning.plan import Plan
 from lowmem.planning.run_data import own_data, spec_of, tokenizer_of
 from lowmem.recipe import with_data
@@ -25,22 +27,31 @@ from lowmem.units import format_bytes
 
 
 def evaluate_run(
-    run_dir: str | os.PathLike[str], data: Sequence[str] | None = None, say: Say = silent
+    run_dir: str | os.PathLike[str],
+    data: Sequence[str] | Iterable[object] | None = None,
+    say: Say = silent,
+    build_model: BuildModel | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run's last commit on its test data.
 
     They hold `metric`, `value`, `per_block`, `levels`, and for discrete targets `sigma_max_ce`. `data` are
     `key=value` overrides of the recipe's data section, to evaluate on other data; text is read with the run's
-    own tokenizer. `say` is given a line every few seconds, with the share
-    of the present stage that is done.
+    own tokenizer. Of a model of your own (`build_model`) they are batches, as `Trainer.fit` takes them from a
+    DataLoader. `say` is given a line every few seconds, with the share of the present stage that is done.
 
     Raises ResumeError if the folder holds no run, StoreError if a file is torn, DataError if the data cannot
     be read, ConfigError if the other data are not of the shape, classes or vocabulary that the run was
     trained on.
     """
-    with open_run(run_dir) as frozen, torch.no_grad():
-        data_set = _other_data(frozen.plan, data) if data else own_data(frozen.plan)
-        return _evaluated(frozen, data_set, say)
+    with open_run(run_dir, build_model=build_model) as frozen, torch.no_grad():
+        return _evaluated(frozen, _data_set(frozen.plan, data, build_model is not None), say)
+
+
+def _data_set(plan: Plan, data: Sequence[str] | Iterable[object] | None, own_model: bool) -> Dataset:
+    if own_model:
+        return test_part(() if data is None else data)
+    given = [str(each) for each in data or ()]
+    return _other_data(plan, given) if given else own_data(plan)
 
 
 def evaluate_on(run_dir: str | os.PathLike[str], data: Dataset, say: Say = silent) -> dict[str, Any]:

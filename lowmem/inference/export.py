@@ -24,6 +24,7 @@ from lowmem.inference.export_adapter import (
     peft_names,
 )
 from lowmem.inference.frozen_run import FrozenRun, open_run
+from lowmem.models.base import BuildModel
 from lowmem.models.huggingface.folder import CONFIG, read_config
 from lowmem.models.huggingface.model import HuggingfaceLm
 from lowmem.planning.settings import base_layout_of
@@ -40,19 +41,26 @@ BESIDE = (
 )
 
 
-def export_run(run_dir: str | os.PathLike[str], out: str | os.PathLike[str], merge: bool = False) -> Path:
+def export_run(
+    run_dir: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    merge: bool = False,
+    build_model: BuildModel | None = None,
+) -> Path:
     """Writes the last commit's weights, or their average where one is kept, to a new folder. Returns it.
 
     Optimizer state is left out. Blocks that stay on the device in training are all in memory, else one at a
     time; nothing is copied to be written. Names are the model's own: `build_model().load_state_dict` takes
     all files' tensors together. A decoder from a Hugging Face folder becomes such a folder again, with its
-    names, config.json and tokenizer: `from_pretrained` loads it. Of a run that trained an adapter it is
-    peft's folder of the adapter alone, or with `merge` the whole model with the adapter in its weights.
+    names, config.json and tokenizer: `from_pretrained` loads it. Only one whose blocks were trained alone
+    does not, because its layers do not follow each other. Of a run that trained an adapter it is peft's
+    folder of the adapter alone, or with `merge` the whole model with the adapter in its weights.
+    `build_model`: of a model of your own (`custom`).
     Raises ResumeError if the folder holds no run, ConfigError if `out` exists or cannot be made, or for
     `merge` of a run without an adapter.
     """
     folder = Path(out)
-    with open_run(run_dir) as frozen, torch.no_grad():
+    with open_run(run_dir, build_model=build_model) as frozen, torch.no_grad():
         if merge and not is_adapted(frozen):
             raise ConfigError("--merge: found a run without an adapter; leave it out")
         try:
@@ -80,12 +88,13 @@ def _write_weights(folder: Path, frozen: FrozenRun) -> None:
     base = base_layout_of(model, frozen.plan.settings)
     shared = None if is_adapted(frozen) else frozen.shared_layout
     count = len(frozen.blocks) + (base is not None) + (shared is not None)
-    library = model if isinstance(model, HuggingfaceLm) else None
+    # Blocks that were trained alone are not one after the other what `from_pretrained` would take them for.
+    library = model if isinstance(model, HuggingfaceLm) and model.whole else None
     names = {} if library is None else library.file_names()
     adapter = adapter_weights(frozen) if is_adapted(frozen) else {}
 
-    def save(number: int, key: str, layout: ArenaLayout, buffer: torch.Tensor) -> None:
-        views = parameter_views(layout, Arena(layout, buffer).result)
+    def save(number: int, key: str, layout: ArenaLayout, weights: torch.Tensor) -> None:
+        views = parameter_views(layout, weights)
         if library is not None and adapter:
             views = merged(library, library.whole_weights(views, frozen.dtype), adapter)
         views = {names.get(name, name): view for name, view in views.items()}
@@ -95,12 +104,14 @@ def _write_weights(folder: Path, frozen: FrozenRun) -> None:
 
     for block in frozen.blocks:
         buffer = stream.load(block)
-        save(block + 1, block_key(block), frozen.layouts[block], buffer)
+        layout = frozen.layouts[block]
+        save(block + 1, block_key(block), layout, Arena(layout, buffer).result)
         stream.release(block, buffer)
     if base is not None:
-        save(len(frozen.blocks) + 1, BASE_KEY, base, stream.load_whole(BASE_KEY, base))
+        weights = Arena(base, stream.load_whole(BASE_KEY, base)).weights
+        save(len(frozen.blocks) + 1, BASE_KEY, base, weights)
     if shared is not None:
-        save(count, "shared", shared, stream.load_shared())
+        save(count, "shared", shared, stream.load_shared_result())
     total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     _write(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     if library is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem.blocks.arena import Arena, parameter_views
+from lowmem.blocks.arena import parameter_views
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.models.huggingface.model import ADAPTER, HuggingfaceLm
 
@@ -17,8 +17,7 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 def adapter_weights(frozen: FrozenRun) -> dict[str, Tensor]:
     """The adapter's matrices, by the names of here."""
-    layout = frozen.shared_layout
-    return parameter_views(layout, Arena(layout, frozen.stream.load_shared()).result)
+    return parameter_views(frozen.shared_layout, frozen.stream.load_shared_result())
 
 
 def peft_names(model: HuggingfaceLm, names: list[str]) -> dict[str, str]:

@@ -18,13 +18,13 @@ from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.blocks.unit_stream import UnitStream
 from lowmem.data.text import TextConfig
 from lowmem.data.tokenizer import NO_FILES
-from lowmem.errors import DataError, ResumeError
+from lowmem.errors import ConfigError, DataError, ResumeError
 from lowmem.files import printable
 from lowmem.inference.progress import Say, silent
 from lowmem.machine.detect import training_device
 from lowmem.machine.heap import give_back_freed
 from lowmem.models import model_builder
-from lowmem.models.base import BlockModel, BuildModel
+from lowmem.models.base import BlockModel, BuildModel, num_weights
 from lowmem.noise import block_of, boundaries, sampler_grid
 from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.evaluation import Evaluation
@@ -32,6 +32,7 @@ from lowmem.planning.footprint import without_headroom
 from lowmem.planning.plan import Plan, evaluation_of, read_plan
 from lowmem.planning.run_data import require_sources, spec_of
 from lowmem.planning.settings import COMPUTE_DTYPE, layouts_of, units_of
+from lowmem.recipe import CustomModel
 from lowmem.training.open_run import bind_base, open_stream
 from lowmem.units import shown
 
@@ -40,19 +41,28 @@ ModelT = TypeVar("ModelT", bound=BlockModel)
 ObjectiveT = TypeVar("ObjectiveT", bound=Objective[Any, Any])
 
 
-def open_run(run_dir: str | os.PathLike[str], for_drawing: bool = False) -> FrozenRun:
+def open_run(
+    run_dir: str | os.PathLike[str], for_drawing: bool = False, build_model: BuildModel | None = None
+) -> FrozenRun:
     """A run's last commit, opened from its folder alone: neither its data nor the network are used.
 
     `for_drawing`: a causal model needs every block for every token, so blocks that were trained alone stay on
-    the device if the budget holds them all. Other models stream for every token. Raises
-    ResumeError if the folder holds no run, StoreError if a file is damaged, DataError if it names data of
-    this machine and no fingerprint of them.
+    the device if the budget holds them all. Other models stream for every token. `build_model`: of a model of
+    the user's own, which its folder does not tell. Raises ResumeError if the folder holds no run, StoreError
+    if a file is damaged, DataError if it names data of this machine and no fingerprint of them, ConfigError
+    if `build_model` is missing, or builds another model than the one that was trained.
     """
     run = RunDir(run_dir)
     plan = read_plan(run)
     _require_fingerprint(plan, run)
     require_sources(plan)
-    return FrozenRun(run, plan, model_builder(plan.recipe, spec_of(plan)), for_drawing)
+    if isinstance(plan.recipe.model, CustomModel) == (build_model is None):
+        found, what = ("none", "give one") if build_model is None else ("one", "leave it out")
+        raise ConfigError(
+            f"run folder {run.path}: build_model: found {found}, with model.name '{plan.recipe.model.name}'; "
+            f"allowed: one for 'custom', which the folder does not tell, and none for others; {what}"
+        )
+    return FrozenRun(run, plan, build_model or model_builder(plan.recipe, spec_of(plan)), for_drawing)
 
 
 def _require_fingerprint(plan: Plan, run: RunDir) -> None:
@@ -65,6 +75,16 @@ def _require_fingerprint(plan: Plan, run: RunDir) -> None:
         raise DataError(
             f"{printable(run.plan_path)}: names '{shown(path, 100)}' and no fingerprint of the data; "
             "allowed: both; if the run is yours, its train command, given again, records it"
+        )
+
+
+def _require_same(model: BlockModel, plan: Plan) -> None:
+    """Raises ConfigError where `build_model` builds a model of another size than the one that was trained."""
+    found = num_weights(model, model.named_parameters())
+    if found != plan.num_parameters:
+        raise ConfigError(
+            f"build_model: found a model of {found} parameters; allowed: {plan.num_parameters}, as the "
+            "run's; give the function that the run was trained with"
         )
 
 
@@ -96,7 +116,8 @@ class FrozenRun:
             opened.callback(self.stream.close)
             if self.units is not None:
                 opened.callback(self.units.close)
-            self._bind(self.shared_layout, self.stream.load_shared())
+            shared = computing(self.stream.load_shared_result(), self.dtype)
+            bind(self.model, parameter_views(self.shared_layout, shared), None)
             bind_base(self.stream, self.model, plan)
             self._closing = opened.pop_all()
 
@@ -109,6 +130,7 @@ class FrozenRun:
         self.dtype = COMPUTE_DTYPE[plan.settings.precision]
         with torch.device("meta"):
             self.model = build_model()
+        _require_same(self.model, plan)
         self.model.eval()
         self.objective = self.model.make_objective(plan.noise)
         self.slices = self.model.block_slices(plan.settings.num_blocks)

@@ -13,6 +13,7 @@ from lowmem.errors import ConfigError, DataError
 from lowmem.inference.frozen_run import FrozenRun, open_run, spans
 from lowmem.inference.kinds import kind_of
 from lowmem.inference.sampling import Draw, rows_at_once
+from lowmem.models.base import BuildModel
 from lowmem.planning.run_data import tokenizer_of
 from lowmem.reporting.output import check_output, write_output
 from lowmem.schedule import mix_seed
@@ -41,14 +42,15 @@ def sample_run(
     num: int | None = None,
     seed: int = 0,
     text: TextSettings | None = None,
+    build_model: BuildModel | None = None,
 ) -> Path:
     """Samples of a run's last commit, `num` of them, in a file. Returns its path.
 
-    Images make a PNG, one class to a column; latents a .npy file; text a text file. Raises ResumeError if the
-    folder holds no run, ConfigError if its model makes nothing, DataError if the prompt has unknown
-    characters.
+    Images make a PNG, one class to a column; latents a .npy file; text a text file. `build_model`: of a model
+    of your own, which draws images. Raises ResumeError if the folder holds no run, ConfigError if its model
+    makes nothing, DataError if the prompt has unknown characters.
     """
-    with open_run(run_dir, for_drawing=True) as frozen, torch.no_grad():
+    with open_run(run_dir, True, build_model) as frozen, torch.no_grad():
         kind, folder = kind_of(frozen), Path(run_dir)
         if kind.write_images is not None:
             latents = isinstance(frozen.plan.recipe.data, LatentArraysData)
@@ -56,7 +58,7 @@ def sample_run(
             check_output(path, "--out")
             kind.write_images(frozen, path, num, seed)
             return path
-        if kind.draw_tokens is not None:
+        if kind.draw_tokens is not None and build_model is None:  # no tokenizer is known of another
             return _text(
                 frozen, Path(out or folder / "samples.txt"), num or NUM_TEXTS, seed, text or TextSettings()
             )

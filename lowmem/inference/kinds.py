@@ -16,10 +16,21 @@ from torch import Tensor
 from lowmem.data.datasets import Dataset
 from lowmem.errors import ConfigError
 from lowmem.inference import image_samples, sampling
-from lowmem.inference.evaluation import images, labels, masked, next_tokens, recurrent, tokens
+from lowmem.inference.evaluation import (
+    block_tokens,
+    given_loss,
+    images,
+    labels,
+    masked,
+    next_tokens,
+    recurrent,
+    tokens,
+)
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import Draw
 from lowmem.objectives.base import Objective
+from lowmem.objectives.block_tokens import BlockTokens
+from lowmem.objectives.given_loss import GivenLoss
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.objectives.masked import MaskedDenoising
@@ -45,6 +56,8 @@ KINDS: dict[type[Objective[Any, Any]], Kind] = {
     MaskedDenoising: Kind(masked.evaluate, draw_tokens=sampling.fill),
     TokenDenoising: Kind(tokens.evaluate, draw_tokens=sampling.generate),
     NextTokens: Kind(next_tokens.evaluate),
+    BlockTokens: Kind(block_tokens.evaluate),
+    GivenLoss: Kind(given_loss.evaluate),
     RecurrentDenoising: Kind(recurrent.evaluate, draw_tokens=sampling.generate_recurrent),
 }
 

@@ -20,6 +20,8 @@ from lowmem.errors import ConfigError
 from lowmem.objectives.base import Batch, Objective
 from lowmem.recipe import NoiseConfig, Recipe
 
+RESETS = ("reset_parameters", "_reset_parameters")  # torch's own names; the second: MultiheadAttention
+
 
 class GivenWeights(Protocol):
     """Weights that a model begins with, by the names of its parameters."""
@@ -84,11 +86,11 @@ class BlockModel(nn.Module):
 
     def has_first_weights(self, module: nn.Module) -> bool:
         """Whether `draw_weights` knows what the parameters of a module begin with."""
-        return hasattr(module, "reset_parameters")
+        return any(hasattr(module, name) for name in RESETS)
 
     def draw_weights(self, module: nn.Module) -> None:
         """Draws the first weights of a module's own parameters. Its children's are drawn already."""
-        module.reset_parameters()  # type: ignore[operator]
+        getattr(module, next(name for name in RESETS if hasattr(module, name)))()
 
     def given_weights(self) -> GivenWeights | None:
         """What all parameters begin with, where it is not drawn."""
@@ -162,12 +164,30 @@ def check_model(model: BlockModel) -> None:
                 f"build_model: module '{name}' ({type(module).__name__}) owns parameters but has no "
                 "reset_parameters(); add one"
             )
+    _check_alone(model)
     for name, buffer in model.named_buffers():
         raise ConfigError(
             f"build_model: buffer '{name}' {tuple(buffer.shape)} would not stream with its block; "
-            ""
             "compute it, or make it a parameter"
         )
+
+
+def _check_alone(model: BlockModel) -> None:
+    """Raises ConfigError for a layer's module, or a parameter, that stands in a second place as well.
+
+    It would get the weights of one place. A module of the shared part may be used twice: it has one name.
+    """
+    places = dict[int, str]()
+    for name, module in model.named_modules(remove_duplicate=False):
+        owned = [parameter for parameter in module._parameters.values() if parameter is not None]
+        for part in owned:
+            first = places.setdefault(id(part), name)
+            same = first != name and model.get_submodule(first) is module
+            if first != name and not (same and not f"{first} {name}".count("layers.")):
+                raise ConfigError(
+                    f"build_model: '{first}' and '{name}' hold the same parameter; allowed: one place for "
+                    "each, or one module of the shared part that is used twice; give each its own"
+                )
 
 
 # ------------------------------------------------------------------------------------------------------------

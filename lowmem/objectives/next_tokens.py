@@ -89,19 +89,32 @@ class NextTokens(Objective[Decoder, Calls]):
         losses = self.token_losses(self.model.output_part(h, cond), batch["labels"])
         return losses.sum(1) * batch["share"]
 
-    def token_losses(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of each label [B, T], 0 where there is none, from features [B, T, D]."""
+    def token_losses(
+        self, features: Tensor, labels: Tensor, z: Tensor | None = None, sigma: Tensor | None = None
+    ) -> Tensor:
+        """Cross-entropy of each label [B, T], 0 where there is none, from features [B, T, D].
 
-        def loss(part: Tensor, target: Tensor) -> Tensor:
+        z [B, T, D] and sigma [B, T]: of blocks that are trained alone, see `evidence`.
+        """
+
+        def loss(part: Tensor, target: Tensor, z_part: Tensor | None, s_part: Tensor | None) -> Tensor:
             logits = self.model.logits(part).float()
+            if z_part is not None and s_part is not None:
+                logits = logits + self.evidence(z_part, s_part)
             return F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORED)
 
-        rows, targets = features.flatten(0, -2), labels.flatten()
+        rows, most = features.flatten(0, -2), labels.numel()
         if self.most_chunks is not None:
             most = self.most_chunks * self.head_chunk
-            counted = in_chunks(loss, self.head_chunk, rows[:most], targets[:most])
-            return F.pad(counted, (0, len(rows) - len(counted))).view(labels.shape)
-        return in_chunks(loss, self.head_chunk, rows, targets).view(labels.shape)
+        noisy = (
+            (None, None) if z is None or sigma is None else (z.flatten(0, -2)[:most], sigma.flatten()[:most])
+        )
+        losses = in_chunks(loss, self.head_chunk, rows[:most], labels.flatten()[:most], *noisy)
+        return F.pad(losses, (0, len(rows) - len(losses))).view(labels.shape)
+
+    def evidence(self, z: Tensor, sigma: Tensor) -> Tensor:
+        """What is known of the targets from z [N, D] at levels sigma [N], as logits [N, V]."""
+        raise NotImplementedError("a model that is trained whole sees no noise")
 
     def num_chunks(self, batch_size: int) -> int:
         tokens = self.model.example_batch(1)["labels"].numel() * batch_size

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from lowmem.blocks.unit_stream import unit_bytes
 from lowmem.models.base import BlockModel
 from lowmem.objectives.base import Objective
+from lowmem.objectives.block_tokens import BlockTokens
+from lowmem.objectives.given_loss import GivenLoss
 from lowmem.objectives.images import ImageDenoising
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.objectives.masked import MaskedDenoising
@@ -181,7 +183,8 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     kept = {name: num_bytes for name, num_bytes in training.items() if name not in gone}
     snapshot = setup.snapshot_bytes if setup.profile.unified else 0
     kept["staging"] -= snapshot
-    kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel
+    of_updates = setup.shared.total_bytes - setup.shared.result[2]  # only the weights to use are read
+    kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel + of_updates
     if setup.streams:  # no layer stays, and none is updated
         prefetch = setup.recipe.offload.prefetch
         frozen = unit_bytes(setup.units, frozenset(), prefetch)
@@ -226,7 +229,11 @@ def _demand(model: BlockModel, setup: Setup, counter: PassCounter, num_samples: 
     waits = 0
     if setup.streams:
         waits = sum(counter.waiting(setup.settings)) // setup.settings.micro_batch_size
-    if isinstance(objective, NextTokens):
+    if isinstance(objective, BlockTokens):
+        length, (_, dim) = model.example_batch(1)["labels"].numel(), objective.target_shape()
+        # of the block that passes both features, with the true tokens and with another's; and their mean
+        return Demand(2 * num_blocks, item + 12 * length * dim, 0, row=length * dim)
+    if isinstance(objective, NextTokens | GivenLoss):
         return Demand(1, waits, item)
     if isinstance(objective, TokenDenoising):
         length, (_, dim) = item // 8, objective.target_shape()

@@ -30,7 +30,7 @@ from lowmem.planning.passes import PassCounter
 from lowmem.planning.settings import Settings, is_resident, setup_of
 from lowmem.planning.traffic import traffic_lines
 from lowmem.recipe import NoiseConfig, Recipe
-from lowmem.reporting.tables import text_table
+from lowmem.reporting.tables import as_html, text_table
 from lowmem.schema import Section, parse
 from lowmem.units import GIB, format_bytes, format_seconds, from_gib
 
@@ -76,6 +76,9 @@ class Plan(Section):
     def title(self) -> str:
         millions = self.num_parameters / 1e6
         return f"plan: {self.recipe.method}, {self.recipe.model.name}, {millions:.2f} million parameters"
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
 
     def table(self) -> str:
         """The plan as text: categories with their shares, then the budgets, settings, traffic and time."""
@@ -263,7 +266,8 @@ def _first_that_fits(candidates: Iterable[list[Settings]], planned: Callable[...
             if plan.fits:
                 return plan
         refused.append((plan, counted))
-    plan, counted = min(refused, key=lambda pair: _excess(pair[0]))
+    # Of equal bounds the last is the leanest, because what was not counted makes no difference in them.
+    plan, counted = min(reversed(refused), key=lambda pair: _excess(pair[0]))
     return plan if counted else planned(plan.settings)
 
 

@@ -2,18 +2,20 @@
 
 `RunView` keeps the state of a run and draws it as lines. It is fed with telemetry records. They come from the
 trainer in this process, or from `telemetry.jsonl` in another terminal (`lowmem status RUN --watch`). In a
-terminal the lines are redrawn in place; a log file gets one line every few seconds.
+terminal, and under a notebook's cell, the lines are redrawn in place; a log file gets one line every few
+seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import textwrap
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +29,7 @@ from lowmem.machine.monitor import device_bytes
 from lowmem.machine.profile import profile_from_dict
 from lowmem.reporting.records import read_run
 from lowmem.reporting.report import read_report, read_status
+from lowmem.reporting.tables import WIDTH, HtmlText
 from lowmem.reporting.telemetry import Listener, read_records
 from lowmem.units import format_bytes, format_seconds, shown
 
@@ -185,9 +188,10 @@ def wrapped(text: str, width: int, indent: int = 0, further: int = 0) -> list[st
 
 @contextlib.contextmanager
 def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
-    """Yields a listener for the trainer that draws on stderr.
+    """Yields a listener for the trainer that draws on stderr, or under the cell of a notebook.
 
-    In a terminal it redraws the view in place. Elsewhere it prints a line every few seconds.
+    In a terminal and in a notebook it redraws the view in place. Elsewhere it prints a line every few
+    seconds.
     """
     run, views = RunDir(run_dir), list[RunView]()
     console = Console(stderr=True, highlight=False)
@@ -197,6 +201,9 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
             views.append(_view_of(run))
         return views[0]
 
+    if (cell := _cell()) is not None:
+        yield _drawn_in(cell, view)
+        return
     if console.is_terminal and not console.is_dumb_terminal:
         with Live(console=console, refresh_per_second=REFRESH_PER_S, transient=False) as live:
 
@@ -225,6 +232,28 @@ def live_view(run_dir: str | os.PathLike[str]) -> Iterator[Listener]:
             print(view().summary(), file=sys.stderr, flush=True)
 
     yield log
+
+
+def _cell() -> Callable[[HtmlText], Any] | None:
+    """What redraws a place under the present cell, where this process is a notebook's."""
+    library = sys.modules.get("IPython")
+    if library is None or not hasattr(library.get_ipython(), "kernel"):
+        return None
+    handle = importlib.import_module("IPython.display").display(HtmlText(""), display_id=True)
+    return getattr(handle, "update", None)
+
+
+def _drawn_in(cell: Callable[[HtmlText], Any], view: Callable[[], RunView]) -> Listener:
+    drawn = 0.0
+
+    def draw(record: dict[str, Any]) -> None:
+        nonlocal drawn
+        view().feed(record)
+        if record["event"] not in ("step", "evaluating") or time.monotonic() - drawn > 1 / REFRESH_PER_S:
+            drawn = time.monotonic()
+            cell(HtmlText("\n".join(view().lines(WIDTH))))
+
+    return draw
 
 
 def _view_of(run: RunDir) -> RunView:

@@ -19,7 +19,7 @@ from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.reporting.moving import WAYS, moving_figures
 from lowmem.reporting.records import BASE, read_run
-from lowmem.reporting.tables import fitted, text_table
+from lowmem.reporting.tables import as_html, fitted, text_table
 from lowmem.reporting.telemetry import read_records
 from lowmem.schema import parse
 from lowmem.units import counted, format_bytes, format_seconds
@@ -184,6 +184,9 @@ class Report:
     """The report of a run. `content` is the JSON object that `lowmem report --json` prints."""
 
     content: dict[str, Any]
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
 
     def table(self) -> str:
         """The report as text: memory, categories, blocks, and closing lines."""

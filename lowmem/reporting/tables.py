@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import shutil
 import sys
@@ -38,6 +39,21 @@ def text_table(
     Console(file=buffer, width=width, color_system=None, markup=False, highlight=False).print(table)
     lines = (line.rstrip() for line in buffer.getvalue().strip("\n").splitlines())
     return "\n".join([fitted(title), *lines, *map(fitted, notes)])
+
+
+def as_html(text: str) -> str:
+    """Text for a notebook, which shows it as it stands."""
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+class HtmlText:
+    """Text as a notebook displays it."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def _repr_html_(self) -> str:
+        return as_html(self._text)
 
 
 def fitted(line: str, further: int = 4) -> str:

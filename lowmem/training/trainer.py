@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lowmem.blocks.arena import Arena, bind, computing, parameter_views, unbind
 from lowmem.blocks.optim import whole_factor
 from lowmem.blocks.order import Visit
 from lowmem.blocks.run_dir import RunDir, RunState
-from lowmem.errors import DataError
 from lowmem.machine.detect import training_device
 from lowmem.machine.device import is_out_of_memory
 from lowmem.models.base import BuildModel, check_model
@@ -29,12 +29,11 @@ from lowmem.reporting.telemetry import Listener
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.training.attempt import Attempt
 from lowmem.training.finite import FiniteWatch, not_finite
+from lowmem.training.given_batches import Batches, batches_of, checked_batch
 from lowmem.training.memory_guard import check_available, go_on_smaller
 from lowmem.training.streamed_step import StreamedStep
 from lowmem.training.sweep import Sweep
 
-# step -> arrays or tensors by name, first dimension train.batch_size
-Batches = Callable[[int], Mapping[str, Any]]
 Trained = tuple[list[Tensor], dict[int, Tensor]]  # the losses of a visit's steps, and the blocks to store
 
 
@@ -63,14 +62,18 @@ class Trainer:
         self.objective = self.model.make_objective(plan.noise)
         self.slices = self.model.block_slices(plan.settings.num_blocks)
         self.layouts, self.shared_layout = layouts_of(self.model, plan.settings)
+        self.example = self.model.example_batch(1)
 
-    def fit(self, batches: Batches) -> RunState:
+    def fit(self, batches: Batches | DataLoader[Any]) -> RunState:
         """Trains what is still to train and returns the committed state.
 
-        `batches(step)` gives the batch of that step of every block. Raises ResumeError if the folder belongs
-        to another plan or process, StoreError if a file is torn or cannot be written, BudgetError if the
-        machine cannot give now what the plan takes, ShortageError where its memory runs short on the way.
+        `batches(step)` gives the batch of that step of every block. A DataLoader is read epoch after epoch;
+        see `LoaderBatches`. Raises DataError for a batch that is not like the model's example, or a
+        DataLoader whose order cannot be drawn again, ResumeError if the folder belongs to another plan or
+        process, StoreError if a file is torn or cannot be written, BudgetError if the machine cannot give now
+        what the plan takes, ShortageError where its memory runs short on the way.
         """
+        batches = batches_of(batches, self.recipe.train)
         while True:
             attempt = Attempt(self.run, self.plan, self.model, self.listeners)
             try:
@@ -232,9 +235,7 @@ class Trainer:
                 attempt.record_step(visit, step, learning_rate(step, self.recipe.train), loss, step_s)
         return losses, {}
 
-    def _forward_backward(
-        self, attempt: Attempt, visit: Visit, step: int, arrays: Mapping[str, Any]
-    ) -> Tensor:
+    def _forward_backward(self, attempt: Attempt, visit: Visit, step: int, arrays: Any) -> Tensor:
         """Gradients of the step's mean loss, over micro-batches. Returns that loss, on the device."""
         objective, settings = self.objective, attempt.plan.settings
         parts = self.recipe.train.batch_size // settings.micro_batch_size
@@ -254,30 +255,14 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _micro_batches(
-        self, plan: Plan, visit: Visit, step: int, arrays: Mapping[str, Any]
-    ) -> Iterator[tuple[int, Batch]]:
+    def _micro_batches(self, plan: Plan, visit: Visit, step: int, arrays: Any) -> Iterator[tuple[int, Batch]]:
         """The step's micro-batches on the device, each with the seed of its draws."""
         size = plan.settings.micro_batch_size
-        batch = {name: torch.as_tensor(value) for name, value in arrays.items()}
-        check_rows(batch, self.recipe.train.batch_size, step)
+        batch = checked_batch(arrays, self.example, self.recipe.train.batch_size, step)
         for part in range(self.recipe.train.batch_size // size):
             rows = slice(part * size, (part + 1) * size)
             seed = mix_seed(self.recipe.train.seed, "step", visit.blocks[0], step, part)
             yield (
                 seed,
                 {name: self.device.bring(value[rows]) for name, value in batch.items()},
-            )
-
-
-def check_rows(batch: Mapping[str, Tensor], num_rows: int, step: int) -> None:
-    """Raises DataError unless every tensor of a step's batch has as many rows as the recipe says."""
-    if not batch:
-        raise DataError(f"batch of step {step}: found no arrays; allowed: arrays by name; give some")
-    for name, rows in batch.items():
-        found = rows.shape[0] if rows.ndim else "no"
-        if found != num_rows:
-            raise DataError(
-                f"batch of step {step}: '{name}' has {found} rows; allowed: {num_rows} = train.batch_size; "
-                "give as many, or change train.batch_size in another --run-dir"
             )

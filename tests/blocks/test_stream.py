@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowmem.blocks import staging
 from lowmem.blocks import stream as stream_module
-from lowmem.blocks.arena import ArenaLayout, aligned_buffer, device_buffer
+from lowmem.blocks.arena import Arena, ArenaLayout, aligned_buffer, device_buffer
 from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import RING_CHUNKS, Ring
@@ -412,6 +412,9 @@ def test_the_shared_part_is_loaded_as_it_was_stored_last(
         assert torch.equal(loaded, SHARED_BUFFER)
         loaded.zero_()  # a buffer of its own: to train in it changes nothing else
         assert torch.equal(stream.load_shared(), SHARED_BUFFER)
+        used = stream.load_shared_result()  # the weights alone
+        assert torch.equal(used, Arena(stream.shared_layout, SHARED_BUFFER).result)
+        assert used.untyped_storage().nbytes() <= stream.shared_layout.result[2] + 2 * 4096
 
 
 def threads_since(before: set[threading.Thread]) -> set[str]:

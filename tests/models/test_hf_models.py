@@ -196,16 +196,30 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path) -> 
     assert f"vocab_size {VOCAB - 1} is smaller than the tokenizer's {VOCAB} tokens" in refusal(folder)
 
 
-def test_blocks_trained_alone_are_refused() -> None:
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, "allowed with pretrained weights: end_to_end, because each layer expects"),
+        ({"adapter": {"name": "lora", "base": "float32"}}, "allowed with an adapter"),
+        ({"trainable": 1}, "or with frozen weights: end_to_end"),
+    ],
+    ids=["pretrained", "adapter", "frozen"],
+)
+def test_blocks_are_trained_alone_from_random_weights_alone(changes: dict[str, Any], words: str) -> None:
+    model: dict[str, Any] = {"name": "huggingface", "path": "nowhere"}
+    if changes:
+        model |= {"weights": "random", **{k: v for k, v in changes.items() if k != "adapter"}}
     raw: dict[str, Any] = {
         "schema": 1,
         "method": "diffusion_blocks",
-        "model": {"name": "huggingface", "path": "nowhere"},
+        "model": model,
         "data": {"name": "custom"},
         "train": {"num_steps": 1, "batch_size": 2, "lr": 1e-3, "seq_len": 8},
+        **{k: v for k, v in changes.items() if k == "adapter"},
     }
-    with pytest.raises(ConfigError, match="allowed with model.name huggingface: end_to_end"):
+    with pytest.raises(ConfigError, match=words) as caught:
         recipe_from_dict(raw, "test")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_deep_model_is_counted_by_its_first_layers_as_it_is_counted_whole(tmp_path: Path) -> None:

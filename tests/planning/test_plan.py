@@ -381,3 +381,30 @@ print(anonymous_bytes(psutil.Process()))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 400 * MIB
+
+
+def test_a_plan_that_does_not_fit_is_shown_with_the_leanest_of_what_takes_the_same() -> None:
+    """The bound that refuses it counts no borders, so all places for borders come to the same there."""
+    recipe = recipe_with(
+        method="end_to_end",
+        model={"name": "vit", "num_layers": 6, "dim": 4096, "num_heads": 32, "patch_size": 2},
+        blocks={"num_blocks": 6},
+        offload={"tier": "disk"},
+        train={"num_steps": 1, "batch_size": 4, "lr": 1e-3},
+    )
+    build = model_builder(recipe, describe_data(recipe.data))
+    plan = make_plan(build, recipe, load_profile("gtx-1650-4gb"))
+    assert not plan.fits and plan.settings.borders == "disk"
+
+
+def test_an_evaluation_is_planned_without_the_moments_of_the_shared_part() -> None:
+    recipe = recipe_with(
+        method="end_to_end", optimizer={"name": "adamw", "ema": 0.99}, offload={"tier": "disk"}
+    )
+    for changed in (recipe, recipe_with(method="end_to_end", offload={"tier": "disk"})):
+        build = model_builder(changed, describe_data(changed.data))
+        plan = make_plan(build, changed, load_profile("cpu-4gib"))
+        with torch.device("meta"):
+            _, shared = layouts_of(build(), plan.settings)
+        assert plan.predicted.evaluation is not None
+        assert plan.predicted.evaluation.by_category["shared_part"] == 4 * shared.numel

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lowmem.blocks.run_dir import RunDir
-from lowmem.reporting.dashboard import RunView, status_lines
-from lowmem.reporting.report import read_status
+from lowmem.planning.plan import read_plan
+from lowmem.reporting.dashboard import RunView, live_view, status_lines
+from lowmem.reporting.report import read_report, read_status
 from lowmem.reporting.telemetry import read_records
 
 
@@ -101,3 +105,30 @@ def test_time_left_counts_the_steps_of_each_block_and_names_the_evaluation(train
         "visit 0/18, step 1/150 of each of 3 blocks, 0.3 steps/s, 7 min 27 s left"
     )
     assert view.headline().endswith(", then 1 min 30 s of evaluation")
+
+
+def test_a_notebook_draws_the_run_under_its_cell(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, what: Any) -> None:
+            shown.append(what._repr_html_())
+
+    shell = ModuleType("IPython")
+    shell.get_ipython = lambda: SimpleNamespace(kernel=True)  # type: ignore[attr-defined]
+    display = ModuleType("IPython.display")
+    display.display = lambda what, display_id: Handle()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    with live_view(trained) as view:
+        view({"event": "warning", "time": 0.0, "message": "a <b> & c"})
+    assert len(shown) == 1 and shown[0].startswith("<pre>visit ") and "a &lt;b&gt; &amp; c" in shown[0]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_plan_and_a_report_show_their_tables_in_a_notebook(trained: Path) -> None:
+    plan, report = read_plan(RunDir(trained)), read_report(trained)
+    for each in (plan, report):
+        assert each._repr_html_() == f"<pre>{html.escape(each.table())}</pre>"

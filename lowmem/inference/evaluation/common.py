@@ -34,10 +34,14 @@ class Part(NamedTuple):
     def batch(self) -> Batch:
         return {name: value[self.start : self.stop] for name, value in self.whole.items()}
 
-    def shuffled(self, name: str) -> Batch:
-        """Every sample with `name` of the one before it in the evaluation batch."""
-        before = torch.arange(self.start - 1, self.stop - 1) % len(self.whole[name])
-        return {**self.batch, name: self.whole[name][before.to(self.whole[name].device)]}
+    def shuffled(self, *names: str) -> Batch:
+        """Every sample with `names` of the one before it in the evaluation batch."""
+        before = torch.arange(self.start - 1, self.stop - 1)
+        wanted = {name: self.whole[name] for name in names}
+        return {
+            **self.batch,
+            **{n: whole[before.to(whole.device) % len(whole)] for n, whole in wanted.items()},
+        }
 
 
 def batch_sizes(frozen: FrozenRun, data: Dataset) -> dict[int, int]:

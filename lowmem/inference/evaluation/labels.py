@@ -21,7 +21,7 @@ from lowmem.inference.evaluation.common import Draws, Part, Walks, test_parts
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.models.base import BlockModel
 from lowmem.noise import append_dims, block_of, boundaries, euler_step, sigma_at
-from lowmem.objectives.base import mean_cosine
+from lowmem.objectives.base import Batch, mean_cosine
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.recipe import NoiseConfig
 from lowmem.schedule import mix_seed
@@ -165,7 +165,7 @@ class _Walks:
         objective, level, labels = self._objective, _full(sigma, z), part.batch["label"]
         own, other = (
             objective.guided_logits(layers, seen, z, level, self._guidance)
-            for seen in (part.batch, part.shuffled("image"))
+            for seen in (part.batch, part.shuffled(*_inputs(part.batch)))
         )
         oracle = {f"oracle_{name}": value for name, value in self._oracle(layers, part, sigma).items()}
         denoised = objective.denoised(own)
@@ -182,7 +182,7 @@ class _Walks:
         z = y + append_dims(levels, y.ndim) * self._draws.rows(len(part)).to(y.device)
         true, other = (
             objective.logits(layers, seen, z, _full(sigma, z))
-            for seen in (part.batch, part.shuffled("image"))
+            for seen in (part.batch, part.shuffled(*_inputs(part.batch)))
         )
         cosine = self._cosine(objective.denoised(true), labels)
         return {"ce": _log_prob(true, labels), "ce_shuffled": _log_prob(other, labels), "cosine": cosine}
@@ -209,6 +209,11 @@ def _full(sigma: float, z: Tensor) -> Tensor:
 def _log_prob(logits: Tensor, labels: Tensor) -> Tensor:
     """[B], of the true label."""
     return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def _inputs(batch: Batch) -> list[str]:
+    """What a batch holds beside the label."""
+    return [name for name in batch if name != "label"]
 
 
 def _cross_entropy(log_probs: Tensor) -> float:

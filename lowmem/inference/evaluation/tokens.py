@@ -80,7 +80,7 @@ class _Walks:
         self._frozen, self._noise, num_blocks = frozen, self._objective.noise, len(frozen.blocks)
         self.groups, self.figures = Walks(frozen, data), Figures(list)
         self.calls = [(b, *call) for b, calls in frozen.schedule(num_steps) for call in calls]
-        self.levels = [(b, sigma) for b in frozen.blocks for sigma in _levels(b, num_blocks, self._noise)]
+        self.levels = [(b, sigma) for b in frozen.blocks for sigma in levels_of(b, num_blocks, self._noise)]
         row = frozen.plan.recipe.train.seq_len or 1, self._objective.target_shape()[1]
         seed = mix_seed(frozen.plan.recipe.train.seed, "evaluate")
         num_sites = 1 + len(self.calls) + len(self.levels)
@@ -165,7 +165,7 @@ def _full(part: Part, sigma: float) -> Tensor:
     return torch.full(tokens.shape, sigma, device=tokens.device)
 
 
-def _levels(block: int, num_blocks: int, noise: NoiseConfig) -> list[float]:
+def levels_of(block: int, num_blocks: int, noise: NoiseConfig) -> list[float]:
     """The middle of the block's interval by probability; for the first block sigma_max too, for the last
     sigma_min.
     """

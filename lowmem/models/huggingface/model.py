@@ -22,12 +22,15 @@ from lowmem.models.base import BlockModel, GivenWeights, Packed
 from lowmem.models.huggingface.families import Family
 from lowmem.models.huggingface.quantised import SCALES, FrozenLinear, whole, with_bitsandbytes
 from lowmem.objectives.base import Batch
+from lowmem.objectives.block_tokens import BlockTokens
 from lowmem.objectives.next_tokens import Call, NextTokens
 from lowmem.recipe import AdapterConfig, NoiseConfig, Quantised
 
 LISTED = ("full_attention", "sliding_attention")  # the library's names for the kinds of layers
 
 
+# Below it a row of the table is not stretched to length 1: its gradient would outgrow all others.
+LEAST_LENGTH = 0.01
 RESET, ADAPTER = "reset_lora_parameters", "default"  # peft's names
 
 
@@ -74,6 +77,7 @@ class Constant:
 
 class HuggingfaceLm(BlockModel):
     given: GivenWeights | None = None  # that it begins with; None: drawn as the library draws them
+    whole = True  # trained end to end, and not in blocks that are trained alone
 
     def __init__(self, family: Family, config: Any, seq_len: int, head_chunk: int, packs: bool) -> None:
         """`packs`: rows hold several documents."""
@@ -240,7 +244,11 @@ class HuggingfaceLm(BlockModel):
     # Passes
 
     def make_objective(self, noise: NoiseConfig) -> NextTokens:
-        return NextTokens(self, noise, self.head_chunk)
+        return (NextTokens if self.whole else BlockTokens)(self, noise, self.head_chunk)
+
+    def target_table(self) -> Tensor:
+        """[V, D] in fp32, rows of length 1. A row that begins at zero (padding) is short at first."""
+        return F.normalize(self.body.get_input_embeddings().weight.float(), dim=-1, eps=LEAST_LENGTH)
 
     def example_batch(self, batch_size: int) -> Batch:
         tokens = torch.zeros(batch_size, self.seq_len, dtype=torch.long)

@@ -46,7 +46,8 @@ class HuggingfaceModel(ModelConfig):
                 f"{self._where}: vocab_size {known} is smaller than the tokenizer's {vocab_size} tokens; "
                 "allowed: a model that knows every token; give the tokenizer of this model"
             )
-        return partial(self._build, content, seq_len, getattr(recipe.data, "pack", False), recipe.adapter)
+        packs, whole = getattr(recipe.data, "pack", False), recipe.method == "end_to_end"
+        return partial(self._build, content, seq_len, packs, recipe.adapter, whole)
 
     @property
     def freezes(self) -> bool:
@@ -76,17 +77,19 @@ class HuggingfaceModel(ModelConfig):
             )
         if recipe.method == "end_to_end":
             return None
-        return (
-            f"method: found '{recipe.method}'; allowed with model.name huggingface: end_to_end; change "
-            "one of them"
-        )
+        why = None
+        if self.weights == "pretrained":
+            why = "pretrained weights: end_to_end, because each layer expects what the one before it makes"
+        elif adapter is not None or self.freezes:
+            why = "an adapter, or with frozen weights: end_to_end"
+        return why and f"method: found '{recipe.method}'; allowed with {why}; change one of them"
 
     @property
     def _where(self) -> str:
         return printable(Path(self.path) / CONFIG)
 
     def _build(
-        self, content: dict[str, Any], seq_len: int, packs: bool, adapter: AdapterConfig | None
+        self, content: dict[str, Any], seq_len: int, packs: bool, adapter: AdapterConfig | None, whole: bool
     ) -> HuggingfaceLm:
         family, config = family_of(content, self._where), config_of(content, self._where)
         chunk = self.head_chunk or max(LOGITS // config.vocab_size, 1)
@@ -97,6 +100,7 @@ class HuggingfaceModel(ModelConfig):
             raise ConfigError(
                 f"{self._where}: transformers does not build it ({said}); restore the file from a copy"
             ) from None
+        model.whole = whole
         if adapter is not None:
             model.adapt(adapter)
         if self.trainable != "all":
