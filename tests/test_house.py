@@ -24,7 +24,7 @@ FLOORS = [
     {"reporting"},
     {"planning"},
     {"training"},
-    {"inference"},
+    {"inference", "distributed"},
     {"job", "finetuning", "from_data", "methods", "terminal", "doctor"},
     {"cli", "runtime_probe", "floor_probe", "__init__"},
     {"__main__"},

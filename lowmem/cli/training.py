@@ -25,7 +25,7 @@ from lowmem.cli.common import (
     app,
     known,
 )
-from lowmem.errors import BudgetError, ConfigError
+from lowmem.errors import BudgetError, ConfigError, LowmemError
 from lowmem.terminal import say, say_json, say_warning, stop_if_interrupted
 from lowmem.units import counted
 
@@ -67,10 +67,18 @@ def train(
     quiet: QuietOption = False,
     accept_data: AcceptDataOption = False,
     log_to: LogToOption = None,
+    devices: Annotated[
+        int, typer.Option("--devices", help="train on so many cards, or processes, of this machine")
+    ] = 1,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
     _check_machine(profile, log_to)
     _check_recipe(recipe, set_ or [])
+    with _ranks(devices) as ranks:
+        if ranks is not None:
+            overrides = set_ or []
+            _train_with(ranks, recipe, profile, run_dir, overrides, as_json, quiet, accept_data, log_to or [])
+            return
     from lowmem import from_data, job
 
     wanted: Any = recipe
@@ -177,6 +185,67 @@ def finetune(
     _train(plan, folder, as_json, quiet, accept_data, log_to or [])
 
 
+@contextlib.contextmanager
+def _ranks(devices: int) -> Iterator[Any]:
+    """This process among the ranks that a launcher has started; None where there is only one.
+
+    `devices`: to start a launcher for, where none has started this process. Only rank 0 says anything.
+    """
+    from lowmem.distributed.launch import launch, launched, take_own_card
+
+    found = launched()
+    if found is None:
+        if devices != 1:
+            launch(devices, _without_devices(sys.argv[1:]))
+        yield None
+        return
+    take_own_card(found)
+    from lowmem.distributed.ranks import joined
+
+    try:
+        with joined(found) as ranks:
+            yield ranks
+    except (LowmemError, KeyboardInterrupt) as problem:
+        if found.leads:
+            raise
+        raise typer.Exit(problem.exit_code if isinstance(problem, LowmemError) else 130) from None
+
+
+def _without_devices(arguments: list[str]) -> list[str]:
+    kept, skip = list[str](), False
+    for argument in arguments:
+        if not skip and argument != "--devices" and not argument.startswith("--devices="):
+            kept.append(argument)
+        skip = argument == "--devices"
+    return kept
+
+
+def _train_with(
+    ranks: Any,
+    recipe: str,
+    profile: str | None,
+    run_dir: Path | None,
+    overrides: list[str],
+    as_json: bool,
+    quiet: bool,
+    accept_data: bool,
+    log_to: list[str],
+) -> None:
+    """Trains with other ranks. Rank 0 plans, prints and logs."""
+    from lowmem import job
+    from lowmem.distributed.agreement import common_plan
+
+    folder = run_dir or job.default_run_dir(recipe)
+    plan = common_plan(ranks, lambda: job.plan_run(recipe, profile, overrides, folder))
+    if ranks.leads:
+        with _only_json(as_json):
+            plan.require_fit()
+        _train(plan, folder, as_json, quiet, accept_data, log_to, ranks=ranks)
+    else:
+        own = plan.model_copy(update={"recipe": job.settled_recipe(recipe, overrides)})
+        job.train_plan(own, folder, [stop_if_interrupted], accept_data, ranks)
+
+
 def _train(
     plan: Any,
     folder: Path,
@@ -185,6 +254,7 @@ def _train(
     accept_data: bool,
     log_to: list[str],
     recipe_text: str = "",
+    ranks: Any = None,
 ) -> None:
     """Trains by a plan and prints the report. `recipe_text`: of a recipe that no file holds, for the run."""
     from lowmem import job
@@ -212,7 +282,10 @@ def _train(
         listeners.append(say_warning if quiet else opened.enter_context(live_view(folder)))
         if recipe_text:
             listeners.append(_keeper(folder, recipe_text))
-        job.train_plan(plan, folder, listeners, accept_data)
+        if ranks is None:
+            job.train_plan(plan, folder, listeners, accept_data)
+        else:
+            job.train_plan(plan, folder, listeners, accept_data, ranks)
     report = read_report(folder)
     say_json(report.content) if as_json else say(report.table())
 
