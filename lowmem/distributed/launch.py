@@ -55,6 +55,8 @@ def _number(name: str, default: int) -> int:
 
 def take_own_card(found: Launched) -> None:
     """Lets this process see one card, its own. To be called before torch looks for cards."""
+    # The store's client would print a trace of its own where the rank that held the store has died.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     visible = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]
     local = found.local_rank
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[local] if local < len(visible) else str(local)
