@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from lowmem.distributed.launch import Launched
 from lowmem.distributed.watch import LEAVING_S, SILENT_S, Watch
@@ -32,23 +32,23 @@ class JoinedRanks(Ranks):
     """This process as one of several. Open it with `joined`."""
 
     def __init__(self, found: Launched) -> None:
-        self.launched = found
-        try:
-            again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            whole, self.rank, self.size = next(
-                rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_S))
-            )
-            self._store = PrefixStore(f"lowmem/{again}", whole)
-            watched = PrefixStore(f"lowmem/{again}", whole.clone())
-        except (RuntimeError, ValueError) as problem:
-            raise ConfigError(
-                f"rank {found.rank} of {found.size}: cannot join the others at "
-                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({problem}); start all ranks with "
-                "torchrun or deepspeed"
-            ) from None
-        self._store.set_timeout(LONG)
-        self.watch = Watch(watched, self.rank, self.size)
+        self.launched, self.rank, self.size = found, found.rank, found.size
         self._calls, self.exchanged_bytes = 0, 0
+        again, whole = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _store_of(found)
+        self._store = PrefixStore(f"lowmem/{again}", whole)
+        self.watch = Watch(PrefixStore(f"lowmem/{again}", whole.clone()), self.rank, self.size)
+        self._store.set_timeout(LONG)
+
+    def meet(self) -> None:
+        """Waits until all ranks have joined. Raises ConfigError where one does not."""
+        until = time.monotonic() + JOIN_S
+        while missing := self.watch.missing():
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"rank {missing[0]} of {self.size}: did not join within {JOIN_S} s; start all ranks with "
+                    "torchrun or deepspeed"
+                )
+            time.sleep(0.05)
 
     # --------------------------------------------------------------------------------------------------------
     # Words
@@ -125,6 +125,24 @@ class JoinedRanks(Ranks):
             dist.destroy_process_group()
 
 
+def _store_of(found: Launched) -> Any:
+    """The launcher's store, or rank 0's. It waits in short turns, so that an interrupt is heard."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    holds = found.leads and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    until, turn = time.monotonic() + JOIN_S, datetime.timedelta(seconds=2)
+    while True:
+        try:
+            options: dict[str, Any] = {"timeout": turn, "wait_for_workers": False, "multi_tenant": True}
+            return dist.TCPStore(host, int(port), found.size, holds, **options)  # type: ignore[attr-defined]
+        except (RuntimeError, ValueError) as problem:
+            if holds or time.monotonic() > until or not port.isdecimal():
+                raise ConfigError(
+                    f"rank {found.rank} of {found.size}: cannot join the others at {host}:{port} "
+                    f"({problem}); start all ranks with torchrun or deepspeed"
+                ) from None
+        time.sleep(0.2)
+
+
 def slice_numel(numel: int, size: int) -> int:
     """Elements of each rank's slice of a vector; the last slice is filled up with zeros."""
     return -(-numel // size)
@@ -136,6 +154,7 @@ def joined(found: Launched) -> Iterator[JoinedRanks]:
     ranks = JoinedRanks(found)
     watch = ranks.watch
     try:
+        ranks.meet()
         yield ranks
         watch.leave("done")
         if ranks.leads:
@@ -143,6 +162,9 @@ def joined(found: Launched) -> Iterator[JoinedRanks]:
         ranks.close()
     except KeyboardInterrupt:  # by the user, or by the launcher because a rank has died: the watch finds out
         watch.leave("interrupted", code=130)
+        missing = watch.missing()
+        if missing:
+            raise TrainingError(f"rank {missing[0]} did not join; start all ranks again") from None
         watch.wait_until_others_left(SILENT_S + LEAVING_S)
         raise
     except BaseException as problem:

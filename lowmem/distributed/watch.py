@@ -49,6 +49,11 @@ class Watch:
             self._store.set(f"left/{self.rank}", content)
             self._left[self.rank] = json.loads(content)
 
+    def missing(self) -> list[int]:
+        """Ranks that have not joined yet."""
+        with self._lock:
+            return [rank for rank in range(self.size) if not self._store.check([f"alive/{rank}"])]
+
     def wait_until_others_left(self, seconds: float | None = None) -> None:
         """Until each other rank has said why it ends. If one has died, this process ends meanwhile."""
         until = None if seconds is None else time.monotonic() + seconds

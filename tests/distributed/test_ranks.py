@@ -78,11 +78,13 @@ def test_a_rank_killed_at_a_random_moment_costs_no_bit(
     with ranks_of([command(recipe, run)] * size) as started:
         time.sleep(draw.uniform(1.0, 9.0))
         started[victim].kill()
+        time.sleep(3.0)
+        for process in started:  # as launchers do, which see that a rank has gone before it has joined
+            process.terminate()
         ended = [outcome(process) for process in started]
     said = "".join(err for rank, (_, _, err) in enumerate(ended) if rank != victim)
     finished = all(code == 0 for rank, (code, _, _) in enumerate(ended) if rank != victim)
-    assert finished or said.count("error: ") == 1, ended
-    assert finished or f"rank {victim}" in said or "cannot join" in said, ended
+    assert finished or (said.count("error: ") == 1 and f"rank {victim} " in said), ended
     assert trained(recipe, run, going_on) == alone
 
 
