@@ -348,6 +348,13 @@ def plan(
     methods: Annotated[
         bool, typer.Option("--methods", help="this recipe by each method, side by side, and which to take")
     ] = False,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, max=10**6, help="what so many devices send to each other")
+    ] = 1,
+    machines: Annotated[int, typer.Option("--machines", min=1, help="on which the devices are")] = 1,
+    link: Annotated[
+        float, typer.Option("--link-gib-per-s", min=1e-6, max=1e6, help="of each machine, one way")
+    ] = 1.0,
 ) -> None:
     """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
     for name in profile or []:
@@ -372,8 +379,11 @@ def plan(
     if methods:
         _print_methods(wanted, profile or [], set_ or [], folder, as_json)
         return
-    machines: list[str] | list[None] = profile or [None]
-    plans = [plan_recipe(wanted, name, set_ or [], folder) for name in machines]
+    if devices > 1:
+        _print_cluster(wanted, profile or [], set_ or [], folder, (devices, machines), link, as_json)
+        return
+    names: list[str] | list[None] = profile or [None]
+    plans = [plan_recipe(wanted, name, set_ or [], folder) for name in names]
     if len(plans) == 1:
         _print_plan(plans[0], as_json)
     else:
@@ -416,6 +426,31 @@ def _print_methods(
         say_json({"methods": [each.to_dict() for each in found]})
     else:
         say(methods_table(found))
+
+
+def _print_cluster(
+    recipe: Any,
+    profiles: list[str],
+    overrides: list[str],
+    folder: Path | None,
+    size: tuple[int, int],
+    link: float,
+    as_json: bool,
+) -> None:
+    from lowmem.cluster import cluster_table, plan_cluster
+    from lowmem.distributed.exchange import Cluster
+    from lowmem.units import GIB
+
+    if len(profiles) > 1:
+        raise ConfigError(
+            f"--devices: found {len(profiles)} profiles; allowed: one; give them one after the other"
+        )
+    cluster, machine = Cluster(*size), profiles[0] if profiles else None
+    spreads = plan_cluster(recipe, machine, overrides, cluster, link * GIB, folder)
+    if as_json:
+        say_json({"methods": [spread.to_dict() for spread in spreads]})
+    else:
+        say(cluster_table(spreads, cluster, link * GIB))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
+from lowmem.distributed.exchange import slice_numel
 from lowmem.distributed.launch import Launched
 from lowmem.distributed.watch import LEAVING_S, SILENT_S, Watch
 from lowmem.errors import ConfigError, LowmemError, TrainingError
@@ -141,11 +142,6 @@ def _store_of(found: Launched) -> Any:
                     f"({problem}); start all ranks with torchrun or deepspeed"
                 ) from None
         time.sleep(0.2)
-
-
-def slice_numel(numel: int, size: int) -> int:
-    """Elements of each rank's slice of a vector; the last slice is filled up with zeros."""
-    return -(-numel // size)
 
 
 @contextlib.contextmanager

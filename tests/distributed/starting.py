@@ -73,6 +73,13 @@ def trained(recipe: Path, run_dir: Path, size: int, *more: str) -> str | None:
     return digest
 
 
+def wait_for(path: Path) -> None:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < until, f"{path} did not appear within two minutes"
+        time.sleep(0.01)
+
+
 def wait_for_visits(run_dir: Path, visits: int) -> None:
     """Until so many visits are committed."""
     until = time.monotonic() + 120

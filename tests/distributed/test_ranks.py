@@ -10,19 +10,21 @@ from typing import Any
 
 import pytest
 from conftest import SHORT, recipe_with
-from starting import command, outcome, ranks_of, recipe_file, trained, wait_for_visits
+from starting import command, outcome, ranks_of, recipe_file, trained, wait_for, wait_for_visits
 from test_rounds import TOGETHER, on_ranks
 
 import lowmem
 from lowmem.blocks.lock import FolderLock
 from lowmem.blocks.run_dir import RunDir
+from lowmem.cluster import shared_bytes_of
 from lowmem.data.datasets import describe_data, identify_data
 from lowmem.distributed import agreement
 from lowmem.distributed.agreement import require_agreement
+from lowmem.distributed.exchange import round_bytes
 from lowmem.errors import LowmemError, ResumeError
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
-from lowmem.planning.plan import Plan, make_plan
+from lowmem.planning.plan import Plan, make_plan, read_plan
 from lowmem.reporting.report import read_report
 from lowmem.training.ranks import Ranks
 
@@ -46,6 +48,9 @@ def test_two_ranks_end_with_the_single_process_digest_and_report_as_one_run(
     assert content["metrics"] is not None and [block["steps"] for block in content["blocks"]] == [6] * 4
     assert [rank["rank"] for rank in content["ranks"]] == [0, 1]
     assert all(rank["device_peak_bytes"] > 0 for rank in content["ranks"])
+    sent = content["traffic"]["exchanged_bytes"]
+    assert sent == 3 * round_bytes(shared_bytes_of(read_plan(RunDir(tmp_path / "run"))), 4, 2) > 0
+    assert sent == sum(rank["traffic"]["exchanged_bytes"] for rank in content["ranks"])
     assert "rank 1" in read_report(tmp_path / "run").table()
     visits = [
         json.loads(line)["blocks"][0]
@@ -76,11 +81,9 @@ def test_a_rank_killed_at_a_random_moment_costs_no_bit(
     size, going_on = draw.choice([2, 4]), [1, 2, 4][seed % 3]
     victim = draw.randrange(size)
     with ranks_of([command(recipe, run)] * size) as started:
-        time.sleep(draw.uniform(1.0, 9.0))
+        wait_for(run / "lock")  # all have joined
+        time.sleep(draw.uniform(0.0, 6.0))
         started[victim].kill()
-        time.sleep(3.0)
-        for process in started:  # as launchers do, which see that a rank has gone before it has joined
-            process.terminate()
         ended = [outcome(process) for process in started]
     said = "".join(err for rank, (_, _, err) in enumerate(ended) if rank != victim)
     finished = all(code == 0 for rank, (code, _, _) in enumerate(ended) if rank != victim)

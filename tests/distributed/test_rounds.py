@@ -15,7 +15,7 @@ from torch import Tensor
 from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.run_dir import RunDir
 from lowmem.data.datasets import describe_data, load_data
-from lowmem.distributed.ranks import slice_numel
+from lowmem.distributed.exchange import slice_numel
 from lowmem.errors import ConfigError
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
