@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import Dataset, describe_data, load_data
+from lowmem.distributed.agreement import require_agreement
 from lowmem.errors import ConfigError, ResumeError
 from lowmem.inference.evaluate import evaluate_on
 from lowmem.machine.detect import detect_profile
@@ -35,6 +36,7 @@ from lowmem.recipe import (
     recipe_name,
 )
 from lowmem.reporting.telemetry import Listener, Recorder
+from lowmem.training.ranks import ALONE, Ranks
 from lowmem.training.trainer import Trainer
 from lowmem.units import counted, format_bytes
 
@@ -243,25 +245,31 @@ def train(
 
 
 def train_plan(
-    plan: Plan, folder: Path, listeners: Sequence[Listener] = (), accept_data: bool = False
+    plan: Plan,
+    folder: Path,
+    listeners: Sequence[Listener] = (),
+    accept_data: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Trains by a plan of `plan_run`, and evaluates at the end.
+    """Trains by a plan of `plan_run`, and evaluates at the end; with other `ranks` that make the same call.
 
     Raises ResumeError if the data are not those that the run began with, unless `accept_data`.
     """
     plan.require_fit()
     train_config = plan.recipe.train
     plan, notices = with_identity(plan, folder, accept_data)
+    if ranks.size > 1:
+        require_agreement(ranks, plan, folder)
     data = load_data(plan.recipe.data, train_config.seq_len, tokenizer_of(plan))
-    if notices and plan.data is not None:
+    if notices and plan.data is not None and ranks.leads:
         keep_identity(folder, plan.data)
     notices += [("warning", {"message": line}) for line in data.warnings]
-    trainer = Trainer(model_builder(plan.recipe, spec_of(plan)), plan, folder, listeners, notices)
-    if plan.recipe.model.begins_trained and not RunDir(folder).exists():
+    trainer = Trainer(model_builder(plan.recipe, spec_of(plan)), plan, folder, listeners, notices, ranks)
+    if plan.recipe.model.begins_trained and ranks.leads and not RunDir(folder).exists():
         trainer.begin()
         _evaluate(plan, folder, data.unaugmented(), listeners, first=True)
     state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
-    if state.metrics is None:
+    if state.metrics is None and ranks.leads:
         _evaluate(plan, folder, data.unaugmented(), listeners)
 
 

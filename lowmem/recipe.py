@@ -213,7 +213,9 @@ def _model_section(raw: Any, section_of: Callable[[str], type[ModelConfig]] = _s
 class BlocksConfig(Section):
     num_blocks: Auto | Layers = "auto"
     visit_steps: Count = 50  # steps that a block stays on the device
-    order: Literal["round_robin", "random"] = "round_robin"  # random: a fresh order for each round
+    # random: a fresh order for each round; together: every visit of a round begins from the same shared part,
+    # and the round ends with the mean of theirs, so that several ranks can make the visits at the same time
+    order: Literal["round_robin", "random", "together"] = "round_robin"
     overlap_gamma: Fraction = 0.05  # paper, section 3.3
     # end_to_end: steps that a block makes each time it comes, from inputs and output gradients that are kept.
     # 1: exact.
@@ -502,6 +504,20 @@ def _sweep_that_cannot_be(recipe: Recipe) -> str | None:
     return None
 
 
+def _together_that_cannot_be(recipe: Recipe) -> str | None:
+    if recipe.blocks.order != "together":
+        return None
+    found = "blocks.order: found 'together'"
+    if recipe.method == "end_to_end":
+        return f"{found}; allowed with method end_to_end: round_robin (its blocks share a step); leave it out"
+    if recipe.train.weights == "bfloat16":
+        return (
+            f"{found} with train.weights bfloat16; allowed: float32, because the shared part becomes a mean, "
+            "and small changes would be lost in its rounding; set it"
+        )
+    return None
+
+
 def _growth_that_cannot_be(recipe: Recipe) -> str | None:
     blocks, layers = recipe.blocks, getattr(recipe.model, "num_layers", None)
     if blocks.grow_at is None:
@@ -530,6 +546,7 @@ def _growth_that_cannot_be(recipe: Recipe) -> str | None:
 
 
 CONTRADICTIONS = (
+    _together_that_cannot_be,
     _growth_that_cannot_be,
     _adapter_of_another_model,
     _step_of_too_many_tokens,

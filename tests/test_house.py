@@ -24,15 +24,21 @@ FLOORS = [
     {"reporting"},
     {"planning"},
     {"training"},
-    {"inference"},
-    {"job", "finetuning", "from_data", "methods", "terminal", "doctor"},
+    {"inference", "distributed"},
+    {"job", "finetuning", "from_data", "methods", "cluster", "terminal", "doctor"},
     {"cli", "runtime_probe", "floor_probe", "__init__"},
     {"__main__"},
 ]
 # The order within a floor, where one package imports from another there.
 BESIDE = {("models", "objectives"), ("noise", "recipe"), ("schedule", "recipe"), ("schema", "errors")}
 BESIDE |= {("errors", "units"), ("schema", "units"), ("files", "errors"), ("files", "units")}
-BESIDE |= {("data", "machine"), ("finetuning", "job"), ("methods", "job"), ("cli", "__init__")}
+BESIDE |= {
+    ("data", "machine"),
+    ("finetuning", "job"),
+    ("methods", "job"),
+    ("cluster", "job"),
+    ("cli", "__init__"),
+}
 LIGHT = [
     "lowmem",
     "lowmem.cli",

@@ -2,6 +2,9 @@
 
 A visit is one stay on the device: `num_steps` optimizer steps of one block (diffusion_blocks), or of all of
 them (end_to_end). The order follows from the recipe alone, so a run's place in it is a single number.
+
+With the order `together` the visits of a round all begin from the same shared part, and are committed as
+one. So they can be made one after another, or by several ranks at the same time: the bits are the same.
 """
 
 from __future__ import annotations
@@ -75,6 +78,19 @@ class BlockQueue:
             min(self.visit_steps, self.num_steps - first_step),
         )
 
+    @property
+    def together(self) -> bool:
+        """Whether the visits of a round all begin from the same shared part."""
+        return self.order == "together" and self.method != "end_to_end"
+
+    def round_of(self, visits_done: int) -> list[Visit]:
+        """The visits of the round that comes after `visits_done` visits, which are whole rounds."""
+        return [self.visit(index) for index in range(visits_done, visits_done + self.visits_per_round)]
+
+    def shared_steps(self, visit: Visit) -> int:
+        """Steps that the shared part has made before a visit."""
+        return visit.first_step if self.together else self.steps_done(visit.index)
+
     def pending(self, visits_done: int) -> Iterator[tuple[Visit, Visit | None]]:
         """Yields each visit still to make, with the one after it (None at the end): its block can then be
         fetched early.
@@ -83,9 +99,7 @@ class BlockQueue:
             yield self.visit(index), self.visit(index + 1) if index + 1 < self.num_visits else None
 
     def steps_done(self, visits_done: int) -> int:
-        """Optimizer steps of all blocks in the first `visits_done` visits. The shared part has made as many,
-        because it is trained with every block.
-        """
+        """Optimizer steps of all blocks in the first `visits_done` visits."""
         rounds, places = divmod(visits_done, self.visits_per_round)
         whole = min(rounds * self.visit_steps, self.num_steps) * self.visits_per_round
         return whole + (places * self.visit(visits_done).num_steps if places else 0)

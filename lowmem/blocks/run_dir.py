@@ -52,6 +52,10 @@ from lowmem.units import counted, finite
 
 HOLD_TRIES = 5  # between two reads of the state a run may commit
 ANOTHER_DIR = "give a new or an empty folder with --run-dir"
+CURE = (
+    "give a folder that can be written with --run-dir; "
+    "`lowmem status`, `report`, `eval` and `sample --out` only read"
+)
 BLOCK_FILE = re.compile(r"(block-\d{4,}|shared)\.\d{6,}\.([0-9a-f]{16})\.safetensors")
 
 
@@ -76,6 +80,16 @@ class BlockRecord(Section):
     measured_peak_bytes: int = 0  # on the device, the largest of all its visits
 
 
+class RankRecord(Section):
+    """Figures of one rank of the last launch: its peaks, and what it moved."""
+
+    rank: int
+    device_peak_bytes: int
+    host_peak_bytes: int
+    traffic: Traffic
+    transfer_s: TransferTimes
+
+
 class RunState(Section):
     """Everything that is committed. Replaced as a whole, never edited."""
 
@@ -83,6 +97,7 @@ class RunState(Section):
     visits_done: int = Field(default=0, ge=0)
     files: dict[str, FileRecord] = {}  # "block-0" ..., "shared"
     blocks: list[BlockRecord] = []
+    ranks: list[RankRecord] = []  # of a run by several ranks
     time: dict[str, float] = {}  # total_s, compute_s, exposed_transfer_s, commit_s
     traffic: Traffic = Traffic()
     transfer_s: TransferTimes = TransferTimes()
@@ -90,6 +105,11 @@ class RunState(Section):
     micro_batch_size: int | None = None  # smaller than the plan's where memory ran out
     first_metrics: dict[str, Any] | None = None  # before the first step, where a model begins with weights
     metrics: dict[str, Any] | None = None  # of the finished run
+
+
+def is_lock(name: str) -> bool:
+    """Whether a file is the lock of a rank other than 0."""
+    return re.fullmatch(r"lock-rank\d{4,}", name) is not None
 
 
 class RunDir:
@@ -108,6 +128,10 @@ class RunDir:
         self._lock = FolderLock(self.path / "lock")
         self._held: dict[str, int] = {}  # name of a file -> its open handle
 
+    def telemetry_of(self, rank: int) -> Path:
+        """Where a rank writes its records; rank 0 writes those of the run."""
+        return self.path / f"telemetry-rank{rank:04d}.jsonl" if rank else self.telemetry_path
+
     def exists(self) -> bool:
         """Whether a plan lies in the folder. Raises ResumeError where the system does not let us look."""
         return self._lies_there(self.plan_path)
@@ -120,31 +144,40 @@ class RunDir:
                 return False
             return True
 
-    def acquire(self) -> None:
+    def acquire(self, rank: int = 0) -> None:
         """Makes the folder and locks it for this process. The system frees the lock when the process ends,
-        however it ends.
+        however it ends. Each `rank` of a run by several holds a lock of its own, rank 0 the folder's.
 
         Raises ResumeError if another process holds it, the folder cannot be made or written, or holds other
         files than a run's; nothing is then written.
         """
+        if rank:
+            self._lock = FolderLock(self.path / f"lock-rank{rank:04d}")
+            with refusals_of(self._lock.path, ResumeError, CURE):
+                held = self._lock.acquire()
+            if not held:
+                raise self._in_use()
+            return
         self._require_ours()
         self.lock()
 
     def lock(self) -> None:
         """`acquire` without a look at what lies in the folder. Raises ResumeError."""
-        cure = (
-            "give a folder that can be written with --run-dir; "
-            "`lowmem status`, `report`, `eval` and `sample --out` only read"
-        )
-        with refusals_of(self.path, ResumeError, cure):
+        with refusals_of(self.path, ResumeError, CURE):
             make_folder(self.path)
-        with refusals_of(self._lock.path, ResumeError, cure):
+        with refusals_of(self._lock.path, ResumeError, CURE):
             held = self._lock.acquire()
+        if held and any(FolderLock(self.path / name).is_held() for name in self.names() if is_lock(name)):
+            self.release()  # a rank of an earlier launch has not ended yet
+            held = False
         if not held:
-            raise ResumeError(
-                f"run folder {printable(self.path)}: another process is training in it; "
-                "wait for it, or choose another --run-dir"
-            )
+            raise self._in_use()
+
+    def _in_use(self) -> ResumeError:
+        return ResumeError(
+            f"run folder {printable(self.path)}: another process is training in it; "
+            "wait for it, or choose another --run-dir"
+        )
 
     def _require_ours(self) -> None:
         """Raises ResumeError unless the folder is a run's, empty, or not there."""

@@ -199,6 +199,15 @@ class BlockStream:
         if wait:
             self._commit.result()
 
+    def write_beside(self, block: int, buffer: Tensor, visits_done: int) -> Future[FileRecord]:
+        """Starts to write a trained block, for a commit of other blocks too. It must not be touched until
+        `load` returns it again.
+        """
+        self.device.wait_for_compute()
+        write = self._writer.submit(self._write_block, block, buffer, visits_done)
+        self._writes[block] = write
+        return write
+
     def release(self, block: int, buffer: Tensor) -> None:
         """Gives back a block that was only read (sampling, evaluation)."""
         if not self.resident:

@@ -15,6 +15,7 @@ class Traffic(Section):
     device_to_host_bytes: int = 0
     disk_read_bytes: int = 0
     disk_written_bytes: int = 0
+    exchanged_bytes: int = 0  # that ranks have sent to each other
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(**{name: value + getattr(other, name) for name, value in self})

@@ -39,8 +39,10 @@ def lowmem(
         bool,
         typer.Option("--version", help="print the version", callback=_say_version, is_eager=True),
     ] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
     """Train models that do not fit: one block at a time, with a memory budget you can check."""
+    # `local_rank`: the launcher `deepspeed` gives it to each process; the environment says the same
     if context.invoked_subcommand is None:
         say(context.get_help())
 

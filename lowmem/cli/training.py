@@ -25,7 +25,7 @@ from lowmem.cli.common import (
     app,
     known,
 )
-from lowmem.errors import BudgetError, ConfigError
+from lowmem.errors import BudgetError, ConfigError, LowmemError
 from lowmem.terminal import say, say_json, say_warning, stop_if_interrupted
 from lowmem.units import counted
 
@@ -67,10 +67,18 @@ def train(
     quiet: QuietOption = False,
     accept_data: AcceptDataOption = False,
     log_to: LogToOption = None,
+    devices: Annotated[
+        int, typer.Option("--devices", help="train on so many cards, or processes, of this machine")
+    ] = 1,
 ) -> None:
     """Train a recipe, or go on with a run. Prints the report."""
     _check_machine(profile, log_to)
     _check_recipe(recipe, set_ or [])
+    with _ranks(devices) as ranks:
+        if ranks is not None:
+            overrides = set_ or []
+            _train_with(ranks, recipe, profile, run_dir, overrides, as_json, quiet, accept_data, log_to or [])
+            return
     from lowmem import from_data, job
 
     wanted: Any = recipe
@@ -177,6 +185,67 @@ def finetune(
     _train(plan, folder, as_json, quiet, accept_data, log_to or [])
 
 
+@contextlib.contextmanager
+def _ranks(devices: int) -> Iterator[Any]:
+    """This process among the ranks that a launcher has started; None where there is only one.
+
+    `devices`: to start a launcher for, where none has started this process. Only rank 0 says anything.
+    """
+    from lowmem.distributed.launch import launch, launched, take_own_card
+
+    found = launched()
+    if found is None:
+        if devices != 1:
+            launch(devices, _without_devices(sys.argv[1:]))
+        yield None
+        return
+    take_own_card(found)
+    from lowmem.distributed.ranks import joined
+
+    try:
+        with joined(found) as ranks:
+            yield ranks
+    except (LowmemError, KeyboardInterrupt) as problem:
+        if found.leads:
+            raise
+        raise typer.Exit(problem.exit_code if isinstance(problem, LowmemError) else 130) from None
+
+
+def _without_devices(arguments: list[str]) -> list[str]:
+    kept, skip = list[str](), False
+    for argument in arguments:
+        if not skip and argument != "--devices" and not argument.startswith("--devices="):
+            kept.append(argument)
+        skip = argument == "--devices"
+    return kept
+
+
+def _train_with(
+    ranks: Any,
+    recipe: str,
+    profile: str | None,
+    run_dir: Path | None,
+    overrides: list[str],
+    as_json: bool,
+    quiet: bool,
+    accept_data: bool,
+    log_to: list[str],
+) -> None:
+    """Trains with other ranks. Rank 0 plans, prints and logs."""
+    from lowmem import job
+    from lowmem.distributed.agreement import common_plan
+
+    folder = run_dir or job.default_run_dir(recipe)
+    plan = common_plan(ranks, lambda: job.plan_run(recipe, profile, overrides, folder))
+    if ranks.leads:
+        with _only_json(as_json):
+            plan.require_fit()
+        _train(plan, folder, as_json, quiet, accept_data, log_to, ranks=ranks)
+    else:
+        own = plan.model_copy(update={"recipe": job.settled_recipe(recipe, overrides)})
+        job.train_plan(own, folder, [stop_if_interrupted], accept_data, ranks)
+
+
 def _train(
     plan: Any,
     folder: Path,
@@ -185,6 +254,7 @@ def _train(
     accept_data: bool,
     log_to: list[str],
     recipe_text: str = "",
+    ranks: Any = None,
 ) -> None:
     """Trains by a plan and prints the report. `recipe_text`: of a recipe that no file holds, for the run."""
     from lowmem import job
@@ -212,7 +282,10 @@ def _train(
         listeners.append(say_warning if quiet else opened.enter_context(live_view(folder)))
         if recipe_text:
             listeners.append(_keeper(folder, recipe_text))
-        job.train_plan(plan, folder, listeners, accept_data)
+        if ranks is None:
+            job.train_plan(plan, folder, listeners, accept_data)
+        else:
+            job.train_plan(plan, folder, listeners, accept_data, ranks)
     report = read_report(folder)
     say_json(report.content) if as_json else say(report.table())
 
@@ -275,6 +348,13 @@ def plan(
     methods: Annotated[
         bool, typer.Option("--methods", help="this recipe by each method, side by side, and which to take")
     ] = False,
+    devices: Annotated[
+        int, typer.Option("--devices", min=1, max=10**6, help="what so many devices send to each other")
+    ] = 1,
+    machines: Annotated[int, typer.Option("--machines", min=1, help="on which the devices are")] = 1,
+    link: Annotated[
+        float, typer.Option("--link-gib-per-s", min=1e-6, max=1e6, help="of each machine, one way")
+    ] = 1.0,
 ) -> None:
     """Predict what a recipe takes on a machine, or on several, without training or allocating it."""
     for name in profile or []:
@@ -299,8 +379,11 @@ def plan(
     if methods:
         _print_methods(wanted, profile or [], set_ or [], folder, as_json)
         return
-    machines: list[str] | list[None] = profile or [None]
-    plans = [plan_recipe(wanted, name, set_ or [], folder) for name in machines]
+    if devices > 1:
+        _print_cluster(wanted, profile or [], set_ or [], folder, (devices, machines), link, as_json)
+        return
+    names: list[str] | list[None] = profile or [None]
+    plans = [plan_recipe(wanted, name, set_ or [], folder) for name in names]
     if len(plans) == 1:
         _print_plan(plans[0], as_json)
     else:
@@ -343,6 +426,31 @@ def _print_methods(
         say_json({"methods": [each.to_dict() for each in found]})
     else:
         say(methods_table(found))
+
+
+def _print_cluster(
+    recipe: Any,
+    profiles: list[str],
+    overrides: list[str],
+    folder: Path | None,
+    size: tuple[int, int],
+    link: float,
+    as_json: bool,
+) -> None:
+    from lowmem.cluster import cluster_table, plan_cluster
+    from lowmem.distributed.exchange import Cluster
+    from lowmem.units import GIB
+
+    if len(profiles) > 1:
+        raise ConfigError(
+            f"--devices: found {len(profiles)} profiles; allowed: one; give them one after the other"
+        )
+    cluster, machine = Cluster(*size), profiles[0] if profiles else None
+    spreads = plan_cluster(recipe, machine, overrides, cluster, link * GIB, folder)
+    if as_json:
+        say_json({"methods": [spread.to_dict() for spread in spreads]})
+    else:
+        say(cluster_table(spreads, cluster, link * GIB))
 
 
 def _print_plan(plan: Any, as_json: bool) -> None:

@@ -60,6 +60,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
                 recompute=place.recompute,
                 optimizer=_optimizer(recipe, profile),
                 ema=recipe.optimizer.ema is not None,
+                in_rounds=recipe.blocks.order == "together",
                 tier=place.tier,
                 borders=place.borders,
                 resident_layers=0 if stay == "auto" else stay,

@@ -34,6 +34,9 @@ CPU_BFLOAT16_BYTES = 20 * MIB  # of kernels that a CPU makes at run time for bf1
 # of a process that uses CUDA on the host: libraries and driver; a typical value, not measured here
 HOST_RUNTIME_GIB = 1.2
 HEADROOM_SHARE, HEADROOM_BYTES = 0.02, 32 * MIB  # a prediction may be off by the larger of the two
+# of the shared part in a round whose visits begin from the same one: what they begin from, what ranks send
+# and receive, and the sum
+ROUND_COPIES = 4
 NO_PASS = Pass(0, Work(), Work())
 # What torch's allocator holds of a card beyond the tensors: cuBLAS's two workspaces of 32 MiB, and gaps. The
 # most of five runs on an H200 was 353 MiB, the least 196 MiB.
@@ -269,7 +272,7 @@ def _device_categories(
         **(_streaming_categories if setup.by_unit else _visiting_categories)(setup),
         "activations": activations,
         "borders": borders.device + (borders.host if profile.unified else 0),
-        "shared_part": shared.total_bytes
+        "shared_part": shared.total_bytes * (1 + ROUND_COPIES * setup.settings.in_rounds)
         + (setup.gradient_bytes + setup.copy_bytes) * shared.numel
         + _base_bytes(setup),
         "staging": _staging(setup).device,
@@ -351,5 +354,7 @@ def _disk_bytes(setup: Setup, borders: BorderBytes) -> int:
     them (where it is kept), and the next commit's.
     """
     committed = file_bytes([*setup.layouts, setup.shared, *_bases(setup)])
-    new = file_bytes(setup.updated if setup.end_to_end else [*setup.visited, setup.shared])
+    new = file_bytes(
+        setup.updated if setup.end_to_end or setup.settings.in_rounds else [*setup.visited, setup.shared]
+    )
     return committed + (1 + setup.recipe.offload.keep_previous) * new + borders.disk

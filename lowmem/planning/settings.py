@@ -48,6 +48,9 @@ class Settings(Section):
     # each parameter is updated, and its gradient freed, as soon as the gradient is whole
     during_backward: bool = False
     ema: bool = False  # an average of the weights is kept
+    # The visits of a round begin from the same shared part (blocks.order: together). It then keeps AdamW's
+    # moments in fp32, because a round ends with their mean.
+    in_rounds: bool = False
     tier: Tier  # where blocks rest that are not visited
     # where activations at block borders rest, while a model trained end to end streams
     borders: Tier = "device"
@@ -81,7 +84,8 @@ def _layout(
     shapes = [(name, tuple(parameter.shape)) for name, parameter in parameters]
     if not frozen:
         # Tables and read-outs are matrices too, but Muon is not for them.
-        optimizer = "adamw" if shared and settings.optimizer == "muon" else settings.optimizer
+        plain = shared and (settings.optimizer == "muon" or settings.in_rounds)
+        optimizer = "adamw" if plain else settings.optimizer
         return ArenaLayout(shapes, optimizer, settings.ema, COMPUTE_DTYPE[settings.weights])
     return frozen_layout(model, shapes, frozen_dtype(settings))
 

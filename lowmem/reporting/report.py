@@ -40,6 +40,7 @@ ENDURANCE_BYTES = 600 * 10**12  # that a common drive of one terabyte is made to
 TIMES = ("total_s", "compute_s", "exposed_transfer_s", "commit_s")
 MEMORY_COLUMNS = ("memory", "budget", "predicted", "measured", "difference")
 BLOCK_COLUMNS = ("block", "visits", "steps", "loss", "predicted peak", "measured peak")
+RANK_COLUMNS = ("rank", "device peak", "host peak", "sent to other ranks")
 COMPARISON_COLUMNS = (
     "run",
     "method",
@@ -86,6 +87,7 @@ def read_report(run_dir: str | os.PathLike[str]) -> Report:
             {**record.model_dump(), "predicted_peak_bytes": predicted["block_peak_bytes"][record.block]}
             for record in state.blocks
         ],
+        "ranks": [record.model_dump() for record in state.ranks],
         "time": {name: state.time.get(name, 0.0) for name in TIMES},
         "traffic": state.traffic.model_dump(),
         "stream": moving_figures(plan, state),
@@ -198,6 +200,7 @@ class Report:
             text_table(f"report: {self.summary()}", MEMORY_COLUMNS, self.memory_rows()),
             text_table("predicted on the device, by category", ("category", "bytes"), categories),
             text_table("blocks", BLOCK_COLUMNS, self.block_rows()),
+            *([text_table("ranks", RANK_COLUMNS, self.rank_rows())] if self.content["ranks"] else []),
             "\n".join(fitted(f"{name:<10} {text}", 11) for name, text in self.closing_rows()),
         ]
         return "\n\n".join(parts)
@@ -250,6 +253,18 @@ class Report:
                 format_bytes(block["measured_peak_bytes"]) if block["measured_peak_bytes"] else "-",
             )
             for block in self.content["blocks"]
+        ]
+
+    def rank_rows(self) -> list[tuple[str, ...]]:
+        """Rows under RANK_COLUMNS, of the last launch."""
+        return [
+            (
+                f"rank {rank['rank']}",
+                format_bytes(rank["device_peak_bytes"]),
+                format_bytes(rank["host_peak_bytes"]),
+                format_bytes(rank["traffic"]["exchanged_bytes"]),
+            )
+            for rank in self.content["ranks"]
         ]
 
     def closing_rows(self) -> list[tuple[str, str]]:

@@ -22,10 +22,11 @@ from torch import Tensor
 from lowmem.blocks.arena import ArenaLayout, unbind
 from lowmem.blocks.borders import Borders
 from lowmem.blocks.order import Visit
-from lowmem.blocks.run_dir import BlockRecord, FileRecord, RunDir, RunState
+from lowmem.blocks.run_dir import BlockRecord, FileRecord, RankRecord, RunDir, RunState
 from lowmem.blocks.seal import BACK
 from lowmem.blocks.stream import BlockStream
 from lowmem.blocks.sweep_stream import SweepStream
+from lowmem.blocks.traffic import Traffic, TransferTimes
 from lowmem.blocks.unit_stream import UnitStream, spread
 from lowmem.blocks.verify import check_contents
 from lowmem.errors import StoreError
@@ -42,12 +43,14 @@ from lowmem.reporting.telemetry import Listener, Recorder, read_records
 from lowmem.training.first_weights import check_given, create_weights
 from lowmem.training.memory_guard import check_available, require_available, smaller
 from lowmem.training.open_run import bind_base, layouts_by_key, open_borders, open_stream
+from lowmem.training.ranks import ALONE, Ranks
 from lowmem.training.trainable import SHARED, Scratch, Trainable
 
 # GiB per second of a disk whose files are read whole before the first visit: four seconds per GiB
 SLOWEST_CHECKED = 0.25
 # mean pairwise cosine of the target table above which targets no longer tell classes apart
 COLLAPSE_COSINE = 0.5
+NO_TRAFFIC, NO_TIMES = Traffic(), TransferTimes()
 
 
 @dataclass
@@ -94,10 +97,15 @@ class Attempt:
     shared: Trainable
 
     def __init__(
-        self, run: RunDir, frozen: Plan, model: BlockModel, listeners: Sequence[Listener] = ()
+        self,
+        run: RunDir,
+        frozen: Plan,
+        model: BlockModel,
+        listeners: Sequence[Listener] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         self.run, self.frozen, self.plan, self.model, self.listeners = run, frozen, frozen, model, listeners
-        self.device = training_device(frozen.profile)
+        self.ranks, self.device = ranks, training_device(frozen.profile)
         self.layouts, self.shared_layout = layouts_of(model, frozen.settings)
         self.queue = frozen.queue()
         self.monitor = Monitor(frozen.profile.unified, self.device)
@@ -121,14 +129,18 @@ class Attempt:
 
     def __enter__(self) -> Attempt:
         with contextlib.ExitStack() as opened:  # closes what is open if a later step fails
-            self.run.acquire()
+            if not self.ranks.leads:
+                self.ranks.told()  # rank 0 has opened the run
+            self.run.acquire(self.ranks.rank)
             opened.callback(self.run.release)
             if self.plan.profile.unified:
                 give_back_freed()  # the plan counts on it
-            self.state = self._open_state()
+            self.state = self._open_state() if self.ranks.leads else self._opened_state()
+            if self.ranks.leads:
+                self.ranks.told(True)
             if self.state.micro_batch_size is not None:
                 self.plan = smaller(self.plan, self.state.micro_batch_size)
-            self.recorder = Recorder(self.run.telemetry_path)
+            self.recorder = Recorder(self.run.telemetry_of(self.ranks.rank))
             opened.callback(self.recorder.close)
             self.recorder.listeners += self.listeners
             opened.enter_context(self.monitor)
@@ -169,6 +181,16 @@ class Attempt:
         run.remove_leftovers(state)
         return state
 
+    def _opened_state(self) -> RunState:
+        """The committed state of a run that rank 0 has opened, and has looked at."""
+        self.run.read_plan()  # takes the run's identity
+        state = self.run.read_state()
+        assert state is not None
+        if state.visits_done < self.queue.num_visits:
+            require_available(self.plan)
+        self.run.check_files(state)
+        return state
+
     def _check(self, state: RunState) -> None:
         """Looks at everything that the run goes on from, before the first visit. Raises StoreError."""
         base = base_layout_of(self.model, self.frozen.settings)
@@ -196,6 +218,8 @@ class Attempt:
             visits_done=state.visits_done,
             visits_total=self.queue.num_visits,
             pid=os.getpid(),
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
             device=now,
             environment=read_environment(),
         )
@@ -271,6 +295,11 @@ class Attempt:
         moving = (self.stream, self.borders, self.units, self.sweeps)
         return sum(part.exposed_s for part in moving if part is not None)
 
+    def empty_pool(self) -> None:
+        """Before a visit is written: the copies that go to the disk take memory of their own."""
+        if self.pool is not None:
+            self.pool.keep_at_most(0)
+
     def record_step(self, visit: Visit, step: int, lr: float, loss: Tensor, step_s: float) -> None:
         """Raises ShortageError where other programs have left too little memory."""
         block = visit.blocks[0] if len(visit.blocks) == 1 else None
@@ -288,8 +317,16 @@ class Attempt:
 
     def next_state(self, visit: Visit, loss: float, health: dict[str, float]) -> RunState:
         """What will be committed after the visit; its files and traffic are known to `committer` alone."""
-        state, peak, run_peak = self.state, self.monitor.take_peak(), self.monitor.run_peak
-        blocks = list(state.blocks)
+        state = self.state
+        blocks = self.visited(visit, loss, health)
+        done = {"visits_done": visit.index + 1, "blocks": blocks}
+        return state.model_copy(
+            update={**done, "time": self.clock.as_dict(), "measured": self._peaks_with([])}
+        )
+
+    def visited(self, visit: Visit, loss: float, health: dict[str, float]) -> list[BlockRecord]:
+        """The figures of all blocks after a visit, which is recorded."""
+        peak, blocks = self.monitor.take_peak(), list(self.state.blocks)
         for block in visit.blocks:
             old = blocks[block]
             blocks[block] = BlockRecord(
@@ -299,10 +336,6 @@ class Attempt:
                 loss=loss,
                 measured_peak_bytes=max(old.measured_peak_bytes, peak.device_bytes),
             )
-        measured = {
-            "device_peak_bytes": max(state.measured.get("device_peak_bytes", 0), run_peak.device_bytes),
-            "host_peak_bytes": max(state.measured.get("host_peak_bytes", 0), run_peak.host_bytes),
-        }
         figures = {"loss": loss, "device_peak_bytes": peak.device_bytes, **health, **self.clock.as_dict()}
         self.recorder.write("visited", visit=visit.index, blocks=list(visit.blocks), **figures)
         cosine = health.get("table_cosine", 0.0)
@@ -312,15 +345,74 @@ class Attempt:
                 f"{COLLAPSE_COSINE}; lower train.lr"
             )
             self.recorder.write("warning", visit=visit.index, message=message)
-        done = {"visits_done": visit.index + 1, "blocks": blocks}
-        return state.model_copy(update={**done, "time": self.clock.as_dict(), "measured": measured})
+        return blocks
 
-    def committer(self, state: RunState) -> Callable[[dict[str, FileRecord]], None]:
-        """What the writer's thread calls when a visit's files are on the disk.
+    def _peaks_with(self, others: Sequence[RankRecord]) -> dict[str, int]:
+        """The highest peaks of the run so far, of any rank."""
+        own, before = self.monitor.run_peak, self.state.measured
+        return {
+            name: max(before.get(name, 0), getattr(own, pool), *(getattr(rank, name) for rank in others))
+            for name, pool in (("device_peak_bytes", "device_bytes"), ("host_peak_bytes", "host_bytes"))
+        }
+
+    # --------------------------------------------------------------------------------------------------------
+    # A round, by one rank or several
+
+    def rank_record(self) -> RankRecord:
+        """What this rank has taken and moved in this process."""
+        peak, sent = self.monitor.run_peak, Traffic(exchanged_bytes=self.ranks.exchanged_bytes)
+        return RankRecord(
+            rank=self.ranks.rank,
+            device_peak_bytes=peak.device_bytes,
+            host_peak_bytes=peak.host_bytes,
+            traffic=self.stream.traffic() + sent,
+            transfer_s=self.stream.transfer_s(),
+        )
+
+    def take_round(self, visits_done: int, visited: Sequence[BlockRecord]) -> None:
+        """Makes a round what this rank goes on from. `visited`: the figures of blocks that have changed."""
+        new = {record.block: record for record in visited}
+        blocks = [new.get(record.block, record) for record in self.state.blocks]
+        self.state = self.state.model_copy(update={"visits_done": visits_done, "blocks": blocks})
+
+    def commit_round(
+        self,
+        visits_done: int,
+        visited: Sequence[BlockRecord],
+        files: dict[str, FileRecord],
+        ranks: Sequence[RankRecord],
+    ) -> None:
+        """Writes the shared part and commits a round whose blocks are on the disk. On rank 0 alone."""
+        began = time.perf_counter()
+        self.take_round(visits_done, visited)
+        self.state = self.state.model_copy(
+            update={
+                "ranks": list(ranks) if self.ranks.size > 1 else [],
+                "time": self.clock.as_dict(),
+                "measured": self._peaks_with(ranks),
+            }
+        )
+        others = [rank for rank in ranks if rank.rank != self.ranks.rank]
+        moved = sum((rank.traffic for rank in others), Traffic(exchanged_bytes=self.ranks.exchanged_bytes))
+        self.stream.store(
+            {},
+            self.shared.arena.buffer,
+            visits_done,
+            self.committer(self.state, moved, sum((rank.transfer_s for rank in others), TransferTimes())),
+            wait=True,
+            written={key: _done(record) for key, record in files.items()},
+        )
+        self.clock.commit_s += time.perf_counter() - began
+
+    def committer(
+        self, state: RunState, moved_too: Traffic = NO_TRAFFIC, took_too: TransferTimes = NO_TIMES
+    ) -> Callable[[dict[str, FileRecord]], None]:
+        """What the writer's thread calls when a visit's files are on the disk. `moved_too`, `took_too`:
+        beside this process's stream, and its borders.
 
         `self._files` grows from commit to commit, in the order of the writer.
         """
-        earlier_traffic, earlier_times = self._earlier
+        earlier_traffic, earlier_times = self._earlier[0] + moved_too, self._earlier[1] + took_too
 
         def commit(files: dict[str, FileRecord]) -> None:
             before, self._files = self._files, {**self._files, **files}
@@ -338,3 +430,10 @@ class Attempt:
             self.recorder.write("commit", visits_done=state.visits_done, disk_bytes=disk_bytes, **figures)
 
         return commit
+
+
+def _done(record: FileRecord) -> Future[FileRecord]:
+    """A file that is on the disk already."""
+    future = Future[FileRecord]()
+    future.set_result(record)
+    return future

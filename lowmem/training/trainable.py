@@ -46,6 +46,10 @@ class Trainable:
         self._refresh(slice(None))
         bind(model, parameter_views(self.arena.layout, self.compute), None)
 
+    def refresh(self) -> None:
+        """Lets compute see weights that were changed in the arena."""
+        self._refresh(slice(None))
+
     def begin(self, step: int, lr: float, config: OptimizerConfig) -> None:
         """Says what the coming backward pass is for. `step` from 1."""
         self._step = optim.Step(

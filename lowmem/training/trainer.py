@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lowmem.blocks.arena import Arena, bind, computing, parameter_views, unbind
 from lowmem.blocks.optim import whole_factor
 from lowmem.blocks.order import Visit
-from lowmem.blocks.run_dir import RunDir, RunState
+from lowmem.blocks.run_dir import BlockRecord, RunDir, RunState
 from lowmem.machine.detect import training_device
 from lowmem.machine.device import is_out_of_memory
 from lowmem.models.base import BuildModel, check_model
@@ -31,6 +31,8 @@ from lowmem.training.attempt import Attempt
 from lowmem.training.finite import FiniteWatch, not_finite
 from lowmem.training.given_batches import Batches, batches_of, checked_batch
 from lowmem.training.memory_guard import check_available, go_on_smaller
+from lowmem.training.ranks import ALONE, Ranks
+from lowmem.training.rounds import Rounds
 from lowmem.training.streamed_step import StreamedStep
 from lowmem.training.sweep import Sweep
 
@@ -41,7 +43,7 @@ class Trainer:
     """Trains `build_model()` by `plan` in `run_dir`. Raises BudgetError at once if the plan does not fit.
 
     `listeners` are called with each telemetry record (a dict) as it is written: the live view is one.
-    `notices` are records (event, fields) that training begins with.
+    `notices` are records (event, fields) that training begins with. `ranks`: what trains beside this process.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class Trainer:
         run_dir: str | os.PathLike[str],
         listeners: Sequence[Listener] = (),
         notices: Sequence[tuple[str, dict[str, Any]]] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
         plan.require_fit()
+        self.ranks = ranks
         self.plan, self.recipe, self.run, self.listeners = plan, plan.recipe, RunDir(run_dir), list(listeners)
         self.notices = list(notices)
         self.queue, self.device = plan.queue(), training_device(plan.profile)
@@ -75,14 +79,14 @@ class Trainer:
         """
         batches = batches_of(batches, self.recipe.train)
         while True:
-            attempt = Attempt(self.run, self.plan, self.model, self.listeners)
+            attempt = Attempt(self.run, self.plan, self.model, self.listeners, self.ranks)
             try:
                 with self.device.deterministic(self.recipe.train.deterministic), attempt:
                     state = self._train(attempt, batches)
                 if state.visits_done == self.queue.num_visits:
                     return state
             except (RuntimeError, MemoryError) as problem:
-                if not is_out_of_memory(problem):
+                if not is_out_of_memory(problem) or self.ranks.size > 1:  # the others would wait for ever
                     raise
                 peak = attempt.monitor.run_peak
                 go_on_smaller(self.run, attempt.plan, attempt.visit, peak, self.listeners)
@@ -106,41 +110,63 @@ class Trainer:
         if borders is not None:
             kind = StreamedStep if attempt.sweeps is None else Sweep
             streamed = kind(attempt, self.objective, borders, watch)
+        if self.queue.together:
+            self._train_rounds(attempt, watch, batches)
         for visit, upcoming in self.queue.pending(attempt.state.visits_done):
             if visit.index == self.queue.grow_visits and not attempt.grown:
                 break  # the whole model lies on the device in another way
-            attempt.visit = visit
-            attempt.recorder.write(
-                "visit",
-                visit=visit.index,
-                blocks=list(visit.blocks),
-                first_step=visit.first_step,
-                num_steps=visit.num_steps,
-            )
-            start, exposed_before = time.perf_counter(), attempt.exposed_s
-            if streamed is not None:
-                losses, buffers = self._streamed_steps(attempt, streamed, visit, batches)
-            else:
-                losses, buffers = self._resident_steps(attempt, watch, visit, upcoming, batches)
-            mean_loss = float(torch.stack(losses).mean())  # on CUDA it waits for the visit's last kernel
-            attempt.record_late()
-            self._require_finite(attempt, watch, visit, batches)
-            exposed_s = attempt.exposed_s - exposed_before
-            attempt.clock.exposed_transfer_s += exposed_s
-            attempt.clock.compute_s += time.perf_counter() - start - exposed_s
+            mean_loss, buffers = self._make_visit(attempt, watch, streamed, visit, upcoming, batches)
             self._store(attempt, visit, mean_loss, buffers)
             if upcoming is not None:
                 check_available(attempt.plan, attempt.monitor.last, committed=True)
         attempt.stream.finish()
         if attempt.state.visits_done == self.queue.num_visits:
             attempt.recorder.write("trained", visits_done=attempt.state.visits_done)
-        return self.run.read_state() or attempt.state
+        return (self.run.read_state() if self.ranks.leads else None) or attempt.state
+
+    def _train_rounds(self, attempt: Attempt, watch: FiniteWatch, batches: Batches) -> None:
+        def make_visit(visit: Visit, upcoming: Visit | None) -> tuple[BlockRecord, Tensor]:
+            block = visit.blocks[0]
+            loss, buffers = self._make_visit(attempt, watch, None, visit, upcoming, batches)
+            return attempt.visited(visit, loss, self.objective.health())[block], buffers[block]
+
+        Rounds(attempt, make_visit).train()
+
+    def _make_visit(
+        self,
+        attempt: Attempt,
+        watch: FiniteWatch,
+        streamed: StreamedStep | Sweep | None,
+        visit: Visit,
+        upcoming: Visit | None,
+        batches: Batches,
+    ) -> tuple[float, dict[int, Tensor]]:
+        """Returns the mean loss and the blocks to store. All numbers are finite."""
+        attempt.visit = visit
+        attempt.recorder.write(
+            "visit",
+            visit=visit.index,
+            blocks=list(visit.blocks),
+            first_step=visit.first_step,
+            num_steps=visit.num_steps,
+        )
+        start, exposed_before = time.perf_counter(), attempt.exposed_s
+        if streamed is not None:
+            losses, buffers = self._streamed_steps(attempt, streamed, visit, batches)
+        else:
+            losses, buffers = self._resident_steps(attempt, watch, visit, upcoming, batches)
+        mean_loss = float(torch.stack(losses).mean())  # on CUDA it waits for the visit's last kernel
+        attempt.record_late()
+        self._require_finite(attempt, watch, visit, batches)
+        exposed_s = attempt.exposed_s - exposed_before
+        attempt.clock.exposed_transfer_s += exposed_s
+        attempt.clock.compute_s += time.perf_counter() - start - exposed_s
+        return mean_loss, buffers
 
     def _store(self, attempt: Attempt, visit: Visit, mean_loss: float, buffers: dict[int, Tensor]) -> None:
         """Hands the visit's blocks to the writer. `attempt.state` is then what will be committed."""
         attempt.state = attempt.next_state(visit, mean_loss, self.objective.health())
-        if attempt.pool is not None:
-            attempt.pool.keep_at_most(0)  # the copies that are written take memory of their own
+        attempt.empty_pool()
         start, grows = time.perf_counter(), visit.index + 1 == self.queue.grow_visits
         attempt.stream.store(
             buffers,
@@ -192,7 +218,7 @@ class Trainer:
             weights = computing(Arena(self.layouts[block], buffers[block]).weights, scratch.dtype)
             bind(self.model, parameter_views(self.layouts[block], weights), None)
         every, losses = [*trainables, attempt.shared], []
-        shared_step = self.queue.steps_done(visit.index)
+        shared_step = self.queue.shared_steps(visit)
         for step in range(visit.first_step, visit.first_step + visit.num_steps):
             start, lr = time.perf_counter(), learning_rate(step, self.recipe.train)
             shared_step += 1
