@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ from lowmem.planning.duration import Duration
 from lowmem.planning.evaluation import Evaluation, plan_evaluation
 from lowmem.planning.footprint import Budget, Predicted, predict, without_headroom
 from lowmem.planning.passes import PassCounter
-from lowmem.planning.settings import Settings, is_resident, setup_of
+from lowmem.planning.settings import Settings, Setup, is_resident, setup_of
 from lowmem.planning.traffic import traffic_lines
 from lowmem.recipe import NoiseConfig, Recipe
 from lowmem.reporting.tables import as_html, text_table
@@ -36,6 +37,16 @@ from lowmem.units import GIB, format_bytes, format_seconds, from_gib
 
 COLUMN = 25  # characters of one plan in a table of several
 BAR = 20  # characters
+# What of the settings changes no arena: how they pass, and where they rest.
+NO_PLACE = {
+    "resident_layers": 0,
+    "micro_batch_size": 1,
+    "recompute": False,
+    "during_backward": False,
+    "tier": "device",
+    "borders": "device",
+    "write_back": "wait",
+}
 FREE_KEYS = ("recipe.train.on_oom",)  # may differ from one process of a run to the next
 
 
@@ -188,8 +199,14 @@ def _made_plan(
     source = recipe.model.fingerprint()
     num_parameters = num_weights(model, model.named_parameters())
 
+    arenas, setups = list[Settings](), list[Setup]()  # candidates mostly differ in where the same arenas rest
+
     def planned(settings: Settings, counted: bool = True) -> Plan:
-        setup = settled(setup_of(model, recipe, profile, settings))
+        layout = settings.model_copy(update=NO_PLACE)
+        if layout not in arenas:
+            arenas.append(layout)
+            setups.append(setup_of(model, recipe, profile, settings))
+        setup = settled(replace(setups[arenas.index(layout)], settings=settings))
         return Plan(
             recipe=recipe,
             profile=profile,
