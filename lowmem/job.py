@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import Dataset, describe_data, load_data
 from lowmem.distributed.agreement import require_agreement
+from lowmem.distributed.engine import fit_with_engine
+from lowmem.distributed.ranks import JoinedRanks
 from lowmem.errors import ConfigError, ResumeError
 from lowmem.inference.evaluate import evaluate_on
 from lowmem.machine.detect import detect_profile
@@ -268,8 +270,17 @@ def train_plan(
     if plan.recipe.model.begins_trained and ranks.leads and not RunDir(folder).exists():
         trainer.begin()
         _evaluate(plan, folder, data.unaugmented(), listeners, first=True)
-    state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
-    if state.metrics is None and ranks.leads:
+
+    def batches(step: int) -> Mapping[str, Any]:
+        return data.batch(train_config.seed, step, train_config.batch_size)
+
+    state: RunState | None
+    if ranks.size > 1 and plan.recipe.method == "end_to_end":
+        assert isinstance(ranks, JoinedRanks)
+        state = fit_with_engine(ranks, trainer, model_builder(plan.recipe, spec_of(plan)), batches)
+    else:
+        state = trainer.fit(batches)
+    if state is not None and state.metrics is None and ranks.leads:
         _evaluate(plan, folder, data.unaugmented(), listeners)
 
 
