@@ -30,6 +30,7 @@ from lowmem.recipe import Recipe
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.training.attempt import Attempt
 from lowmem.training.open_run import layouts_by_key
+from lowmem.training.ranks import Ranks
 from lowmem.training.trainer import Batches, Trainer, check_rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -276,9 +277,10 @@ def _fields(layout: ArenaLayout, buffer: Tensor) -> dict[str, dict[str, Tensor]]
 
 
 def fit_with_engine(
-    ranks: JoinedRanks, trainer: Trainer, build_model: Callable[[], Any], batches: Batches
+    ranks: Ranks, trainer: Trainer, build_model: Callable[[], Any], batches: Batches
 ) -> RunState | None:
-    """Trains what is still to train. Returns on rank 0 the committed state."""
+    """Trains what is still to train. Returns on rank 0 the committed state. `ranks`: joined ones."""
+    assert isinstance(ranks, JoinedRanks)
     if not ranks.leads:
         if ranks.told():
             EngineRun(ranks, trainer, build_model, None).train(batches)
