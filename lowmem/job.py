@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.data.datasets import Dataset, describe_data, load_data
-from lowmem.distributed.agreement import require_agreement
 from lowmem.errors import ConfigError, ResumeError
 from lowmem.inference.evaluate import evaluate_on
 from lowmem.machine.detect import detect_profile
@@ -258,18 +257,31 @@ def train_plan(
     plan.require_fit()
     train_config = plan.recipe.train
     plan, notices = with_identity(plan, folder, accept_data)
-    if ranks.size > 1:
+    if ranks.size > 1:  # one process alone does not pay for these imports
+        from lowmem.distributed.agreement import require_agreement
+
         require_agreement(ranks, plan, folder)
     data = load_data(plan.recipe.data, train_config.seq_len, tokenizer_of(plan))
     if notices and plan.data is not None and ranks.leads:
         keep_identity(folder, plan.data)
     notices += [("warning", {"message": line}) for line in data.warnings]
-    trainer = Trainer(model_builder(plan.recipe, spec_of(plan)), plan, folder, listeners, notices, ranks)
+    build = model_builder(plan.recipe, spec_of(plan))
+    trainer = Trainer(build, plan, folder, listeners, notices, ranks)
     if plan.recipe.model.begins_trained and ranks.leads and not RunDir(folder).exists():
         trainer.begin()
         _evaluate(plan, folder, data.unaugmented(), listeners, first=True)
-    state = trainer.fit(lambda step: data.batch(train_config.seed, step, train_config.batch_size))
-    if state.metrics is None and ranks.leads:
+
+    def batches(step: int) -> Mapping[str, Any]:
+        return data.batch(train_config.seed, step, train_config.batch_size)
+
+    state: RunState | None
+    if ranks.size > 1 and plan.recipe.method == "end_to_end":
+        from lowmem.distributed.engine import fit_with_engine
+
+        state = fit_with_engine(ranks, trainer, build, batches)
+    else:
+        state = trainer.fit(batches)
+    if state is not None and state.metrics is None and ranks.leads:
         _evaluate(plan, folder, data.unaugmented(), listeners)
 
 

@@ -326,6 +326,9 @@ class OffloadConfig(Section):
     # Layers that stay on the device whole, while the others of a model trained end to end stream.
     # auto: as many as the budget has room for.
     resident_layers: Auto | Annotated[int, Field(ge=0, le=10**6)] = "auto"
+    # How far several ranks spread a model that is trained end to end (DeepSpeed's ZeRO): 1 optimizer state,
+    # 2 gradients too, 3 weights too. auto: 1 where the tier is device, else 3.
+    zero_stage: Auto | Literal[1, 2, 3] = "auto"
     prefetch: bool = True  # read the next block beside compute
     # wait: a block is on disk before the next step starts.
     write_back: Literal["auto", "beside", "wait"] = "auto"

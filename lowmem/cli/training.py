@@ -26,7 +26,7 @@ from lowmem.cli.common import (
     known,
 )
 from lowmem.errors import BudgetError, ConfigError, LowmemError
-from lowmem.terminal import say, say_json, say_warning, stop_if_interrupted
+from lowmem.terminal import complain, say, say_json, say_warning, stop_if_interrupted
 from lowmem.units import counted
 
 
@@ -191,7 +191,7 @@ def _ranks(devices: int) -> Iterator[Any]:
 
     `devices`: to start a launcher for, where none has started this process. Only rank 0 says anything.
     """
-    from lowmem.distributed.launch import launch, launched, take_own_card
+    from lowmem.distributed.launch import launch, launched, take_place
 
     found = launched()
     if found is None:
@@ -199,11 +199,11 @@ def _ranks(devices: int) -> Iterator[Any]:
             launch(devices, _without_devices(sys.argv[1:]))
         yield None
         return
-    take_own_card(found)
+    take_place(found)
     from lowmem.distributed.ranks import joined
 
     try:
-        with joined(found) as ranks:
+        with joined(found, complain) as ranks:
             yield ranks
     except (LowmemError, KeyboardInterrupt) as problem:
         if found.leads:

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-import lowmem
 from lowmem.blocks.run_dir import RunDir
+from lowmem.distributed.engine import engine_refusal
 from lowmem.errors import BudgetError, ConfigError, ResumeError, StoreError
+from lowmem.machine.environment import read_environment
 from lowmem.planning.plan import Plan, first_difference
 from lowmem.schema import parse
 from lowmem.training.ranks import Ranks
@@ -33,7 +34,7 @@ def require_agreement(ranks: Ranks, plan: Plan, folder: Path) -> None:
     """
     found = ranks.gathered(
         {
-            "lowmem": lowmem.__version__,
+            "lowmem": read_environment()["lowmem"],
             "torch": torch.__version__,
             "recipe": plan.recipe.to_dict(),
             "data": None if plan.data is None else plan.data.model_dump(mode="json"),
@@ -52,6 +53,9 @@ def require_agreement(ranks: Ranks, plan: Plan, folder: Path) -> None:
 
 def _require_spread(ranks: Ranks, plan: Plan) -> None:
     if plan.recipe.method == "end_to_end":
+        refusal = engine_refusal(plan.recipe, plan, ranks.size)
+        if refusal:
+            raise ConfigError(refusal)
         return
     blocks, order = plan.settings.num_blocks, plan.recipe.blocks.order
     if order != "together":

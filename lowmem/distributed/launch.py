@@ -53,8 +53,12 @@ def _number(name: str, default: int) -> int:
     return int(text)
 
 
-def take_own_card(found: Launched) -> None:
-    """Lets this process see one card, its own. To be called before torch looks for cards."""
+def take_place(found: Launched) -> None:
+    """Lets this process see one card, its own, and lets its children see no rank to take. To be called before
+    torch looks for cards.
+    """
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
     # The store's client would print a trace of its own where the rank that held the store has died.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     visible = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card]

@@ -32,12 +32,12 @@ LONG = datetime.timedelta(days=30)  # an exchange waits for the slowest; the wat
 class JoinedRanks(Ranks):
     """This process as one of several. Open it with `joined`."""
 
-    def __init__(self, found: Launched) -> None:
+    def __init__(self, found: Launched, say: Callable[[str], None]) -> None:
         self.launched, self.rank, self.size = found, found.rank, found.size
         self._calls, self.exchanged_bytes = 0, 0
         again, whole = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), _store_of(found)
         self._store = PrefixStore(f"lowmem/{again}", whole)
-        self.watch = Watch(PrefixStore(f"lowmem/{again}", whole.clone()), self.rank, self.size)
+        self.watch = Watch(PrefixStore(f"lowmem/{again}", whole.clone()), self.rank, self.size, say)
         self._store.set_timeout(LONG)
 
     def meet(self) -> None:
@@ -145,9 +145,12 @@ def _store_of(found: Launched) -> Any:
 
 
 @contextlib.contextmanager
-def joined(found: Launched) -> Iterator[JoinedRanks]:
-    """Joins the other ranks until the end of the block, and tells them how it ended."""
-    ranks = JoinedRanks(found)
+def joined(found: Launched, say: Callable[[str], None]) -> Iterator[JoinedRanks]:
+    """Joins the other ranks until the end of the block, and tells them how it ended.
+
+    `say` prints why a rank ends all others.
+    """
+    ranks = JoinedRanks(found, say)
     watch = ranks.watch
     try:
         ranks.meet()

@@ -12,12 +12,11 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import psutil
 from torch.distributed.distributed_c10d import Store
-
-from lowmem.terminal import complain
 
 BEAT_S = 0.5
 SILENT_S = 10.0  # a rank of another machine that says nothing for so long counts as dead
@@ -29,8 +28,8 @@ GO_ON = "what is committed is kept; run the same command again to go on, also wi
 class Watch:
     """This rank's signs of life, and its look at those of the others. `store` is its own connection."""
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        self._store, self.rank, self.size = store, rank, size
+    def __init__(self, store: Store, rank: int, size: int, say: Callable[[str], None]) -> None:
+        self._store, self.rank, self.size, self._say = store, rank, size, say
         self._host, self._lock = socket.gethostname(), threading.Lock()
         self._seen: dict[int, tuple[str, float]] = {}  # rank -> its last sign, and when it was new
         self._left: dict[int, dict[str, Any]] = {}  # rank -> why it ended
@@ -137,7 +136,7 @@ class Watch:
         speaks = self.rank == min(rank for rank in range(self.size) if rank not in lost)
         failed = self._left.get(culprit, {}).get("why") == "failed"
         if speaks and not (failed and culprit == 0):  # rank 0 has said itself why it failed
-            complain(f"rank {culprit}: {text}" if failed else f"rank {culprit} {text}; {GO_ON}")
+            self._say(f"rank {culprit}: {text}" if failed else f"rank {culprit} {text}; {GO_ON}")
         if connected:
             try:
                 self.leave("stopped", code=code)

