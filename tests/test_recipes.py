@@ -194,6 +194,7 @@ def test_a_paper_recipe_plans_without_its_data_and_fits_8_gib(name: str, no_data
     assert sum(p.numel() for p in model.parameters()) == plan.num_parameters
 
 
+@pytest.mark.slow
 def test_the_largest_model_of_the_paper_fits_8_gib_in_blocks_or_streamed_alone(no_data: None) -> None:
     smallest = ["train.micro_batch_size=1", "train.recompute=true"]
     assert not plan_recipe(

@@ -109,7 +109,10 @@ def without_upper_bound(node: Any, path: str) -> Iterator[str]:
     """The numbers of a JSON schema that may be as large as they like, however deep they are."""
     if isinstance(node, dict):
         kinds = {node["type"]} if isinstance(node.get("type"), str) else set()
-        if kinds & {"integer", "number"} and not {"maximum", "exclusiveMaximum", "const"} & node.keys():
+        if (
+            kinds & {"integer", "number"}
+            and not {"maximum", "exclusiveMaximum", "const", "enum"} & node.keys()
+        ):
             yield path
         for key, value in node.items():
             yield from without_upper_bound(value, f"{path}.{key}")

@@ -292,6 +292,7 @@ def test_check_8_a_step_on_one_block_touches_no_other_and_runs_only_its_layers(t
 # 9. Memory (measured: tests/training/test_measured_memory.py), 10. training against inference
 
 
+@pytest.mark.slow
 def test_check_10_more_sampling_steps_do_not_undo_what_the_first_block_knows(trained: Path) -> None:
     """The chain draws a sample: more steps make it surer of it, right or wrong, so its cross-entropy may rise
     a little. Its accuracy must hold.
