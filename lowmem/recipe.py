@@ -14,10 +14,10 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticKnownError
 
 from lowmem.data.config import DECLARED, DataConfig
@@ -30,16 +30,14 @@ if TYPE_CHECKING:
 
 # The registry of architectures: the name in a recipe, and where its section is. The section builds the model.
 ARCHITECTURES = {
-    "vit": "lowmem.models.vit:VitModel",
-    "dit": "lowmem.models.dit:DitModel",
-    "masked_lm": "lowmem.models.masked_lm:MaskedLmModel",
-    "causal_lm": "lowmem.models.causal_lm:CausalLmModel",
-    "recurrent_lm": "lowmem.models.recurrent_lm:RecurrentLmModel",
+    "vit": "lowmem.models.sections:VitModel",
+    "dit": "lowmem.models.sections:DitModel",
+    "masked_lm": "lowmem.models.sections:MaskedLmModel",
+    "causal_lm": "lowmem.models.sections:CausalLmModel",
+    "recurrent_lm": "lowmem.models.sections:RecurrentLmModel",
     "huggingface": "lowmem.models.huggingface.section:HuggingfaceModel",
     "custom": "lowmem.recipe:CustomModel",
 }
-# whose sections have the keys of `TransformerModel`
-TRANSFORMERS = ("vit", "dit", "masked_lm", "causal_lm", "recurrent_lm")
 
 STANDARD_NORMAL = NormalDist()
 PATHS = ("path", "tokenizer")  # keys whose value is, or may be, a path
@@ -135,11 +133,17 @@ class ModelConfig(Section):
 class TransformerModel(ModelConfig):
     """The keys that all packaged models have in common."""
 
+    built_by: ClassVar[str]  # the module whose `builder(section, recipe, spec)` builds the model
+
     num_layers: Layers
     dim: Width  # of the residual stream
     num_heads: Width
     mlp_ratio: Annotated[int, Field(gt=0, le=64)] = 4
     dropout: Fraction = 0.0
+
+    def builder(self, recipe: Recipe, spec: DataSpec) -> Callable[[], Any]:
+        built: Callable[[], Any] = importlib.import_module(self.built_by).builder(self, recipe, spec)
+        return built
 
     @property
     def least_layers(self) -> int:
@@ -153,18 +157,6 @@ class TransformerModel(ModelConfig):
                 f"dim {self.dim} is not an even multiple of num_heads {self.num_heads}; change one of them"
             )
         return self
-
-
-class KnownModel(ModelConfig):
-    """What can be told of the section `model` without the module of its architecture, which loads torch."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class KnownTransformer(TransformerModel):
-    """The same, of an architecture whose section is a `TransformerModel`."""
-
-    model_config = ConfigDict(extra="ignore")
 
 
 class CustomModel(ModelConfig):
@@ -185,11 +177,7 @@ def _section_of(name: str) -> type[ModelConfig]:
     return found
 
 
-def _known_section(raw: Any) -> ModelConfig:
-    return _model_section(raw, lambda name: KnownTransformer if name in TRANSFORMERS else KnownModel)
-
-
-def _model_section(raw: Any, section_of: Callable[[str], type[ModelConfig]] = _section_of) -> ModelConfig:
+def _model_section(raw: Any) -> ModelConfig:
     """The section of the architecture that `name` says."""
     if isinstance(raw, ModelConfig):
         return raw
@@ -203,7 +191,7 @@ def _model_section(raw: Any, section_of: Callable[[str], type[ModelConfig]] = _s
         raise PydanticKnownError(
             "union_tag_invalid", {"discriminator": "'name'", "tag": str(name), "expected_tags": expected}
         )
-    return section_of(name).model_validate(raw)
+    return _section_of(name).model_validate(raw)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -374,12 +362,6 @@ class Recipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
-
-
-class _KnownRecipe(Recipe):
-    """A recipe whose model section is a `KnownModel`."""
-
-    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_known_section)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -649,18 +631,8 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def recipe_from_dict(raw: dict[str, Any], where: str) -> Recipe:
-    """`raw` as a recipe; `where` begins the message of the ConfigError that it may raise.
-
-    What is wrong outside the model's own keys is told before the model's module, and with it torch, is
-    loaded.
-    """
-    check_recipe(raw, where)
+    """`raw` as a recipe; `where` begins the message of the ConfigError that it may raise. Loads no torch."""
     return parse(Recipe, raw, where, ConfigError)
-
-
-def check_recipe(raw: dict[str, Any], where: str) -> Recipe:
-    """A recipe of which all but the model's own keys is checked. Loads no torch. Raises ConfigError."""
-    return parse(_KnownRecipe, raw, where, ConfigError)
 
 
 def require_packages(recipe: Recipe) -> None:

@@ -44,6 +44,8 @@ LIGHT = [
     "lowmem.cli",
     "lowmem.doctor",
     "lowmem.recipe",
+    "lowmem.models.sections",
+    "lowmem.models.huggingface.section",
     "lowmem.machine.profile",
     "lowmem.blocks.run_dir",
     "lowmem.blocks.order",

@@ -296,11 +296,11 @@ def _train(
 def _check_recipe(recipe: str, overrides: list[str], trains: bool = True) -> None:
     """`trains`: the data will be read, so the packages for them must be there."""
     from lowmem import from_data
-    from lowmem.recipe import check_recipe, read_recipe, require_packages
+    from lowmem.recipe import read_recipe, recipe_from_dict, require_packages
 
     made = from_data.raw_recipe if trains and from_data.is_data(recipe) else read_recipe
     raw, where, *_ = made(recipe, overrides)
-    known = check_recipe(raw, where)
+    known = recipe_from_dict(raw, where)
     if trains:
         require_packages(known)
 

@@ -5,9 +5,13 @@ Build them under `torch.device("meta")`.
 
 from __future__ import annotations
 
-from lowmem.data.datasets import DataSpec
-from lowmem.models.base import BuildModel
+from typing import TYPE_CHECKING
+
 from lowmem.recipe import Recipe
+
+if TYPE_CHECKING:
+    from lowmem.data.datasets import DataSpec
+    from lowmem.models.base import BuildModel
 
 
 def model_builder(recipe: Recipe, spec: DataSpec) -> BuildModel:

@@ -8,28 +8,21 @@ stream: it sees the start token and tokens 0 .. L-2, and predicts each next one.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from lowmem.data.datasets import DataSpec
 from lowmem.models.base import BuildModel, text_of
+from lowmem.models.sections import CausalLmModel
 from lowmem.models.text import TextModel
 from lowmem.objectives.base import Batch
 from lowmem.objectives.tokens import TokenDenoising
-from lowmem.recipe import Count, NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel
+from lowmem.recipe import NoiseConfig, Recipe
 
 
-class CausalLmModel(TransformerModel):
-    name: Literal["causal_lm"]
-    noisy_input: NoisyInput = "posterior"
-    readout: Readout = "bayes"
-    head_chunk: Count = 4096  # tokens whose logits are in memory at once
-
-    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
-        vocab_size, seq_len = text_of(recipe, spec)
-        return lambda: CausalLm(self, vocab_size, seq_len, whole=recipe.method == "end_to_end")
+def builder(config: CausalLmModel, recipe: Recipe, spec: DataSpec) -> BuildModel:
+    vocab_size, seq_len = text_of(recipe, spec)
+    return lambda: CausalLm(config, vocab_size, seq_len, whole=recipe.method == "end_to_end")
 
 
 class CausalLm(TextModel):

@@ -6,8 +6,6 @@ Trained end to end it is an ordinary DiT: the same loss, over all levels, throug
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,19 +13,15 @@ from torch import Tensor, nn
 from lowmem.data.datasets import DataSpec
 from lowmem.models.base import BlockModel, BuildModel, images_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify, unpatchify
+from lowmem.models.sections import DitModel
 from lowmem.objectives.base import Batch
 from lowmem.objectives.images import ImageDenoising
-from lowmem.recipe import Fraction, NoiseConfig, Recipe, TransformerModel, Width
+from lowmem.recipe import NoiseConfig, Recipe
 
 
-class DitModel(TransformerModel):
-    name: Literal["dit"]
-    patch_size: Width  # pixels
-    label_drop: Fraction = 0.1  # share of samples trained without their class, for guidance
-
-    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
-        image_shape, num_classes = images_of(recipe, spec, self.patch_size)
-        return lambda: Dit(self, image_shape, num_classes)
+def builder(config: DitModel, recipe: Recipe, spec: DataSpec) -> BuildModel:
+    image_shape, num_classes = images_of(recipe, spec, config.patch_size)
+    return lambda: Dit(config, image_shape, num_classes)
 
 
 class Dit(BlockModel):

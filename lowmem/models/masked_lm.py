@@ -5,8 +5,6 @@ Llama-style layers that see the whole sequence, masked tokens and all (paper, Ap
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,21 +12,15 @@ from torch import Tensor, nn
 from lowmem.data.datasets import DataSpec
 from lowmem.models.base import BlockModel, BuildModel, text_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate
+from lowmem.models.sections import MaskedLmModel
 from lowmem.objectives.base import Batch
 from lowmem.objectives.masked import MaskedDenoising
-from lowmem.recipe import Count, NoiseConfig, Recipe, TransformerModel
+from lowmem.recipe import NoiseConfig, Recipe
 
 
-class MaskedLmModel(TransformerModel):
-    name: Literal["masked_lm"]
-    mask_schedule: Literal["linear", "cosine"] = (
-        "linear"  # alpha(t), the share of tokens not masked at time t
-    )
-    head_chunk: Count = 4096  # tokens whose logits are in memory at once
-
-    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
-        vocab_size, seq_len = text_of(recipe, spec)
-        return lambda: MaskedLm(self, vocab_size, seq_len)
+def builder(config: MaskedLmModel, recipe: Recipe, spec: DataSpec) -> BuildModel:
+    vocab_size, seq_len = text_of(recipe, spec)
+    return lambda: MaskedLm(config, vocab_size, seq_len)
 
 
 class MaskedLm(BlockModel):

@@ -11,56 +11,22 @@ Trained end to end, s starts as noise and back-propagation runs through the last
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from lowmem.data.datasets import DataSpec
 from lowmem.models.base import BuildModel, text_of
 from lowmem.models.layers import Linear
+from lowmem.models.sections import RecurrentLmModel
 from lowmem.models.text import TextModel
 from lowmem.objectives.recurrent import RecurrentDenoising
-from lowmem.recipe import Count, Layers, NoiseConfig, Readout, Recipe, TransformerModel
+from lowmem.recipe import NoiseConfig, Recipe
 
 
-class RecurrentLmModel(TransformerModel):
-    name: Literal["recurrent_lm"]
-    prelude_layers: Layers = 2
-    coda_layers: Layers = 2  # the core has what is left of num_layers
-    iterations: Layers = 32  # mean number, when trained end to end
-    backprop_iterations: Layers = 8  # how many of them gradients flow through
-    noisy_input: Literal["scaled", "posterior"] = (
-        "posterior"  # its state is the noisy target: it must be seen
-    )
-    readout: Readout = "bayes"
-    head_chunk: Count = 4096  # tokens whose logits are in memory at once
-
-    @property
-    def least_layers(self) -> int:
-        return self.prelude_layers + self.coda_layers + 1
-
-    @model_validator(mode="after")
-    def _core_left(self) -> RecurrentLmModel:
-        if self.num_layers < self.least_layers:
-            raise ValueError(
-                f"num_layers {self.num_layers} leaves no core between {self.prelude_layers} and "
-                f"{self.coda_layers} "
-                "layers; raise it"
-            )
-        return self
-
-    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
-        vocab_size, seq_len = text_of(recipe, spec)
-        return lambda: RecurrentLm(self, vocab_size, seq_len)
-
-    def contradiction(self, recipe: Recipe) -> str | None:
-        whole, num_blocks = recipe.method == "end_to_end", recipe.blocks.num_blocks
-        if num_blocks in ((1, 3) if whole else (1,)):
-            return None
-        allowed = "1 or 3 (prelude, core, coda)" if whole else "1 (its core is one denoiser)"
-        return f"blocks.num_blocks: found {num_blocks}; allowed with model recurrent_lm: {allowed}"
+def builder(config: RecurrentLmModel, recipe: Recipe, spec: DataSpec) -> BuildModel:
+    vocab_size, seq_len = text_of(recipe, spec)
+    return lambda: RecurrentLm(config, vocab_size, seq_len)
 
 
 class RecurrentLm(TextModel):

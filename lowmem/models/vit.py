@@ -6,8 +6,6 @@ Trained end to end the same model sees [CLS] + patches alone: there is no label 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -15,34 +13,19 @@ from lowmem.data.datasets import DataSpec
 from lowmem.errors import ConfigError
 from lowmem.models.base import BlockModel, BuildModel, images_of
 from lowmem.models.layers import Layer, Linear, Table, TimeEmbedding, modulate, patchify
+from lowmem.models.sections import VitModel
 from lowmem.objectives.base import Batch
 from lowmem.objectives.labels import LabelDenoising
-from lowmem.recipe import Fraction, NoiseConfig, NoisyInput, Readout, Recipe, TransformerModel, Width
+from lowmem.recipe import NoiseConfig, Recipe
 
 
-class VitModel(TransformerModel):
-    name: Literal["vit"]
-    patch_size: Width  # pixels
-    image_drop: Fraction = 0.0  # share of samples trained on a blank image, for guidance
-    noisy_input: NoisyInput = "scaled"
-    readout: Readout = "plain"
-
-    def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
-        image_shape, num_classes = images_of(recipe, spec, self.patch_size)
-        if num_classes < 2:
-            raise ConfigError(
-                f"data: found {num_classes} class; allowed for a classifier: 2 or more; give more classes"
-            )
-        return lambda: Vit(self, image_shape, num_classes)
-
-    def contradiction(self, recipe: Recipe) -> str | None:
-        guidance = recipe.eval.guidance
-        if guidance in ("auto", 1) or self.image_drop:
-            return None
-        return (
-            f"eval.guidance: found {guidance}; allowed without model.image_drop: 1; "
-            "train with model.image_drop: 0.1"
+def builder(config: VitModel, recipe: Recipe, spec: DataSpec) -> BuildModel:
+    image_shape, num_classes = images_of(recipe, spec, config.patch_size)
+    if num_classes < 2:
+        raise ConfigError(
+            f"data: found {num_classes} class; allowed for a classifier: 2 or more; give more classes"
         )
+    return lambda: Vit(config, image_shape, num_classes)
 
 
 class Vit(BlockModel):

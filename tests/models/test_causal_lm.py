@@ -14,8 +14,9 @@ from lowmem.blocks.run_dir import RunDir
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import Draw, generate
 from lowmem.machine.profile import load_profile
-from lowmem.models.causal_lm import CausalLm, CausalLmModel
+from lowmem.models.causal_lm import CausalLm
 from lowmem.models.layers import clean_noisy_attention
+from lowmem.models.sections import CausalLmModel
 from lowmem.noise import Interval, drawn_levels
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.plan import make_plan

@@ -19,7 +19,8 @@ from lowmem.inference.evaluation.masked import evaluate
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import Draw, sample_tokens
 from lowmem.machine.profile import load_profile
-from lowmem.models.masked_lm import MaskedLm, MaskedLmModel
+from lowmem.models.masked_lm import MaskedLm
+from lowmem.models.sections import MaskedLmModel
 from lowmem.noise import Interval
 from lowmem.objectives.masked import T_MIN, MaskedDenoising
 from lowmem.planning.plan import Plan, make_plan

@@ -18,7 +18,8 @@ from lowmem.errors import ConfigError
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import Draw, generate_recurrent
 from lowmem.machine.profile import load_profile
-from lowmem.models.recurrent_lm import RecurrentLm, RecurrentLmModel
+from lowmem.models.recurrent_lm import RecurrentLm
+from lowmem.models.sections import RecurrentLmModel
 from lowmem.noise import Interval, drawn_levels
 from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.planning.plan import make_plan

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from lowmem.errors import ConfigError
 from lowmem.inference.evaluate import evaluate_run
 from lowmem.job import train
-from lowmem.models.vit import Vit, VitModel
+from lowmem.models.sections import VitModel
+from lowmem.models.vit import Vit
 from lowmem.noise import Interval
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.recipe import NoiseConfig

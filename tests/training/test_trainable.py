@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer, parameter_views
 from lowmem.models.base import BlockModel, named_layer_parameters, named_shared_parameters
-from lowmem.models.causal_lm import CausalLm, CausalLmModel
-from lowmem.models.dit import Dit, DitModel
-from lowmem.models.masked_lm import MaskedLm, MaskedLmModel
-from lowmem.models.recurrent_lm import RecurrentLm, RecurrentLmModel
-from lowmem.models.vit import Vit, VitModel
+from lowmem.models.causal_lm import CausalLm
+from lowmem.models.dit import Dit
+from lowmem.models.masked_lm import MaskedLm
+from lowmem.models.recurrent_lm import RecurrentLm
+from lowmem.models.sections import CausalLmModel, DitModel, MaskedLmModel, RecurrentLmModel, VitModel
+from lowmem.models.vit import Vit
 from lowmem.planning.settings import COMPUTE_DTYPE
 from lowmem.recipe import NoiseConfig, OptimizerConfig
 from lowmem.training.trainable import SHARED, Scratch, Trainable

@@ -9,14 +9,16 @@ import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lowmem.errors import ConfigError
 from lowmem.files import printable, read_json
 from lowmem.units import MIB, counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MOST_CONFIG_BYTES = MIB

@@ -1,6 +1,7 @@
 """`model.name: huggingface`: a decoder from a folder, with its weights or with random ones.
 
-The library is imported when a model is built, and not before: a plan builds it in a process of its own.
+The library and torch are imported when a model is built, and not before: a plan builds it in a process of its
+own.
 """
 
 from __future__ import annotations
@@ -8,20 +9,21 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
-from lowmem.data.datasets import DataSpec
 from lowmem.errors import ConfigError
 from lowmem.files import printable
-from lowmem.models.base import BuildModel, text_of
 from lowmem.models.huggingface.families import config_of, family_of
 from lowmem.models.huggingface.folder import CONFIG, FolderWeights, read_config
-from lowmem.models.huggingface.model import HuggingfaceLm
-from lowmem.models.huggingface.quantised import QuantisedWeights
 from lowmem.recipe import QUANTISED, AdapterConfig, Count, ModelConfig, Recipe
 from lowmem.units import MIB, shown
+
+if TYPE_CHECKING:
+    from lowmem.data.datasets import DataSpec
+    from lowmem.models.base import BuildModel
+    from lowmem.models.huggingface.model import HuggingfaceLm
 
 LIBRARY_BYTES = 128 * MIB  # that importing transformers takes on a CPU, torch's compiler included; measured
 ADAPTER_LIBRARY_BYTES = 12 * MIB  # that peft takes beside it, with bitsandbytes; measured
@@ -37,6 +39,8 @@ class HuggingfaceModel(ModelConfig):
     head_chunk: Count | None = None  # tokens whose logits are in memory at once; None: as LOGITS allows
 
     def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
+        from lowmem.models.base import text_of
+
         folder, (vocab_size, seq_len) = Path(self.path), text_of(recipe, spec)
         content = read_config(folder)
         family_of(content, self._where)
@@ -91,6 +95,9 @@ class HuggingfaceModel(ModelConfig):
     def _build(
         self, content: dict[str, Any], seq_len: int, packs: bool, adapter: AdapterConfig | None, whole: bool
     ) -> HuggingfaceLm:
+        from lowmem.models.huggingface.model import HuggingfaceLm
+        from lowmem.models.huggingface.quantised import QuantisedWeights
+
         family, config = family_of(content, self._where), config_of(content, self._where)
         chunk = self.head_chunk or max(LOGITS // config.vocab_size, 1)
         try:
