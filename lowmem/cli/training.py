@@ -262,6 +262,7 @@ def _train(
     from lowmem.reporting.dashboard import live_view
     from lowmem.reporting.loggers import open_logger
     from lowmem.reporting.report import read_report, read_status
+    from lowmem.training.ranks import ALONE
 
     training_device(plan.profile)
 
@@ -282,10 +283,7 @@ def _train(
         listeners.append(say_warning if quiet else opened.enter_context(live_view(folder)))
         if recipe_text:
             listeners.append(_keeper(folder, recipe_text))
-        if ranks is None:
-            job.train_plan(plan, folder, listeners, accept_data)
-        else:
-            job.train_plan(plan, folder, listeners, accept_data, ranks)
+        job.train_plan(plan, folder, listeners, accept_data, ranks or ALONE)
     report = read_report(folder)
     say_json(report.content) if as_json else say(report.table())
 

@@ -173,6 +173,11 @@ def weighted(loss: Tensor, weight: Tensor) -> Tensor:
     return loss * weight
 
 
+def at_levels(loss: Tensor, sigma: Tensor, noise: NoiseConfig) -> Tensor:
+    """A loss at drawn levels, with the weight that the recipe gives each level. Both have one shape."""
+    return weighted(loss, loss_weight(sigma, noise.sigma_data)) if noise.weighting == "edm" else loss
+
+
 def l2_loss(denoised: Tensor, y: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
     """w(sigma) ||D - y||^2 / numel, per sample.
 

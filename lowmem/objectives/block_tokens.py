@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.noise import Interval, append_dims, drawn_levels, loss_weight
-from lowmem.objectives.base import Batch, mean_cosine, weighted
+from lowmem.noise import Interval, append_dims, drawn_levels
+from lowmem.objectives.base import Batch, at_levels, mean_cosine
 from lowmem.objectives.next_tokens import Decoder, NextTokens
 from lowmem.objectives.tokens import HEALTH_ROWS
 from lowmem.recipe import NoiseConfig
@@ -48,9 +48,7 @@ class BlockTokens(NextTokens):
         y = self.embedded(labels)
         z = y + append_dims(sigma, 3) * torch.randn_like(y)
         losses = self.token_losses(self.features(layers, batch, recompute), labels, z, sigma)
-        if self.noise.weighting == "edm":
-            losses = weighted(losses, loss_weight(sigma, self.noise.sigma_data))
-        return losses.sum(1) * batch["share"]
+        return at_levels(losses, sigma, self.noise).sum(1) * batch["share"]
 
     def embedded(self, labels: Tensor) -> Tensor:
         """y [B, T, D]. A label that takes no part has that of the first token."""

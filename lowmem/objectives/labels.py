@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.noise import Interval, append_dims, c_in, c_noise, drawn_levels, loss_weight
+from lowmem.noise import Interval, append_dims, c_in, c_noise, drawn_levels
 from lowmem.objectives.base import (
     Batch,
     Entered,
     Kept,
     Objective,
     TargetTable,
+    at_levels,
     mean_cosine,
     run_layers,
-    weighted,
 )
 from lowmem.recipe import NoiseConfig, NoisyInput, Readout
 
@@ -59,11 +59,7 @@ class LabelDenoising(Objective[TargetTable, Kept]):
         z = self.noised(F.embedding(label, self.model.target_table()), sigma)
         seen = {**batch, "image": self.drop_images(batch["image"])} if self.image_drop else batch
         loss = F.cross_entropy(self.logits(layers, seen, z, sigma, recompute), label, reduction="none")
-        return (
-            weighted(loss, loss_weight(sigma, self.noise.sigma_data))
-            if self.noise.weighting == "edm"
-            else loss
-        )
+        return at_levels(loss, sigma, self.noise)
 
     def enter(self, batch: Batch) -> Entered:
         return Entered(*self.model.input_part(batch, None, None), Kept())

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.noise import Interval, append_dims, c_noise, drawn_levels, loss_weight
-from lowmem.objectives.base import Batch, Entered, Kept, run_layers, weighted
+from lowmem.noise import Interval, append_dims, c_noise, drawn_levels
+from lowmem.objectives.base import Batch, Entered, Kept, at_levels, run_layers
 from lowmem.objectives.tokens import TokenDenoising, TokenModel
 from lowmem.recipe import NoiseConfig, NoisyInput, Readout
 
@@ -90,11 +90,7 @@ class RecurrentDenoising(TokenDenoising):
         z = y + append_dims(sigma, 3) * torch.randn_like(y)
         levels = sigma[:, None].expand(tokens.shape)
         loss = self._chunked(self.features(layers, batch, z, levels, recompute), tokens, z, levels).mean(1)
-        return (
-            weighted(loss, loss_weight(sigma, self.noise.sigma_data))
-            if self.noise.weighting == "edm"
-            else loss
-        )
+        return at_levels(loss, sigma, self.noise)
 
     def features(
         self, layers: Iterable[nn.Module], batch: Batch, z: Tensor, sigma: Tensor, recompute: bool = False

@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.noise import Interval, append_dims, c_in, c_noise, drawn_levels, loss_weight
+from lowmem.noise import Interval, append_dims, c_in, c_noise, drawn_levels
 from lowmem.objectives.base import (
     Batch,
     Entered,
     Kept,
     Objective,
     TargetTable,
+    at_levels,
     in_chunks,
     mean_cosine,
     run_layers,
-    weighted,
 )
 from lowmem.recipe import NoiseConfig, NoisyInput, Readout
 
@@ -71,9 +71,7 @@ class TokenDenoising(Objective[TokenModel, Kept]):
         y = F.embedding(tokens, self.model.target_table())
         z = y + append_dims(sigma, 3) * torch.randn_like(y)
         loss = self._chunked(self.features(layers, batch, z, sigma, recompute), tokens, z, sigma)
-        if self.noise.weighting == "edm":
-            loss = weighted(loss, loss_weight(sigma, self.noise.sigma_data))
-        return loss.mean(1)
+        return at_levels(loss, sigma, self.noise).mean(1)
 
     def enter(self, batch: Batch) -> Entered:
         return Entered(*self.model.input_part(batch, None, None), Kept())

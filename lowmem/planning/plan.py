@@ -199,14 +199,13 @@ def _made_plan(
     source = recipe.model.fingerprint()
     num_parameters = num_weights(model, model.named_parameters())
 
-    arenas, setups = list[Settings](), list[Setup]()  # candidates mostly differ in where the same arenas rest
+    setups = dict[Settings, Setup]()  # candidates mostly differ in where the same arenas rest
 
     def planned(settings: Settings, counted: bool = True) -> Plan:
         layout = settings.model_copy(update=NO_PLACE)
-        if layout not in arenas:
-            arenas.append(layout)
-            setups.append(setup_of(model, recipe, profile, settings))
-        setup = settled(replace(setups[arenas.index(layout)], settings=settings))
+        if layout not in setups:
+            setups[layout] = setup_of(model, recipe, profile, settings)
+        setup = settled(replace(setups[layout], settings=settings))
         return Plan(
             recipe=recipe,
             profile=profile,

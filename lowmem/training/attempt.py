@@ -115,9 +115,7 @@ class Attempt:
         self.sweeps: SweepStream | None = None
         self.borders: Borders | None = None
         self.grown = True  # all blocks are trained; before, the first is the whole model (`blocks.grow_at`)
-        self.pool: Pool | None = (
-            None  # lends memory to all operators of this thread while the attempt is open
-        )
+        self.pool: Pool | None = None  # lends memory to this thread's operators while the attempt is open
         self.visit: Visit | None = None  # under way
         self._late: deque[tuple[dict[str, Any], Later]] = deque()  # steps and their losses
         self._checked = False  # whether the content of the committed files is known to be right

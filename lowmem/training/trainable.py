@@ -34,7 +34,7 @@ class Trainable:
     )  # parameters not yet updated in this step
 
     def bind(self, model: nn.Module) -> None:
-        self._refresh(slice(None))
+        self.refresh()
         layout = self.arena.layout
         if self.grads is None:
             bind(model, parameter_views(layout, self.compute), self._on_gradient)
@@ -43,7 +43,7 @@ class Trainable:
             bind(model, parameter_views(layout, self.compute), parameter_views(layout, self.grads))
 
     def bind_to_read(self, model: nn.Module) -> None:
-        self._refresh(slice(None))
+        self.refresh()
         bind(model, parameter_views(self.arena.layout, self.compute), None)
 
     def refresh(self) -> None:
@@ -87,7 +87,7 @@ class Trainable:
             norm = self.weights_norm()  # the gradients are gone; what they spoilt is not
         else:
             norm = optim.update(self.arena, self.grads, self._step, factor)
-            self._refresh(slice(None))
+            self.refresh()
             self.grads.zero_()
         self._step = None
         return norm

@@ -28,7 +28,6 @@ from lowmem.models.base import BlockModel
 from lowmem.models.layers import C_NOISE_SCALE, TimeEmbedding
 from lowmem.noise import Interval
 from lowmem.objectives import base as objectives
-from lowmem.objectives import labels
 from lowmem.objectives.base import mean_cosine
 from lowmem.objectives.labels import LabelDenoising
 from lowmem.planning.plan import read_plan
@@ -166,7 +165,7 @@ def test_check_3_the_loss_is_the_named_reduction_of_per_sample_weights() -> None
 
 
 def test_check_3_fails_when_loss_and_weight_are_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "weighted", lambda loss, weight: loss * weight[:, None])
+    monkeypatch.setattr(objectives, "weighted", lambda loss, weight: loss * weight[:, None])
     with pytest.raises(AssertionError):
         check_weighting()
 
