@@ -1,14 +1,17 @@
 """Prints what a process takes that has imported what training imports, and computed a little.
 
-    python -m lowmem.floor_probe cpu|cuda
+    python -m lowmem.floor_probe cpu [bitsandbytes|compiler|transformers|peft]
+    python -m lowmem.floor_probe cuda
 
-On a CPU that is its anonymous memory; on CUDA what it takes of the card beside torch's allocator.
+On a CPU that is its anonymous memory, or with a library what it takes more for that; on CUDA what it takes of
+the card beside torch's allocator.
 `lowmem.machine.floor` runs it in a child of its own.
 """
 
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import psutil
 import torch
@@ -18,14 +21,31 @@ from torch.optim.adamw import adamw
 import lowmem.job  # noqa: F401  (what a run imports)
 from lowmem.blocks.arena import Arena, ArenaLayout, device_buffer
 from lowmem.blocks.optim import Step, update
+from lowmem.machine.child import LEFT_BEHIND
 from lowmem.machine.device import open_device
 from lowmem.machine.monitor import Monitor, NvmlReader, Sample, anonymous_bytes
+from lowmem.models.huggingface.quantised import with_bitsandbytes
 from lowmem.recipe import OptimizerConfig
 
 
 def main() -> None:
-    found = _on_cuda() if sys.argv[1:] == ["cuda"] else _on_cpu()
+    kind, *libraries = sys.argv[1:]
+    found = _on_cuda() if kind == "cuda" else _on_cpu()
+    for library in libraries:
+        found = _of_library(library) - found
     print(found)
+
+
+def _of_library(library: str) -> int:
+    """What the process takes when it has imported what a run imports with this library."""
+    if library in ("transformers", "peft"):
+        for module in ("models.llama.modeling_llama", "masking_utils", "cache_utils", "models.auto"):
+            import_module(f"transformers.{module}")
+    if library in ("bitsandbytes", "peft"):
+        with_bitsandbytes(library)
+    if library == "compiler":
+        import_module(LEFT_BEHIND)
+    return anonymous_bytes(psutil.Process())
 
 
 def _on_cpu() -> int:

@@ -27,6 +27,7 @@ from lowmem.schema import Section, expanded, find_file, names_in, parse, read_ya
 
 if TYPE_CHECKING:
     from lowmem.data.datasets import DataSpec
+    from lowmem.machine.floor import Library
 
 # The registry of architectures: the name in a recipe, and where its section is. The section builds the model.
 ARCHITECTURES = {
@@ -112,11 +113,9 @@ class ModelConfig(Section):
         """Whether only some of the weights are trained, and the others are frozen."""
         return False
 
-    def library_bytes(self, adapter: bool) -> int:
-        """What the library that the model is built with takes in a process on a CPU, with torch's compiler;
-        0: it needs none. `adapter`: with what it needs for one, bitsandbytes among that.
-        """
-        return 0
+    def library(self, adapter: bool) -> Library | None:
+        """What the model is built with beside torch; None: nothing. `adapter`: with what it needs for one."""
+        return None
 
     def fingerprint(self) -> str | None:
         """Of what this machine holds and the model is built from, beside the recipe; None: nothing.

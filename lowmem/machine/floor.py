@@ -2,7 +2,8 @@
 
 It is a constant of one build. With the CUDA build of torch the import alone takes twice what it takes with
 the CPU build. So a child process imports what training imports, computes a little, and says what it holds.
-The figure is kept in the user's cache folder, under the versions that it was measured with.
+A library that only some runs import is measured the same way, beside that. The figures are kept in the user's
+cache folder, under the versions that they were measured with.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 from lowmem.machine.nvml import open_nvml
 from lowmem.units import MIB
@@ -25,6 +27,10 @@ LIMIT_S = 120
 FIELD = "floor_bytes"
 MOST_BYTES = 1 << 34  # a kept figure beyond this was not written by us
 NAME = {"cpu": "runtime-floor.json", "cuda": "runtime-floor-cuda.json"}
+# Packages that the figures depend on. A figure of one build is of no use for another.
+PACKAGES = ("torch", "numpy", "pydantic", "psutil", "bitsandbytes", "lowmem")
+LIBRARY_PACKAGES = ("transformers", "tokenizers", "peft", "accelerate")
+Library = Literal["bitsandbytes", "compiler", "transformers", "peft"]
 
 
 @functools.cache
@@ -34,13 +40,29 @@ def measured_floor_bytes(kind: str = "cpu", cache: Path | None = None) -> int | 
 
     `cache`: the folder of the kept figure; None: the user's own.
     """
-    path, build = (cache or _cache_folder()) / NAME[kind], _build(kind)
+    return _measured(NAME[kind], (kind,), _build(kind), cache)
+
+
+@functools.cache
+def measured_library_bytes(library: Library, cache: Path | None = None) -> int | None:
+    """What such a process takes of a CPU's memory for a library that it imports: bytes, rounded up to MiB.
+    None where it cannot be measured, because it is not installed.
+
+    "compiler" is torch's, of which a plan imports a part. transformers brings it. peft brings transformers
+    and bitsandbytes: what they bring is counted with them.
+    """
+    return _measured(f"runtime-{library}.json", ("cpu", library), _build("cpu", LIBRARY_PACKAGES), cache)
+
+
+def _measured(name: str, arguments: tuple[str, ...], build: str, cache: Path | None) -> int | None:
+    """The figure that is kept under this name for this build, or else the probe's, which is kept."""
+    path = (cache or _cache_folder()) / name
     kept = _read(path, build)
     if kept is not None:
         return kept
     try:
         done = subprocess.run(
-            [sys.executable, *PROBE, kind],
+            [sys.executable, *PROBE, *arguments],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -66,15 +88,15 @@ def _read(path: Path, build: str) -> int | None:
     return None
 
 
-def _build(kind: str) -> str:
-    """What the figure depends on: the interpreter, the packages that training imports, and the card."""
+def _build(kind: str, more: tuple[str, ...] = ()) -> str:
+    """What a figure depends on: the interpreter, the packages that training imports, and the card."""
     from importlib.metadata import PackageNotFoundError, version
 
     parts = [sys.executable, sys.version, platform.machine(), str(os.cpu_count())]
     if kind == "cuda":
         ask = open_nvml()
         parts += [str(ask and ask(call)) for call in ("nvmlDeviceGetName", "nvmlDeviceGetUUID")]
-    for name in ("torch", "numpy", "pydantic", "psutil", "bitsandbytes", "lowmem"):
+    for name in (*PACKAGES, *more):
         with contextlib.suppress(PackageNotFoundError):
             parts.append(f"{name} {version(name)}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

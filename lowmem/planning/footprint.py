@@ -15,7 +15,7 @@ from lowmem.blocks.optim import workspace_bytes
 from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
-from lowmem.machine.floor import measured_floor_bytes
+from lowmem.machine.floor import Library, measured_floor_bytes, measured_library_bytes
 from lowmem.machine.pool import pays
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
@@ -28,8 +28,13 @@ from lowmem.planning.traffic import StreamedTraffic, streamed_traffic, traffic_b
 from lowmem.schema import Section
 from lowmem.units import MIB, from_gib
 
-COMPILER_BYTES = 72 * MIB  # of torch's compiler, which a plan made in this process leaves there; measured
-BITSANDBYTES_BYTES = 4 * MIB  # that importing bitsandbytes takes on the host; measured
+# What libraries take on a CPU with the CPU build of torch, for a plan made where they are not installed.
+LIBRARY_BYTES: dict[Library, int] = {
+    "bitsandbytes": 4 * MIB,
+    "compiler": 72 * MIB,
+    "transformers": 128 * MIB,
+    "peft": 140 * MIB,
+}
 CPU_BFLOAT16_BYTES = 20 * MIB  # of kernels that a CPU makes at run time for bf16 products; measured
 # of a process that uses CUDA on the host: libraries and driver; a typical value, not measured here
 HOST_RUNTIME_GIB = 1.2
@@ -331,10 +336,14 @@ def _cpu_runtime_bytes(setup: Setup) -> int:
     """What a CPU's runtime takes beyond its floor under these settings."""
     if setup.profile.device.type != "cpu":
         return 0
-    eight_bit, bf16 = setup.settings.optimizer == "adamw8bit", setup.settings.precision == "bfloat16"
-    library = setup.recipe.model.library_bytes(setup.recipe.adapter is not None)
-    compiler = COMPILER_BYTES if not library and compiler_stays() else 0
-    return library + BITSANDBYTES_BYTES * eight_bit + CPU_BFLOAT16_BYTES * bf16 + compiler
+    built_with = setup.recipe.model.library(setup.recipe.adapter is not None)
+    libraries: set[Library] = {built_with} if built_with else set()
+    if not built_with and compiler_stays():
+        libraries.add("compiler")
+    if setup.settings.optimizer == "adamw8bit" and built_with != "peft":  # which brings it
+        libraries.add("bitsandbytes")
+    taken = sum(measured_library_bytes(name) or LIBRARY_BYTES[name] for name in libraries)
+    return taken + CPU_BFLOAT16_BYTES * (setup.settings.precision == "bfloat16")
 
 
 def _host_categories(setup: Setup, borders: BorderBytes, data_bytes: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ from lowmem.machine.profile import Profile, load_profile, profile_from_dict
 from lowmem.models import model_builder
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
+from lowmem.planning import footprint
 from lowmem.planning.footprint import with_headroom
 from lowmem.planning.passes import PassCounter
 from lowmem.planning.plan import Plan, check_continues, make_plan
@@ -69,6 +70,26 @@ def test_the_plan_takes_the_largest_micro_batch_that_fits_and_looks_at_few(
         assert size == 1024 or not planned(memory_gib, train__micro_batch_size=2 * size).fits
     else:
         assert size == 1
+
+
+def test_the_floor_holds_what_was_measured_of_each_library_that_the_run_imports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def floor(kind: str, optimizer: str, stays: bool) -> int:
+        monkeypatch.setattr(footprint, "compiler_stays", lambda: stays)
+        recipe = recipe_with(offload__tier="device", optimizer__name=optimizer)
+        build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
+        found = make_plan(build, recipe, load_profile(kind)).predicted
+        assert sum(found.by_category.values()) == found.device_peak_bytes
+        return found.by_category["runtime_floor"]
+
+    measured = {"bitsandbytes": 7 * MIB, "compiler": 50 * MIB}
+    monkeypatch.setattr(footprint, "measured_library_bytes", lambda name: measured[name])
+    base = floor("cpu-4gib", "adamw", False)
+    assert floor("cpu-4gib", "adamw8bit", False) == base + 7 * MIB
+    assert floor("cpu-4gib", "adamw8bit", True) == base + 57 * MIB
+    card = floor("rtx-4060-laptop-8gb", "adamw", False)  # whose libraries are on the host
+    assert floor("rtx-4060-laptop-8gb", "adamw8bit", True) == card
 
 
 def test_the_plan_of_a_loop_does_not_depend_on_a_drawn_number_of_iterations() -> None:

@@ -15,18 +15,17 @@ import xxhash
 
 from lowmem.errors import ConfigError
 from lowmem.files import printable
+from lowmem.machine.floor import Library
 from lowmem.models.huggingface.families import config_of, family_of
 from lowmem.models.huggingface.folder import CONFIG, FolderWeights, read_config
 from lowmem.recipe import QUANTISED, AdapterConfig, Count, ModelConfig, Recipe
-from lowmem.units import MIB, shown
+from lowmem.units import shown
 
 if TYPE_CHECKING:
     from lowmem.data.datasets import DataSpec
     from lowmem.models.base import BuildModel
     from lowmem.models.huggingface.model import HuggingfaceLm
 
-LIBRARY_BYTES = 128 * MIB  # that importing transformers takes on a CPU, torch's compiler included; measured
-ADAPTER_LIBRARY_BYTES = 12 * MIB  # that peft takes beside it, with bitsandbytes; measured
 LOGITS = 2**24  # elements of the logits that are in memory at once, where the recipe does not say
 
 
@@ -61,8 +60,8 @@ class HuggingfaceModel(ModelConfig):
     def begins_trained(self) -> bool:
         return self.weights == "pretrained"
 
-    def library_bytes(self, adapter: bool) -> int:
-        return LIBRARY_BYTES + ADAPTER_LIBRARY_BYTES * adapter
+    def library(self, adapter: bool) -> Library:
+        return "peft" if adapter else "transformers"
 
     def fingerprint(self) -> str:
         return xxhash.xxh3_128_hexdigest(json.dumps(read_config(Path(self.path)), sort_keys=True).encode())
