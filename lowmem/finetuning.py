@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem import job
+from lowmem.data.chat import ChatDataset
 from lowmem.data.datasets import load_data
 from lowmem.errors import ConfigError
 from lowmem.models.huggingface.folder import CONFIG, read_config
@@ -71,17 +72,19 @@ def finetune_recipe(
     if type(trained) is int and type(blocks) is int and raw["blocks"]["num_blocks"] == blocks:
         raw["blocks"]["num_blocks"] = max(blocks - trained, 1)  # a block is of frozen layers
     recipe = recipe_from_dict(raw, where)
-    if any(override.startswith("train.num_steps=") for override in overrides) or data is None:
+    if data is None:
         return recipe
     if not math.isfinite(epochs) or epochs <= 0:
         raise ConfigError(f"--epochs: found {epochs}; allowed: a number above 0")
-    rows = load_data(recipe.data, recipe.train.seq_len).num_train
-    steps = max(math.ceil(rows * epochs / recipe.train.batch_size), 1)
-    warmup = min(round(WARMUP_SHARE * steps), steps)
-    given = any(override.startswith("train.warmup_steps=") for override in overrides)
-    raw["train"] = {**raw["train"], "num_steps": steps}
-    if not given:
-        raw["train"]["warmup_steps"] = warmup
+    given = {override.partition("=")[0] for override in overrides}
+    rows = load_data(recipe.data, recipe.train.seq_len)
+    if "train.seq_len" not in given and isinstance(rows, ChatDataset):
+        raw["train"]["seq_len"] = rows.width  # a plan for longer rows than there are would be too high
+    if "train.num_steps" not in given:
+        steps = max(math.ceil(rows.num_train * epochs / recipe.train.batch_size), 1)
+        raw["train"]["num_steps"] = steps
+        if "train.warmup_steps" not in given:
+            raw["train"]["warmup_steps"] = min(round(WARMUP_SHARE * steps), steps)
     return recipe_from_dict(raw, where)
 
 

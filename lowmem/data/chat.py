@@ -233,6 +233,8 @@ class ChatDataset(Dataset):
         lengths = np.diff(self._ends, prepend=0) - 1  # inputs of each sequence
         parts = [np.sort(part) for part in (order[num_test:], order[:num_test])]
         rows = [packed(part, lengths, seq_len) if pack else [[int(i)] for i in part] for part in parts]
+        # of the widest batch, in tokens
+        self.width = seq_len if pack else min(round_up(int(lengths.max()), WIDTHS), seq_len)
         self._rows, num_train = [*rows[0], *rows[1]], len(rows[0])
         self._test_share = len(rows[1]) / sum(self._labels(index) for index in parts[1])
         indices = np.arange(len(self._rows))

@@ -12,6 +12,7 @@ import torch
 from hf_folders import BYTES_VOCAB, FAMILIES, make_folder, make_tokenizer
 
 from lowmem import job
+from lowmem.data.datasets import load_data
 from lowmem.errors import ConfigError, DataError
 from lowmem.finetuning import finetune_recipe
 from lowmem.inference.chat import answer, chat_run
@@ -171,6 +172,21 @@ def test_a_changed_configuration_or_tokenizer_is_seen(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=message):
             export_run(run, tmp_path / "out")
         path.write_text(kept)
+
+
+def test_sequences_are_as_long_as_the_rows_ask_for(tmp_path: Path) -> None:
+    """Else the plan counts activations of batches that do not come."""
+    folder, data = model_folder(tmp_path / "model", "gpt2"), rows(tmp_path / "rows.jsonl")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_positions": 512}))
+    recipe = finetune_recipe(folder, data)
+    found = load_data(recipe.data, recipe.train.seq_len)
+    widths = [found.batch(0, step, 1)["tokens"].shape[1] for step in range(found.num_train)]
+    assert recipe.train.seq_len == max(widths) < 512
+    longer = finetune_recipe(folder, data, ["train.seq_len=512"])
+    assert longer.train.seq_len == 512
+    assert load_data(longer.data, 512).num_train == found.num_train, "nothing is cut"
+    assert finetune_recipe(folder, data, ["data.pack=true"]).train.seq_len == 512
 
 
 def test_the_epochs_say_the_steps(tmp_path: Path) -> None:
