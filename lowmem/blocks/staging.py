@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +39,7 @@ class SlotPool:
 
     def __init__(self, size: int, make: Callable[[], Tensor], device: Device) -> None:
         self._free: queue.Queue[tuple[Tensor, Mark] | None] = queue.Queue()  # None: not made yet
+        self._stopped = False
         self._make, self._device = make, device
         for _ in range(size):
             self._free.put(None)
@@ -48,8 +50,14 @@ class SlotPool:
             self.give(slot)
 
     def take(self) -> Tensor:
-        """Returns a buffer that nothing uses any more. The calling thread waits for that."""
+        """Returns a buffer that nothing uses any more. The calling thread waits for that.
+
+        Raises CancelledError once the pool is stopped.
+        """
         free = self._free.get()
+        if self._stopped:
+            self._free.put(free)  # for the next that waits
+            raise CancelledError
         if free is None:
             return self._make()
         slot, mark = free
@@ -59,6 +67,11 @@ class SlotPool:
     def give(self, slot: Tensor, mark: Mark = None) -> None:
         """`mark`: compute uses the buffer as far as that."""
         self._free.put((slot, mark))
+
+    def stop(self) -> None:
+        """Ends every `take` that waits, now and later: the buffers may never come back."""
+        self._stopped = True
+        self._free.put(None)
 
     def clear(self) -> None:
         """Drops every free buffer. The pool must not be used afterwards."""

@@ -93,25 +93,35 @@ class Piece:
             pages = Pages(first + rows.start * size, first + rows.stop * size)
             self.fields.append(Field(name, field.dtype, pages))
 
-    @property
-    def num_bytes(self) -> int:
-        """Of a buffer that holds all of it."""
-        return sum(field.pages.num_bytes for field in self.fields)
+    def num_bytes(self, with_weights: bool = True) -> int:
+        """Of a buffer that holds all of it, or its state alone."""
+        return sum(field.pages.num_bytes for field in self.held(with_weights))
+
+    def held(self, with_weights: bool) -> list[Field]:
+        """The fields that a buffer holds: all, or those of the state."""
+        return self.fields if with_weights else self.fields[1:]
 
     def field(self, name: str) -> Field:
         return next(field for field in self.fields if field.name == name)
 
-    def parts(self, buffer: Tensor) -> Iterator[tuple[Field, Tensor]]:
-        """Each field with its pages in a buffer [num_bytes]."""
-        start = 0
-        for field in self.fields:
-            yield field, buffer[start : start + field.pages.num_bytes]
+    def parts(self, buffer: Tensor, with_weights: bool = True) -> list[tuple[Pages, Tensor]]:
+        """The pages of each field in a buffer [num_bytes]."""
+        parts, start = [], 0
+        for field in self.held(with_weights):
+            parts.append((field.pages, buffer[start : start + field.pages.num_bytes]))
             start += field.pages.num_bytes
+        return parts
 
-    def in_buffer(self, buffer: Tensor) -> Rows:
-        """The rows for an update, in a buffer that holds all of the piece."""
-        values = {field.name: field.pages.of(pages, field.dtype) for field, pages in self.parts(buffer)}
-        weights = values.pop("weights")
+    def in_buffer(self, buffer: Tensor, weights: Tensor | None = None) -> Rows:
+        """The rows for an update, in a buffer that holds all of the piece; or the state alone, where the
+        weights are elsewhere.
+        """
+        held, parts = self.held(weights is None), self.parts(buffer, weights is None)
+        values = {
+            field.name: pages.of(part, field.dtype) for field, (pages, part) in zip(held, parts, strict=True)
+        }
+        if weights is None:
+            weights = values.pop("weights")
         group = self.group
         return Rows(self.rows.start, weights, values, group.decay, group.quantized, group.matrix)
 
@@ -165,20 +175,21 @@ class Unit:
     @property
     def num_bytes(self) -> int:
         """Of a buffer that holds all pages of its weights and state."""
-        return sum(piece.num_bytes for piece in self.pieces)
+        return sum(piece.num_bytes() for piece in self.pieces)
 
     @property
     def used_weights_bytes(self) -> int:
         """Of what passes use, without the rest of its pages."""
         return sum(piece.field(self._computes).pages.inside_bytes for piece in self.pieces)
 
-    def weights_pages(self, buffer: Tensor) -> Iterator[tuple[Pages, Tensor]]:
+    def weights_pages(self, buffer: Tensor) -> list[tuple[Pages, Tensor]]:
         """The pages of each piece's weights in a buffer [weights_bytes]."""
-        start = 0
+        parts, start = [], 0
         for piece in self.pieces:
             pages = piece.field(self._computes).pages
-            yield pages, buffer[start : start + pages.num_bytes]
+            parts.append((pages, buffer[start : start + pages.num_bytes]))
             start += pages.num_bytes
+        return parts
 
     def weights(self, buffer: Tensor) -> list[Tensor]:
         """The weights of each piece in a buffer [weights_bytes]."""
@@ -190,10 +201,19 @@ class Unit:
         """Each parameter's view, in a flat vector for each piece."""
         views = {}
         for slot in self.slots:
-            piece = bisect_right(self.starts, slot.start) - 1
-            first = slot.start - self.starts[piece]
+            piece, first = self._within(slot.start)
             views[slot.name] = slot.view(pieces[piece], first)
         return views
+
+    def rows(self, pieces: Sequence[Tensor], place: int, numel: int) -> Tensor:
+        """So many elements from a place in the unit's own flat vectors, of a flat vector for each piece."""
+        piece, first = self._within(place)
+        return pieces[piece][first : first + numel]
+
+    def _within(self, place: int) -> tuple[int, int]:
+        """The piece of a place in the unit's own flat vectors, and the place in that."""
+        piece = bisect_right(self.starts, place) - 1
+        return piece, place - self.starts[piece]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Each piece's part of a flat vector [numel] of the unit's own."""

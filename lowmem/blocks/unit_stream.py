@@ -1,8 +1,12 @@
 """Moves a model through the device one unit at a time, within each step of exact back-propagation.
 
     weights    of one unit are on the device, and those of the next are fetched meanwhile
+    gradients  of one unit (or of a block, where a norm over the block clips them) wait for its update
     moments    come in chunks of rows when a unit is updated, and go back at once
-    gradients  of one unit (or of a block, where a norm over the block clips them) wait for that update
+
+The update changes the weights that the backward pass has left on the device, and writes them back, so they
+are not fetched for it. Where a block's gradients gather first, weights come once more, in chunks with the
+moments. The unit that is updated last is the first that the next step needs: its weights stay until then.
 
 So memory follows from the largest unit, whatever a block weighs. An update does not hold up compute: it goes
 on a little whenever compute calls `advance`, as far as its chunks have come, while the next unit computes.
@@ -17,7 +21,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import torch
@@ -42,10 +46,11 @@ def spread(num_units: int, count: int) -> frozenset[int]:
     return frozenset(index * num_units // count for index in range(count))
 
 
-def chunk_bytes(units: Sequence[Unit]) -> int:
-    """Of the largest chunk of rows that an update moves."""
+def chunk_bytes(units: Sequence[Unit], in_place: bool) -> int:
+    """Of the largest chunk of rows that an update moves; `in_place`: without the weights."""
     kinds = {unit.shape: unit for unit in units}
-    return max((piece.num_bytes for unit in kinds.values() for _, piece in unit.chunks()), default=0)
+    chunks = [piece for unit in kinds.values() for _, piece in unit.chunks()]
+    return max((piece.num_bytes(not in_place) for piece in chunks), default=0)
 
 
 def num_weights_slots(prefetch: bool, num_units: int) -> int:
@@ -63,9 +68,13 @@ class UnitBytes(NamedTuple):
 
 
 def unit_bytes(
-    units: Sequence[Unit], stay: frozenset[int], prefetch: bool, updates: bool = True
+    units: Sequence[Unit],
+    stay: frozenset[int],
+    prefetch: bool,
+    updates: bool = True,
+    in_place: bool = False,
 ) -> UnitBytes:
-    """`updates`: see `UnitStream`."""
+    """The parameters are those of `UnitStream`."""
     kept = [unit for index, unit in enumerate(units) if index in stay]
     moving = [unit for index, unit in enumerate(units) if index not in stay]
     slot = max((unit.weights_bytes for unit in moving), default=0)
@@ -74,13 +83,25 @@ def unit_bytes(
         weights=sum(unit.weights_bytes for unit in kept) + slot,
         state=sum(unit.num_bytes - unit.weights_bytes for unit in kept),
         fetched=max(slots - 1, 0) * slot,
-        chunks=CHUNKS * chunk_bytes(moving) if moving and updates else 0,
+        chunks=CHUNKS * chunk_bytes(moving, in_place) if moving and updates else 0,
     )
 
 
 def gathers_by_block(grad_clip: float | None) -> bool:
     """Whether the gradients of a block gather before any of them is used: their norm clips them."""
     return grad_clip is not None
+
+
+def updates_in_place(units: Sequence[Unit], grad_clip: float | None) -> bool:
+    """Whether a unit is updated as soon as its backward pass is over, so that its weights are still there."""
+    return not gathers_by_block(grad_clip) or len({unit.key for unit in units}) == len(units)
+
+
+def kept_for_next_step(num_units: int, stay: frozenset[int]) -> int | None:
+    """The unit whose weights need not be fetched at the start of a step, because the last step has updated
+    them in place and no other unit has needed the room since. None: every unit stays.
+    """
+    return min(set(range(num_units)) - stay, default=None)
 
 
 class Update(NamedTuple):
@@ -106,8 +127,11 @@ class UnitStream:
         stay: frozenset[int],
         prefetch: bool,
         updates: bool = True,
+        in_place: bool = False,
     ) -> None:
-        """`stay`: the units that are on the device all the time. `updates`: they will be updated."""
+        """`stay`: the units that are on the device all the time. `updates`: they will be updated. `in_place`:
+        see `updates_in_place`.
+        """
         self.store, self.units, self.device, self.stay = store, units, device, stay
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
         self._prefetch_on = prefetch
@@ -115,7 +139,7 @@ class UnitStream:
         moving = [unit for index, unit in enumerate(units) if index not in stay]
         if moving:
             slot_bytes = max(unit.weights_bytes for unit in moving)
-            slots, size = num_weights_slots(prefetch, len(moving)), chunk_bytes(moving)
+            slots, size = num_weights_slots(prefetch, len(moving)), chunk_bytes(moving, in_place)
             self._slots = SlotPool(slots, lambda: device_buffer(device, slot_bytes), device)
             self._chunks = SlotPool(CHUNKS, lambda: device_buffer(device, size), device)
             self._pools = [self._slots, self._chunks]
@@ -127,6 +151,9 @@ class UnitStream:
                     self._chunks.fill()
                 device.wait_for_compute()
         self._kept: dict[int, list[Tensor]] = {}  # a buffer for each piece of a unit that stays
+        self._in_place, self._next = in_place, kept_for_next_step(len(units), stay)
+        self._left: dict[int, Tensor] = {}  # slots with weights that the next update of the unit changes
+        self._writing: Future[None] | None = None  # of the weights that wait in a slot for the next step
         self._last = {unit.key: index for index, unit in reversed(list(enumerate(units)))}
         self._rewritten: set[int] = set()  # units whose newest rows are in a file that is being written
         # Updates under way, in their order. Each yields what it waits for.
@@ -148,11 +175,15 @@ class UnitStream:
         Raises the StoreError that a read or write of them has met.
         """
         with self._exposed():
-            self._finish_update(unit)
             if unit in self.stay:
+                self._finish_update(unit)
                 return [piece.in_buffer(kept).weights for piece, kept in self._whole(unit)]
             if unit not in self._reads:
+                self._finish_update(unit)
+            if unit not in self._reads:  # the update may have kept the weights
                 self._reads[unit] = self._start_read(unit)
+            while not self._reads[unit].done():  # it may wait for a slot that an update still uses
+                self._go_on(self._reads[unit])
             return self.units[unit].weights(self._reads[unit].result())
 
     def prefetch(self, unit: int) -> None:
@@ -162,10 +193,20 @@ class UnitStream:
         if self._prefetch_on and not there and (updated is None or updated.done()):
             self._reads[unit] = self._start_read(unit)
 
-    def release(self, unit: int) -> None:
-        """Gives back weights that `load` has returned."""
-        if unit not in self.stay:
-            self._slots.give(self._reads.pop(unit).result(), self.device.mark())
+    def release(self, unit: int, update_follows: bool = False) -> None:
+        """Gives back weights that `load` has returned.
+
+        `update_follows`: the unit's next update is the next thing that happens to it.
+        """
+        if unit in self.stay:
+            return
+        slot, mark = self._reads.pop(unit).result(), self.device.mark()
+        if update_follows and self._in_place:
+            self._left[unit] = slot
+        elif unit == self._next and self._writing is not None:
+            self._writing.add_done_callback(_giving(self._slots, slot, mark))
+        else:
+            self._slots.give(slot, mark)
 
     def _start_read(self, unit: int) -> Future[Tensor]:
         return self._reader.submit(self._read, unit, unit in self._rewritten)
@@ -173,8 +214,7 @@ class UnitStream:
     def _read(self, unit: int, rewritten: bool) -> Tensor:
         slot = self._slots.take()
         try:
-            parts = list(self.units[unit].weights_pages(slot))
-            self.store.read_pages(self.units[unit].key, parts, rewritten)
+            self.store.read_pages(self.units[unit].key, self.units[unit].weights_pages(slot), rewritten)
         except BaseException:
             self._slots.give(slot)
             raise
@@ -184,10 +224,10 @@ class UnitStream:
         """The pieces of a unit that stays, each with its buffer; read when they are first asked for."""
         pieces = self.units[unit].pieces
         if unit not in self._kept:
-            kept = [device_buffer(self.device, piece.num_bytes) for piece in pieces]
+            kept = [device_buffer(self.device, piece.num_bytes()) for piece in pieces]
             self.device.wait_for_compute()  # it may still use what the allocator now gives out as free
             for piece, buffer in zip(pieces, kept, strict=True):
-                self.store.read_pages(self.units[unit].key, _pages(piece, buffer), False)
+                self.store.read_pages(self.units[unit].key, piece.parts(buffer), False)
             self._kept[unit] = kept
         return list(zip(pieces, self._kept[unit], strict=True))
 
@@ -196,9 +236,9 @@ class UnitStream:
 
     def update(self, update: Update) -> None:
         """Begins the update of a unit. `advance` and `load` go on with it."""
-        self._updated[update.unit] = Future()
+        ended = self._updated[update.unit] = Future()
         work = self._staying if update.unit in self.stay else self._moving
-        self._waiting.append(work(update))
+        self._waiting.append(work(update, ended))
         self.advance()
 
     def advance(self) -> None:
@@ -223,14 +263,12 @@ class UnitStream:
     def finish(self) -> None:
         """Waits until no update is under way. Raises StoreError."""
         while self._waiting:
-            self.finish_first()
+            self.wait()
 
-    def finish_first(self) -> None:
-        """Waits for the update that has been under way for longest. Raises StoreError."""
+    def wait(self) -> None:
+        """Waits until an update has gone on. Raises StoreError."""
         with self._exposed():
-            first = self._waiting[0]
-            while self._waiting and self._waiting[0] is first:
-                self._go_on()
+            self._go_on()
 
     def _finish_update(self, unit: int) -> None:
         """Waits until the unit's newest rows can be read."""
@@ -240,52 +278,73 @@ class UnitStream:
             self._go_on()
         self._updated[unit].result()
 
-    def _go_on(self) -> None:
+    def _go_on(self, *others: Future[Any]) -> None:
+        """Goes on with the updates, and waits for what they need next, or for one of `others`."""
         awaited = self._advance()
-        if awaited is not None:
-            wait([awaited])
+        futures = [*others, *([] if awaited is None else [awaited])]
+        if futures:
+            wait(futures, return_when=FIRST_COMPLETED)
 
-    def _staying(self, update: Update) -> Iterator[Future[Any]]:
+    def _staying(self, update: Update, ended: Future[Any]) -> Iterator[Future[Any]]:
         unit = self.units[update.unit]
         for piece, buffer in self._whole(update.unit):
             rows = piece.in_buffer(buffer)
             self._change(rows, update)
             if update.durable:
                 self.store.begin(unit.key, update.visits_done)
-                parts = _pages(piece, buffer)
-                write = self._writer.submit(self._write, unit.key, parts, self.device.mark())
+                write = self._write_soon(unit.key, piece.parts(buffer))
                 while not write.done():
                     yield write
                 write.result()
         update.done()
-        self._end(update)
+        self._end(update, ended)
 
-    def _moving(self, update: Update) -> Iterator[Future[Any]]:
+    def _moving(self, update: Update, ended: Future[Any]) -> Iterator[Future[Any]]:
         unit, rewritten = self.units[update.unit], update.unit in self._rewritten
-        pieces = [piece for _, piece in unit.chunks()]
-        reads: deque[tuple[Piece, Future[Tensor]]] = deque()
+        slot = self._left.pop(update.unit, None)
+        assert slot is not None or not self._in_place, "`release` says that an update follows"
+        weights = None if slot is None else unit.weights(slot)
+        chunks, with_weights = list(unit.chunks()), slot is None
+        reads: deque[tuple[int, Piece, Future[Tensor]]] = deque()
         writes: list[Future[None]] = []
         self.store.begin(unit.key, update.visits_done)
-        for index in range(len(pieces) + CHUNKS - 1):
-            if index < len(pieces):
-                piece = pieces[index]
-                read = self._chunk_reader.submit(self._read_chunk, unit.key, piece, rewritten)
-                reads.append((piece, read))
+        for index in range(len(chunks) + CHUNKS - 1):
+            if index < len(chunks):
+                place, piece = chunks[index]
+                read = self._chunk_reader.submit(self._read_chunk, unit.key, piece, with_weights, rewritten)
+                reads.append((place, piece, read))
             if index < CHUNKS - 1:
                 continue
-            piece, read = reads.popleft()
+            place, piece, read = reads.popleft()
             while not read.done():
                 yield read
             buffer = read.result()
-            self._change(piece.in_buffer(buffer), update)
-            writes.append(self._writer.submit(self._write_chunk, unit.key, piece, buffer, self.device.mark()))
+            there = None if weights is None else unit.rows(weights, place, piece.numel)
+            self._change(piece.in_buffer(buffer, there), update)
+            write = self._write_soon(unit.key, piece.parts(buffer, with_weights))
+            write.add_done_callback(_giving(self._chunks, buffer))
+            writes.append(write)
         update.done()
+        if slot is not None:
+            writes.append(self._write_soon(unit.key, unit.weights_pages(slot)))
+            self._keep(update.unit, slot, writes[-1])
         for write in writes:
             while not write.done():
                 yield write
             write.result()
         self._rewritten.add(update.unit)
-        self._end(update)
+        self._end(update, ended)
+
+    def _keep(self, unit: int, slot: Tensor, write: Future[None]) -> None:
+        """Gives the slot of an updated unit back when it is written; or keeps it, where the next step begins
+        with it.
+        """
+        if unit != self._next:
+            write.add_done_callback(_giving(self._slots, slot))
+            return
+        self._writing = write
+        self._reads[unit] = Future()
+        self._reads[unit].set_result(slot)
 
     def _change(self, rows: optim.Rows, update: Update) -> None:
         grads = update.grads(slice(rows.first, rows.first + len(rows.weights)))
@@ -295,13 +354,13 @@ class UnitStream:
             # apart once they are freed, and the C library's heap would grow with every chunk.
             torch.hypot(update.norm, optim.gradient_norm(rows.weights), out=update.norm)
 
-    def _end(self, update: Update) -> None:
+    def _end(self, update: Update, ended: Future[Any]) -> None:
         """The unit is updated. Where that is durable, the last unit of a block ends the block's file, and its
         units can be read again when the file is whole.
         """
         key = self.units[update.unit].key
         if not update.durable:
-            self._updated[update.unit].set_result(None)
+            ended.set_result(None)
             return
         self._rewritten.discard(update.unit)
         if self._last[key] == update.unit:
@@ -309,20 +368,18 @@ class UnitStream:
             block = [index for index, unit in enumerate(self.units) if unit.key == key]
             self._updated.update(dict.fromkeys(block, self._written[key]))
 
-    def _read_chunk(self, key: str, piece: Piece, rewritten: bool) -> Tensor:
+    def _read_chunk(self, key: str, piece: Piece, with_weights: bool, rewritten: bool) -> Tensor:
         buffer = self._chunks.take()
         try:
-            self.store.read_pages(key, _pages(piece, buffer), rewritten)
+            self.store.read_pages(key, piece.parts(buffer, with_weights), rewritten)
         except BaseException:
             self._chunks.give(buffer)
             raise
         return buffer
 
-    def _write_chunk(self, key: str, piece: Piece, buffer: Tensor, mark: Mark) -> None:
-        try:
-            self._write(key, _pages(piece, buffer), mark)
-        finally:
-            self._chunks.give(buffer)
+    def _write_soon(self, key: str, parts: list[tuple[Pages, Tensor]]) -> Future[None]:
+        """Writes rows as compute leaves them now."""
+        return self._writer.submit(self._write, key, parts, self.device.mark())
 
     def _write(self, key: str, parts: list[tuple[Pages, Tensor]], mark: Mark) -> None:
         """`mark`: compute has changed the rows by then."""
@@ -341,11 +398,13 @@ class UnitStream:
 
         What is being written is written to its end: a commit may be waiting for it.
         """
+        for pool in self._pools:
+            pool.stop()
         for thread in (self._reader, self._chunk_reader):
             thread.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
-        self._failed = None
-        for held in (self._waiting, self._kept, self._reads, self._updated, self._written):
+        self._failed = self._writing = None
+        for held in (self._waiting, self._kept, self._reads, self._left, self._updated, self._written):
             held.clear()
         for pool in self._pools:
             pool.clear()
@@ -357,5 +416,6 @@ class UnitStream:
         self.exposed_s += time.perf_counter() - start
 
 
-def _pages(piece: Piece, buffer: Tensor) -> list[tuple[Pages, Tensor]]:
-    return [(field.pages, part) for field, part in piece.parts(buffer)]
+def _giving(pool: SlotPool, slot: Tensor, mark: Mark = None) -> Callable[[Future[None]], None]:
+    """Gives a slot back when its write has ended, whether that has failed or not."""
+    return lambda _: pool.give(slot, mark)

@@ -193,7 +193,7 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
             kept["weights"] = frozen.weights + copied
             kept["staging"] += frozen.fetched - setup.staged_bytes[0]
         else:
-            trained = unit_bytes(setup.units, setup.stay, prefetch, not setup.frozen)
+            trained = setup.unit_bytes
             kept["weights"] += frozen.weights - trained.weights
             kept["staging"] += frozen.fetched - trained.fetched - trained.chunks
         kept["optimizer_state"] = 0

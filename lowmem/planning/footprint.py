@@ -13,7 +13,7 @@ from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes, border_bytes
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.blocks.order import BlockQueue
-from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
+from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block
 from lowmem.machine.child import compiler_stays
 from lowmem.machine.floor import Library, measured_floor_bytes, measured_library_bytes
 from lowmem.machine.pool import pays
@@ -260,8 +260,7 @@ def _staging(setup: Setup) -> Staging:
     """Slots for blocks beside the one in compute, the ring of the link, and a snapshot of the shared part."""
     slots, ring = setup.staged_bytes
     if setup.by_unit:
-        taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch, not setup.frozen)
-        slots = taken.fetched + taken.chunks
+        slots = setup.unit_bytes.fetched + setup.unit_bytes.chunks
     snapshot_and_ring = setup.snapshot_bytes + ring
     if setup.profile.unified:
         return Staging(slots + snapshot_and_ring, slots + snapshot_and_ring)
@@ -309,7 +308,7 @@ def _visiting_categories(setup: Setup) -> dict[str, int]:
 
 def _streaming_categories(setup: Setup) -> dict[str, int]:
     """Of units that come and go, and of those that stay."""
-    taken = unit_bytes(setup.units, setup.stay, setup.recipe.offload.prefetch)
+    taken = setup.unit_bytes
     copied = setup.block_copy_bytes * max(unit.numel for unit in setup.units)
     by_block = gathers_by_block(setup.recipe.optimizer.grad_clip)
     gathered = max(part.numel for part in (setup.layouts if by_block else setup.units))

@@ -16,7 +16,7 @@ from torch import nn
 from lowmem.blocks.arena import FROZEN, ArenaLayout
 from lowmem.blocks.stream import block_key, staging_bytes
 from lowmem.blocks.unit import Unit
-from lowmem.blocks.unit_stream import spread
+from lowmem.blocks.unit_stream import UnitBytes, spread, unit_bytes, updates_in_place
 from lowmem.machine.device import KINDS
 from lowmem.machine.profile import Profile
 from lowmem.models.base import (
@@ -172,6 +172,17 @@ class Setup:
     def before_growth(self) -> Setup:
         """The same with the first block alone."""
         return replace(self, layouts=self.layouts[:1], units=[], alone=True)
+
+    @property
+    def in_place(self) -> bool:
+        """Whether weights of units are updated where the backward pass has left them."""
+        return not self.frozen and updates_in_place(self.units, self.recipe.optimizer.grad_clip)
+
+    @property
+    def unit_bytes(self) -> UnitBytes:
+        """What the stream of units takes on the device."""
+        prefetch = self.recipe.offload.prefetch
+        return unit_bytes(self.units, self.stay, prefetch, not self.frozen, self.in_place)
 
     @property
     def swept(self) -> bool:

@@ -1,8 +1,8 @@
 """Predicts what a model that is trained end to end moves when its blocks stream, to the byte.
 
-Each step fetches every unit's weights for the forward pass and for the backward pass, and its rows in chunks
-for the update, which writes them back. The prediction also says from how many tokens a step on compute hides
-all of it.
+Each step fetches every unit's weights for the forward pass and for the backward pass, and its moments in
+chunks for the update, which writes all of them back. The prediction also says from how many tokens a step on
+compute hides all of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.sweep_stream import page_bytes, weights_pages, whole_pages
 from lowmem.blocks.traffic import Traffic
-from lowmem.blocks.unit import Piece
+from lowmem.blocks.unit import Field, Piece, Unit
+from lowmem.blocks.unit_stream import kept_for_next_step
 from lowmem.planning.settings import Setup, file_bytes
 from lowmem.schema import Section
 from lowmem.units import PAGE, format_bytes
@@ -83,20 +84,34 @@ def _unit_traffic(setup: Setup) -> Parts:
     on_disk = setup.settings.tier == "disk"
     first, step, commit = Moved(), Moved(), Moved()
     last, known = len(setup.units) - 1, dict[object, Moved]()
+    kept = kept_for_next_step(len(setup.units), setup.stay) if setup.in_place else None
     for index, unit in enumerate(setup.units):
         if index in setup.stay:
-            first += Moved(sum(_fetched(piece, on_disk) for piece in unit.pieces))
-            commit += Moved() if setup.frozen else _rewritten(unit.pieces, on_disk, fetched=False)
+            first += Moved(sum(_fetched(piece.fields, on_disk) for piece in unit.pieces))
+            commit += Moved() if setup.frozen else _written(_fields(unit.pieces), on_disk)
             continue
         backward = (2 if setup.two_passes else 1) if index >= setup.lowest else 0
         passes = (index < last) + backward
-        step += Moved(passes * (unit.weights_bytes if on_disk else unit.used_weights_bytes))
+        fetched = Moved(unit.weights_bytes if on_disk else unit.used_weights_bytes)
+        if index == kept and backward:  # once, and then the weights are there when a step begins
+            first, passes = first + fetched, passes - 1
+        step += Moved(passes * fetched.read)
         if not setup.frozen:
             if unit.shape not in known:
-                chunks = [piece for _, piece in unit.chunks()]
-                known[unit.shape] = _rewritten(chunks, on_disk, fetched=True)
+                known[unit.shape] = _updated(unit, on_disk, setup.in_place)
             step += known[unit.shape]
     return first, step, commit
+
+
+def _updated(unit: Unit, on_disk: bool, in_place: bool) -> Moved:
+    """What the update of a unit moves: chunks of its rows, and its weights apart where those are there."""
+    moved = Moved()
+    for _, chunk in unit.chunks():
+        fields = chunk.held(with_weights=not in_place)
+        moved += Moved(_fetched(fields, on_disk)) + _written(fields, on_disk)
+    if in_place:
+        moved += _written([piece.field("weights") for piece in unit.pieces], on_disk)
+    return moved
 
 
 def _block_traffic(setup: Setup) -> Parts:
@@ -150,26 +165,26 @@ class Moved(NamedTuple):
         return Moved(*map(sum, zip(self, other, strict=True)))
 
 
-def _rewritten(pieces: Sequence[Piece], on_disk: bool, fetched: bool) -> Moved:
-    """Rows that are written back; `fetched`: and that came before."""
+def _fields(pieces: Sequence[Piece]) -> list[Field]:
+    return [field for piece in pieces for field in piece.fields]
+
+
+def _written(fields: Sequence[Field], on_disk: bool) -> Moved:
+    """Rows that are written."""
     moved = Moved()
-    for piece in pieces:
-        moved += Moved(read=_fetched(piece, on_disk) if fetched else 0)
-        for field in piece.fields:
-            pages = field.pages
-            if on_disk:  # pages that hold other rows too are read and written again
-                edges = PAGE * len(pages.edges)
-                moved += Moved(0, pages.whole.stop - pages.whole.start + edges, edges)
-            else:
-                moved += Moved(written=pages.stop - pages.start)
+    for field in fields:
+        pages = field.pages
+        if on_disk:  # pages that hold other rows too are read and written again
+            edges = PAGE * len(pages.edges)
+            moved += Moved(0, pages.whole.stop - pages.whole.start + edges, edges)
+        else:
+            moved += Moved(written=pages.inside_bytes)
     return moved
 
 
-def _fetched(piece: Piece, on_disk: bool) -> int:
-    """Bytes that come of a piece: whole pages from the disk, and what is needed from RAM."""
-    if on_disk:
-        return piece.num_bytes
-    return sum(field.pages.inside_bytes for field in piece.fields)
+def _fetched(fields: Sequence[Field], on_disk: bool) -> int:
+    """Bytes that come: whole pages from the disk, and what is needed from RAM."""
+    return sum(field.pages.num_bytes if on_disk else field.pages.inside_bytes for field in fields)
 
 
 def _header_bytes(layouts: Sequence[ArenaLayout]) -> int:
@@ -191,19 +206,21 @@ def hidden_tokens(setup: Setup) -> int | None:
     else:
         weights = sum(unit.weights_bytes for unit in units)
         whole = sum(unit.num_bytes for unit in units)
+    fetched, written = whole if setup.swept or setup.in_place else weights + whole, whole
+    if setup.frozen:
+        fetched, written = weights, 0
     forward_s, backward_s = [0.0], [0.0]
     if setup.settings.tier == "disk":
         read_rate, write_rate = profile.disk_rates
         if read_rate is None or write_rate is None:
             return None
         forward_s.append(weights / read_rate)
-        rewritten = 0 if setup.frozen else whole
-        backward_s.append((weights + rewritten) / read_rate + rewritten / write_rate)
+        backward_s.append(fetched / read_rate + written / write_rate)
     if not profile.unified:
         into, out = profile.link_rates
         assert into is not None and out is not None, "the profile checks that there is a link"
         forward_s.append(weights / into)
-        backward_s.append(whole / min(into, out))
+        backward_s.append(max(fetched / into, written / out))
     if rate is None:
         return None
     forward_per_token_s = 2 * setup.recipe.blocks.sweep_steps * setup.layer_weights / (rate * 1e12)

@@ -27,7 +27,7 @@ from lowmem.blocks.seal import BACK
 from lowmem.blocks.stream import BlockStream
 from lowmem.blocks.sweep_stream import SweepStream
 from lowmem.blocks.traffic import Traffic, TransferTimes
-from lowmem.blocks.unit_stream import UnitStream, spread
+from lowmem.blocks.unit_stream import UnitStream, spread, updates_in_place
 from lowmem.blocks.verify import check_contents
 from lowmem.errors import StoreError
 from lowmem.machine.detect import training_device
@@ -268,7 +268,8 @@ class Attempt:
             return
         units = units_of(self.model, plan.settings, self.layouts, device.kind)
         stay, updates = spread(len(units), resident), plan.settings.frozen is None
-        self.units = UnitStream(store, units, device, stay, prefetch, updates)
+        in_place = updates and updates_in_place(units, plan.recipe.optimizer.grad_clip)
+        self.units = UnitStream(store, units, device, stay, prefetch, updates, in_place)
         opened.callback(self.units.close)
 
     def take_written(self) -> dict[str, Future[FileRecord]]:

@@ -121,7 +121,7 @@ class StreamedStep:
     def _factor(self, parts: list[Part], step: int) -> Tensor:
         """What clips the whole model's gradients: a backward pass of its own finds their norm."""
         norms = {}
-        for gathered in self._gradients(parts, following=len(self.units) - 1):
+        for gathered in self._gradients(parts, following=len(self.units) - 1, updates=False):
             norms[gathered.block] = optim.gradient_norm(gathered.flat)
             self._free.append(gathered.whole)
         self._backward_of_input(parts)
@@ -133,10 +133,12 @@ class StreamedStep:
     # --------------------------------------------------------------------------------------------------------
     # Gradients and updates
 
-    def _gradients(self, parts: list[Part], following: int | None = None) -> Iterator[Gathered]:
+    def _gradients(
+        self, parts: list[Part], following: int | None = None, updates: bool = True
+    ) -> Iterator[Gathered]:
         """The gradients of the backward pass, by unit or by block, each as soon as it is complete.
 
-        `following`: the unit that is needed after the pass.
+        `following`: the unit that is needed after the pass. `updates`: its units are updated with them.
         """
         gathered: Gathered | None = None
         lowest = min(self._lowest, len(self.units) - 1)  # the last unit makes the loss
@@ -144,6 +146,7 @@ class StreamedStep:
             block = self.block_of[unit]
             if self._frozen:
                 self._backward(unit, unit - 1 if unit > lowest else following, None, parts)
+                self._let_go(unit)
                 continue
             if gathered is None:
                 layout = self.layouts[block] if self._by_block else self.units[unit]
@@ -151,13 +154,14 @@ class StreamedStep:
                 gathered.flat.zero_()
             gathered.units.append(unit)
             self._backward(unit, unit - 1 if unit else following, gathered, parts)
+            self._let_go(unit, updates)
             if not self._by_block or unit == 0 or self.block_of[unit - 1] != block:
                 yield gathered
                 gathered = None
 
     def _vector(self) -> Tensor:
         while not self._free:  # an update still reads them
-            self.stream.finish_first()
+            self.stream.wait()
         return self._free.pop()
 
     def _update(
@@ -203,9 +207,9 @@ class StreamedStep:
             pieces = copies
         return layout.views(pieces)
 
-    def _let_go(self, unit: int) -> None:
+    def _let_go(self, unit: int, update_follows: bool = False) -> None:
         unbind(self.model, self.units[unit])
-        self.stream.release(unit)
+        self.stream.release(unit, update_follows)
 
     def _forward(self, unit: int, parts: list[Part]) -> None:
         bind(self.model, self._weights(unit), None)
@@ -227,7 +231,6 @@ class StreamedStep:
         self._bind(unit, weights, gathered)
         for part in parts:
             self.passes.backward(unit, part, len(parts), self.stream.advance)
-        self._let_go(unit)
 
     def _bind(self, unit: int, weights: dict[str, Tensor], gathered: Gathered | None) -> None:
         if gathered is None:

@@ -134,16 +134,21 @@ def test_a_units_own_flat_vectors_hold_its_parameters_where_place_says(kind: dic
 
 
 @every_kind
-def test_the_rows_of_a_piece_are_those_of_the_whole_arena(kind: dict[str, Any]) -> None:
+@pytest.mark.parametrize("with_weights", [True, False], ids=["all", "state alone"])
+def test_the_rows_of_a_piece_are_those_of_the_whole_arena(kind: dict[str, Any], with_weights: bool) -> None:
     layout, units = block(kind)
     arena = random_arena(layout)
     for unit in units:
-        assert unit.num_bytes == sum(piece.num_bytes for piece in unit.pieces)
-        for piece in unit.pieces:
-            buffer = aligned_buffer(piece.num_bytes)
-            for field, part in piece.parts(buffer):
-                fetched(arena, field.pages, part)
-            rows = piece.in_buffer(buffer)
+        assert unit.num_bytes == sum(piece.num_bytes() for piece in unit.pieces)
+        slot = aligned_buffer(unit.weights_bytes)
+        for pages, part in unit.weights_pages(slot):
+            fetched(arena, pages, part)
+        for place, piece in zip(unit.starts, unit.pieces, strict=True):
+            buffer = aligned_buffer(piece.num_bytes(with_weights))
+            for pages, part in piece.parts(buffer, with_weights):
+                fetched(arena, pages, part)
+            elsewhere = None if with_weights else unit.rows(unit.weights(slot), place, piece.numel)
+            rows = piece.in_buffer(buffer, elsewhere)
             group = layout.group_of(next(slot for slot in layout.slots if slot.start == rows.first))
             assert (rows.decay, rows.quantized) == (group.decay, group.quantized)
             assert same_bytes(rows.weights, arena.weights[piece.rows])

@@ -40,7 +40,7 @@ from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.unit import Pages, Unit
 from lowmem.blocks.unit_stream import CHUNKS, UnitStream, Update, num_weights_slots, spread
 from lowmem.errors import StoreError
-from lowmem.machine.device import CPU, Device
+from lowmem.machine.device import CPU, Device, Mark
 from lowmem.recipe import OptimizerConfig
 
 NUM_BLOCKS, NUM_LAYERS = 2, 3  # layers of each block
@@ -132,10 +132,11 @@ def opened(
     stay: frozenset[int] = frozenset(),
     prefetch: bool = True,
     paces: tuple[Pace, Pace] | None = None,
+    in_place: bool = True,
 ) -> Iterator[UnitStream]:
     disk = DiskStore(setting.run, setting.layouts, setting.state.files, paces=paces)
     store: Store = HostStore(disk) if in_ram else disk
-    stream = UnitStream(store, setting.units, DEVICE, stay, prefetch)
+    stream = UnitStream(store, setting.units, DEVICE, stay, prefetch, in_place=in_place)
     try:
         yield stream
     finally:
@@ -178,7 +179,7 @@ def make_step(setting: Setting, stream: UnitStream, visits_done: int, durable: b
         if unit:
             stream.prefetch(unit - 1)
         assert setting.holds(unit, weights)
-        stream.release(unit)
+        stream.release(unit, update_follows=True)
         begin_update(setting, stream, unit, visits_done, durable, norm)
     setting.make_step_in_arenas()
     if durable:
@@ -199,14 +200,15 @@ def commit(setting: Setting, stream: UnitStream, visits_done: int) -> None:
 
 @every_store
 @every_stay
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "in chunks"])
 @pytest.mark.parametrize(
     ("kind", "prefetch"), [("adamw", True), ("adamw", False), ("adamw8bit-ema-bf16", True)]
 )
 def test_files_and_digests_are_those_of_whole_arenas_updated_at_once(
-    tmp_path: Path, in_ram: bool, stay: frozenset[int], kind: str, prefetch: bool
+    tmp_path: Path, in_ram: bool, stay: frozenset[int], kind: str, prefetch: bool, in_place: bool
 ) -> None:
     setting = Setting(tmp_path / "run", kind)
-    with opened(setting, in_ram, stay, prefetch) as stream:
+    with opened(setting, in_ram, stay, prefetch, in_place=in_place) as stream:
         for visit, durable in [(1, False), (1, False), (1, True), (2, True), (3, False), (3, True)]:
             make_step(setting, stream, visit, durable)
             if not durable:
@@ -275,7 +277,7 @@ def test_a_unit_loaded_while_it_is_written_has_its_newest_weights(tmp_path: Path
             setting.steps += 1
             for unit in reversed(range(NUM_LAYERS)):
                 stream.load(unit)
-                stream.release(unit)
+                stream.release(unit, update_follows=True)
                 begin_update(setting, stream, unit, 1, durable, torch.zeros(()))
             setting.make_step_in_arenas()
             stream.prefetch(0)
@@ -287,10 +289,11 @@ def test_a_unit_loaded_while_it_is_written_has_its_newest_weights(tmp_path: Path
 # Buffers
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "in chunks"])
 @pytest.mark.parametrize("prefetch", [True, False])
 @every_stay
 def test_no_more_buffers_are_made_than_the_plan_counts(
-    tmp_path: Path, stay: frozenset[int], prefetch: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stay: frozenset[int], prefetch: bool, in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = list[int]()
 
@@ -300,15 +303,15 @@ def test_no_more_buffers_are_made_than_the_plan_counts(
 
     monkeypatch.setattr(unit_stream, "device_buffer", counted)
     setting = Setting(tmp_path)
-    with opened(setting, stay=stay, prefetch=prefetch) as stream:
+    with opened(setting, stay=stay, prefetch=prefetch, in_place=in_place) as stream:
         for visit, durable in [(1, False), (1, True), (2, True)]:
             make_step(setting, stream, visit, durable)
     moving = [unit for index, unit in enumerate(setting.units) if index not in stay]
-    expected = [piece.num_bytes for index in stay for piece in setting.units[index].pieces]
+    expected = [piece.num_bytes() for index in stay for piece in setting.units[index].pieces]
     if moving:
         slots = num_weights_slots(prefetch, len(moving))
         expected += [max(unit.weights_bytes for unit in moving)] * slots
-        expected += [unit_stream.chunk_bytes(moving)] * CHUNKS
+        expected += [unit_stream.chunk_bytes(moving, in_place)] * CHUNKS
     assert sorted(made) == sorted(expected)
 
 
@@ -324,7 +327,7 @@ def test_a_chunks_buffer_is_free_only_when_its_write_has_ended(
             write(key, parts)
             written.add(parts[0][1].data_ptr())
 
-        def recorded(buffer: Tensor) -> None:
+        def recorded(buffer: Tensor, mark: Mark = None) -> None:
             given.append(buffer.data_ptr() in written)
             written.discard(buffer.data_ptr())
             give(buffer)
@@ -337,10 +340,13 @@ def test_a_chunks_buffer_is_free_only_when_its_write_has_ended(
     assert given == [True] * chunks
 
 
-def test_an_update_goes_on_while_compute_only_advances(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "in chunks"])
+def test_an_update_goes_on_while_compute_only_advances(tmp_path: Path, in_place: bool) -> None:
     setting = Setting(tmp_path)
-    with opened(setting) as stream:
+    with opened(setting, in_place=in_place) as stream:
         setting.steps += 1
+        stream.load(0)
+        stream.release(0, update_follows=True)
         used = threading.Event()
         grads = setting.grads("block-0")
         stream.update(Update(0, grads.__getitem__, setting.step(), 1, False, torch.zeros(()), used.set))
@@ -407,9 +413,9 @@ def test_an_update_that_has_failed_is_met_by_every_later_call_and_its_file_is_re
     setting = Setting(tmp_path)
     with opened(setting, stay=stay) as stream:
         setting.steps += 1
-        for unit in reversed(range(NUM_UNITS)):
+        for unit in range(NUM_UNITS):
             stream.load(unit)
-            stream.release(unit)
+            stream.release(unit, update_follows=unit > 3)
         failing(monkeypatch, "write", 2, errno.ENOSPC)
         with pytest.raises(StoreError, match="No space left"):  # noqa: PT012
             for unit in (5, 4):
@@ -476,7 +482,7 @@ def test_a_file_that_differs_from_its_record_is_refused_before_any_row_is_used(
         stream.prefetch(0)
         with pytest.raises(StoreError, match=f"block-0000.*{told}"):
             stream.load(0)
-    with opened(setting, in_ram, stay) as stream:
+    with opened(setting, in_ram, stay, in_place=False) as stream:
         setting.steps += 1
         with pytest.raises(StoreError, match=f"block-0000.*{told}"):  # noqa: PT012
             stream.update(Update(0, grads, setting.step(), 1, True, torch.zeros(()), lambda: None))
@@ -602,6 +608,8 @@ def test_close_in_the_middle_of_updates_ends_every_thread_and_frees_the_memory(
             stream.prefetch(1)
             stream.release(0)
             for unit in (5, 4, 3):
+                stream.load(unit)
+                stream.release(unit, update_follows=True)
                 begin_update(setting, stream, unit, 1, True, torch.zeros(()))
             for _ in range(advances):
                 stream.advance()
