@@ -6,7 +6,8 @@
 
 So memory follows from the largest unit, whatever a block weighs. An update does not hold up compute: it goes
 on a little whenever compute calls `advance`, as far as its chunks have come, while the next unit computes.
-Units that the plan has room for stay on the device whole. They move only when they are committed.
+Units that the plan has room for stay on the device whole. They move only when they are committed. The shared
+part may be updated like a unit that moves. Its weights are then on the device all along as well.
 
 Compute calls this from one thread. A thread fetches weights, one fetches chunks, and one writes them back.
 """
@@ -63,18 +64,23 @@ class UnitBytes(NamedTuple):
 
 
 def unit_bytes(
-    units: Sequence[Unit], stay: frozenset[int], prefetch: bool, updates: bool = True
+    units: Sequence[Unit],
+    stay: frozenset[int],
+    prefetch: bool,
+    updates: bool = True,
+    shared: Unit | None = None,
 ) -> UnitBytes:
-    """`updates`: see `UnitStream`."""
+    """`updates`, `shared`: see `UnitStream`."""
     kept = [unit for index, unit in enumerate(units) if index in stay]
     moving = [unit for index, unit in enumerate(units) if index not in stay]
     slot = max((unit.weights_bytes for unit in moving), default=0)
     slots = num_weights_slots(prefetch, len(moving))
+    updated = [*(moving if updates else []), *([] if shared is None else [shared])]
     return UnitBytes(
         weights=sum(unit.weights_bytes for unit in kept) + slot,
         state=sum(unit.num_bytes - unit.weights_bytes for unit in kept),
         fetched=max(slots - 1, 0) * slot,
-        chunks=CHUNKS * chunk_bytes(moving) if moving and updates else 0,
+        chunks=CHUNKS * chunk_bytes(updated),
     )
 
 
@@ -93,6 +99,7 @@ class Update(NamedTuple):
     durable: bool
     norm: Tensor  # a scalar that gathers the norm of the updated weights, where they are durable
     done: Callable[[], None]  # the gradients are used
+    changed: Callable[[optim.Rows], None] | None = None  # sees rows that are updated
 
 
 class UnitStream:
@@ -106,28 +113,35 @@ class UnitStream:
         stay: frozenset[int],
         prefetch: bool,
         updates: bool = True,
+        shared: Unit | None = None,
     ) -> None:
-        """`stay`: the units that are on the device all the time. `updates`: they will be updated."""
+        """`stay`: the units that are on the device all the time. `updates`: they will be updated. `shared`:
+        the shared part, where it is updated here too. It then has the number after the last unit's.
+        """
         self.store, self.units, self.device, self.stay = store, units, device, stay
+        self.shared, self._every = len(units), [*units, *([] if shared is None else [shared])]
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
         self._prefetch_on = prefetch
         self._pools = list[SlotPool]()
         moving = [unit for index, unit in enumerate(units) if index not in stay]
+        updated = [*(moving if updates else []), *self._every[len(units) :]]
         if moving:
             slot_bytes = max(unit.weights_bytes for unit in moving)
-            slots, size = num_weights_slots(prefetch, len(moving)), chunk_bytes(moving)
+            slots = num_weights_slots(prefetch, len(moving))
             self._slots = SlotPool(slots, lambda: device_buffer(device, slot_bytes), device)
+            self._pools.append(self._slots)
+        if updated:
+            size = chunk_bytes(updated)
             self._chunks = SlotPool(CHUNKS, lambda: device_buffer(device, size), device)
-            self._pools = [self._slots, self._chunks]
-            if device.copies:
-                # Made here and not on a thread: there the allocator could hand out memory that a kernel on
-                # the default stream still uses.
-                self._slots.fill()
-                if updates:
-                    self._chunks.fill()
-                device.wait_for_compute()
+            self._pools.append(self._chunks)
+        if device.copies:
+            # Made here and not on a thread: there the allocator could hand out memory that a kernel on the
+            # default stream still uses.
+            for pool in self._pools:
+                pool.fill()
+            device.wait_for_compute()
         self._kept: dict[int, list[Tensor]] = {}  # a buffer for each piece of a unit that stays
-        self._last = {unit.key: index for index, unit in reversed(list(enumerate(units)))}
+        self._last = {unit.key: index for index, unit in reversed(list(enumerate(self._every)))}
         self._rewritten: set[int] = set()  # units whose newest rows are in a file that is being written
         # Updates under way, in their order. Each yields what it waits for.
         self._waiting: deque[Iterator[Future[Any]]] = deque()
@@ -196,6 +210,8 @@ class UnitStream:
 
     def update(self, update: Update) -> None:
         """Begins the update of a unit. `advance` and `load` go on with it."""
+        if update.unit == self.shared:
+            self._finish_update(update.unit)  # nothing has loaded it since the last one
         self._updated[update.unit] = Future()
         work = self._staying if update.unit in self.stay else self._moving
         self._waiting.append(work(update))
@@ -219,6 +235,17 @@ class UnitStream:
                 return awaited
             self._waiting.popleft()
         return None
+
+    def read_shared(self, take: Callable[[slice, Tensor], None]) -> None:
+        """Hands the shared part's weights to `take`, some rows after the others. Raises StoreError."""
+        unit = self._every[self.shared]
+        parts = [(piece.rows, piece.field("weights")) for _, piece in unit.chunks()]
+        buffer = device_buffer(self.device, max(field.pages.num_bytes for _, field in parts))
+        for rows, field in parts:
+            self.device.wait_for_compute()  # it may still use what lay in the buffer
+            part = buffer[: field.pages.num_bytes]
+            self.store.read_pages(unit.key, [(field.pages, part)], False)
+            take(rows, field.pages.of(part, field.dtype))
 
     def finish(self) -> None:
         """Waits until no update is under way. Raises StoreError."""
@@ -261,7 +288,7 @@ class UnitStream:
         self._end(update)
 
     def _moving(self, update: Update) -> Iterator[Future[Any]]:
-        unit, rewritten = self.units[update.unit], update.unit in self._rewritten
+        unit, rewritten = self._every[update.unit], update.unit in self._rewritten
         pieces = [piece for _, piece in unit.chunks()]
         reads: deque[tuple[Piece, Future[Tensor]]] = deque()
         writes: list[Future[None]] = []
@@ -290,6 +317,8 @@ class UnitStream:
     def _change(self, rows: optim.Rows, update: Update) -> None:
         grads = update.grads(slice(rows.first, rows.first + len(rows.weights)))
         optim.update_slices(rows, grads, update.step)
+        if update.changed is not None:
+            update.changed(rows)
         if update.durable:
             # Into one tensor: small ones that stay, between the temporaries of the slices, would keep those
             # apart once they are freed, and the C library's heap would grow with every chunk.
@@ -299,14 +328,14 @@ class UnitStream:
         """The unit is updated. Where that is durable, the last unit of a block ends the block's file, and its
         units can be read again when the file is whole.
         """
-        key = self.units[update.unit].key
+        key = self._every[update.unit].key
         if not update.durable:
             self._updated[update.unit].set_result(None)
             return
         self._rewritten.discard(update.unit)
         if self._last[key] == update.unit:
             self._written[key] = self._writer.submit(self.store.end, key, update.visits_done)
-            block = [index for index, unit in enumerate(self.units) if unit.key == key]
+            block = [index for index, unit in enumerate(self._every) if unit.key == key]
             self._updated.update(dict.fromkeys(block, self._written[key]))
 
     def _read_chunk(self, key: str, piece: Piece, rewritten: bool) -> Tensor:
