@@ -21,7 +21,7 @@ from lowmem.errors import ConfigError
 from lowmem.models.base import BlockModel, GivenWeights, Packed
 from lowmem.models.huggingface.families import Family
 from lowmem.models.huggingface.quantised import SCALES, FrozenLinear, whole, with_bitsandbytes
-from lowmem.models.huggingface.tables import looked_up, product
+from lowmem.models.huggingface.tables import Table, product
 from lowmem.objectives.base import Batch
 from lowmem.objectives.block_tokens import BlockTokens
 from lowmem.objectives.next_tokens import Call, NextTokens
@@ -101,19 +101,7 @@ class HuggingfaceLm(BlockModel):
         self._frozen_layers = len(self.layers)
         self._place = {id(layer): index for index, layer in enumerate(self.layers)}
         self._without_buffers()
-        self._look_up()
-
-    def _look_up(self) -> None:
-        """Lets the table of tokens gather its gradient in place."""
-        table: Any = self.body.get_input_embeddings()
-        scaled = hasattr(table, "embed_scale")  # as Gemma 3 has it
-        assert scaled or type(table) is nn.Embedding, "something else stands between the table and its rows"
-
-        def rows(input_ids: Tensor) -> Tensor:
-            found = looked_up(table, input_ids)
-            return found * table.embed_scale.to(found.dtype) if scaled else found
-
-        table.forward = rows
+        self.body.set_input_embeddings(Table(self.body.get_input_embeddings()))
 
     def _without_buffers(self) -> None:
         config = self.config

@@ -52,6 +52,22 @@ def looked_up(table: nn.Embedding, tokens: Tensor) -> Tensor:
     return torch.as_tensor(_LookUp.apply(tokens, table.weight, table.padding_idx))  # type: ignore[no-untyped-call]
 
 
+class Table(nn.Embedding):
+    """Stands for the library's table of tokens."""
+
+    def __init__(self, table: nn.Module) -> None:
+        assert isinstance(table, nn.Embedding)
+        self._scale = getattr(table, "embed_scale", None)  # as Gemma 3 has it
+        known = self._scale is not None or type(table) is nn.Embedding
+        assert known, "something else stands between the table and its rows"
+        super().__init__(table.num_embeddings, table.embedding_dim, table.padding_idx, _weight=table.weight)
+        self.weight = table.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = looked_up(self, input)
+        return rows if self._scale is None else rows * self._scale.to(rows.dtype)
+
+
 class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, padding: int | None) -> Tensor:
