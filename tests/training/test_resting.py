@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from lowmem.blocks import unit as unit_module
 from lowmem.blocks.arena import GROUP_SIZE
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.optim import ODDS_NUMEL
-from lowmem.blocks.run_dir import RunDir
+from lowmem.blocks.run_dir import FileRecord, RunDir
+from lowmem.blocks.store import DiskStore
+from lowmem.blocks.stream import SHARED_KEY
 from lowmem.blocks.verify import check_contents
 from lowmem.planning.settings import setup_of
 from lowmem.planning.traffic import streamed_traffic
@@ -59,3 +62,20 @@ def test_it_ends_with_the_digest_and_moves_the_bytes_of_the_plan(
     moved, copied = state.traffic, state.traffic.host_to_device_bytes + state.traffic.device_to_host_bytes
     assert moved == expected and not copied
     assert state.measured["disk_bytes"] == plan.predicted.disk_bytes
+
+
+def test_a_step_waits_until_the_shared_parts_file_of_the_visit_before_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that stay write nothing in most steps, so nothing else would hold the update up."""
+    changes = {"train": short(4), "blocks__visit_steps": 2, "offload__resident_layers": 5}
+    near, _ = trained(tmp_path / "near", "vit", **changes, offload__tier="disk")
+    end = DiskStore.end
+
+    def ends_late(store: DiskStore, key: str, visits_done: int) -> FileRecord:
+        time.sleep(0.4 if key == SHARED_KEY else 0)
+        return end(store, key, visits_done)
+
+    monkeypatch.setattr(DiskStore, "end", ends_late)
+    state, _ = trained(tmp_path / "run", "vit", **changes, **RESTING)
+    assert digest(state) == digest(near)
