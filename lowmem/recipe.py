@@ -310,6 +310,9 @@ class OffloadConfig(Section):
     tier: Auto | Tier = "auto"  # where blocks rest that are not visited
     # Where activations at block borders rest while a model trained end to end streams.
     borders: Auto | Tier = "auto"
+    # Where the masters and moments of the shared part rest in that case. tier: with the blocks; on the device
+    # are its weights in the compute dtype and its gradients. auto: on the device, if it has room.
+    shared: Auto | Literal["device", "tier"] = "auto"
     # Layers that stay on the device whole, while the others of a model trained end to end stream.
     # auto: as many as the budget has room for.
     resident_layers: Auto | Annotated[int, Field(ge=0, le=10**6)] = "auto"

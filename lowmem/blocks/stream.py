@@ -171,7 +171,7 @@ class BlockStream:
     def store(
         self,
         trained: dict[int, Tensor],
-        shared: Tensor,
+        shared: Tensor | None,
         visits_done: int,
         committed: Committed,
         wait: bool,
@@ -179,7 +179,8 @@ class BlockStream:
         copies: Mapping[int, int] | None = None,
     ) -> None:
         """Writes the trained blocks and the shared part, then calls `committed` on the writer's thread with
-        the new files. `written`: files that are being written already, by key. `copies`: blocks that become
+        the new files. `written`: files that are being written already, by key; without `shared` the shared
+        part's is among them. `copies`: blocks that become
         what a trained one is, by their number; only where all blocks are resident.
 
         With `wait` it returns when all of that is done. Else a snapshot of the shared part is written, it
@@ -189,7 +190,7 @@ class BlockStream:
         self.device.wait_for_compute()  # what it trained is about to be read by other threads
         assert self.resident or not copies, "a slot is given back before a copy could be written"
         everything = {**trained, **{copy: trained[block] for copy, block in (copies or {}).items()}}
-        if not wait or self.device.copies:
+        if shared is not None and (not wait or self.device.copies):
             self.block_store.copy_out(shared, self._shared_slot)
             shared = self._shared_slot
         self._commit = self._writer.submit(
@@ -230,7 +231,7 @@ class BlockStream:
     def _write_visit(
         self,
         trained: dict[int, Tensor],
-        shared: Tensor,
+        shared: Tensor | None,
         written: Mapping[str, Future[FileRecord]],
         visits_done: int,
         committed: Committed,
@@ -238,7 +239,8 @@ class BlockStream:
         files = {key: write.result() for key, write in written.items()}
         for block, buffer in trained.items():
             files[block_key(block)] = self._write_block(block, buffer, visits_done)
-        files[SHARED_KEY] = self.block_store.write(SHARED_KEY, shared, visits_done)
+        if shared is not None:
+            files[SHARED_KEY] = self.block_store.write(SHARED_KEY, shared, visits_done)
         committed(files)
 
     def _write_block(self, block: int, buffer: Tensor, visits_done: int) -> FileRecord:

@@ -10,7 +10,8 @@ moments. The unit that is updated last is the first that the next step needs: it
 
 So memory follows from the largest unit, whatever a block weighs. An update does not hold up compute: it goes
 on a little whenever compute calls `advance`, as far as its chunks have come, while the next unit computes.
-Units that the plan has room for stay on the device whole. They move only when they are committed.
+Units that the plan has room for stay on the device whole. They move only when they are committed. The shared
+part may be updated like a unit that moves. Its weights are then on the device all along as well.
 
 Compute calls this from one thread. A thread fetches weights, one fetches chunks, and one writes them back.
 """
@@ -46,11 +47,13 @@ def spread(num_units: int, count: int) -> frozenset[int]:
     return frozenset(index * num_units // count for index in range(count))
 
 
-def chunk_bytes(units: Sequence[Unit], in_place: bool) -> int:
-    """Of the largest chunk of rows that an update moves; `in_place`: without the weights."""
+def chunk_bytes(units: Sequence[Unit], in_place: bool, shared: Unit | None = None) -> int:
+    """Of the largest chunk of rows that an update moves; `in_place`: of units without their weights."""
     kinds = {unit.shape: unit for unit in units}
-    chunks = [piece for unit in kinds.values() for _, piece in unit.chunks()]
-    return max((piece.num_bytes(not in_place) for piece in chunks), default=0)
+    sizes = [piece.num_bytes(not in_place) for unit in kinds.values() for _, piece in unit.chunks()]
+    if shared is not None:
+        sizes += [piece.num_bytes() for _, piece in shared.chunks()]
+    return max(sizes, default=0)
 
 
 def num_weights_slots(prefetch: bool, num_units: int) -> int:
@@ -73,6 +76,7 @@ def unit_bytes(
     prefetch: bool,
     updates: bool = True,
     in_place: bool = False,
+    shared: Unit | None = None,
 ) -> UnitBytes:
     """The parameters are those of `UnitStream`."""
     kept = [unit for index, unit in enumerate(units) if index in stay]
@@ -83,7 +87,7 @@ def unit_bytes(
         weights=sum(unit.weights_bytes for unit in kept) + slot,
         state=sum(unit.num_bytes - unit.weights_bytes for unit in kept),
         fetched=max(slots - 1, 0) * slot,
-        chunks=CHUNKS * chunk_bytes(moving, in_place) if moving and updates else 0,
+        chunks=CHUNKS * chunk_bytes(moving if updates else [], in_place, shared),
     )
 
 
@@ -114,6 +118,7 @@ class Update(NamedTuple):
     durable: bool
     norm: Tensor  # a scalar that gathers the norm of the updated weights, where they are durable
     done: Callable[[], None]  # the gradients are used
+    changed: Callable[[optim.Rows], None] | None = None  # sees rows that are updated
 
 
 class UnitStream:
@@ -128,33 +133,39 @@ class UnitStream:
         prefetch: bool,
         updates: bool = True,
         in_place: bool = False,
+        shared: Unit | None = None,
     ) -> None:
         """`stay`: the units that are on the device all the time. `updates`: they will be updated. `in_place`:
-        see `updates_in_place`.
+        see `updates_in_place`. `shared`: the shared part, where it is updated here too. It then has the
+        number after the last unit's.
         """
         self.store, self.units, self.device, self.stay = store, units, device, stay
+        self.shared, self._every = len(units), [*units, *([] if shared is None else [shared])]
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
         self._prefetch_on = prefetch
         self._pools = list[SlotPool]()
         moving = [unit for index, unit in enumerate(units) if index not in stay]
+        updated = [*(moving if updates else []), *self._every[len(units) :]]
         if moving:
             slot_bytes = max(unit.weights_bytes for unit in moving)
-            slots, size = num_weights_slots(prefetch, len(moving)), chunk_bytes(moving, in_place)
+            slots = num_weights_slots(prefetch, len(moving))
             self._slots = SlotPool(slots, lambda: device_buffer(device, slot_bytes), device)
+            self._pools.append(self._slots)
+        if updated:
+            size = chunk_bytes(moving if updates else [], in_place, shared)
             self._chunks = SlotPool(CHUNKS, lambda: device_buffer(device, size), device)
-            self._pools = [self._slots, self._chunks]
-            if device.copies:
-                # Made here and not on a thread: there the allocator could hand out memory that a kernel on
-                # the default stream still uses.
-                self._slots.fill()
-                if updates:
-                    self._chunks.fill()
-                device.wait_for_compute()
+            self._pools.append(self._chunks)
+        if device.copies:
+            # Made here and not on a thread: there the allocator could hand out memory that a kernel on the
+            # default stream still uses.
+            for pool in self._pools:
+                pool.fill()
+            device.wait_for_compute()
         self._kept: dict[int, list[Tensor]] = {}  # a buffer for each piece of a unit that stays
         self._in_place, self._next = in_place, kept_for_next_step(len(units), stay)
         self._left: dict[int, Tensor] = {}  # slots with weights that the next update of the unit changes
         self._writing: Future[None] | None = None  # of the weights that wait in a slot for the next step
-        self._last = {unit.key: index for index, unit in reversed(list(enumerate(units)))}
+        self._last = {unit.key: index for index, unit in reversed(list(enumerate(self._every)))}
         self._rewritten: set[int] = set()  # units whose newest rows are in a file that is being written
         # Updates under way, in their order. Each yields what it waits for.
         self._waiting: deque[Iterator[Future[Any]]] = deque()
@@ -236,6 +247,8 @@ class UnitStream:
 
     def update(self, update: Update) -> None:
         """Begins the update of a unit. `advance` and `load` go on with it."""
+        if update.unit == self.shared:
+            self._finish_update(update.unit)  # nothing has loaded it since the last one
         ended = self._updated[update.unit] = Future()
         work = self._staying if update.unit in self.stay else self._moving
         self._waiting.append(work(update, ended))
@@ -259,6 +272,17 @@ class UnitStream:
                 return awaited
             self._waiting.popleft()
         return None
+
+    def read_shared(self, take: Callable[[slice, Tensor], None]) -> None:
+        """Hands the shared part's weights to `take`, some rows after the others. Raises StoreError."""
+        unit = self._every[self.shared]
+        parts = [(piece.rows, piece.field("weights")) for _, piece in unit.chunks()]
+        buffer = device_buffer(self.device, max(field.pages.num_bytes for _, field in parts))
+        for rows, field in parts:
+            self.device.wait_for_compute()  # it may still use what lay in the buffer
+            part = buffer[: field.pages.num_bytes]
+            self.store.read_pages(unit.key, [(field.pages, part)], False)
+            take(rows, field.pages.of(part, field.dtype))
 
     def finish(self) -> None:
         """Waits until no update is under way. Raises StoreError."""
@@ -300,9 +324,10 @@ class UnitStream:
         self._end(update, ended)
 
     def _moving(self, update: Update, ended: Future[Any]) -> Iterator[Future[Any]]:
-        unit, rewritten = self.units[update.unit], update.unit in self._rewritten
+        unit, rewritten = self._every[update.unit], update.unit in self._rewritten
         slot = self._left.pop(update.unit, None)
-        assert slot is not None or not self._in_place, "`release` says that an update follows"
+        there = self._in_place and update.unit != self.shared
+        assert slot is not None or not there, "`release` says that an update follows"
         weights = None if slot is None else unit.weights(slot)
         chunks, with_weights = list(unit.chunks()), slot is None
         reads: deque[tuple[int, Piece, Future[Tensor]]] = deque()
@@ -319,8 +344,8 @@ class UnitStream:
             while not read.done():
                 yield read
             buffer = read.result()
-            there = None if weights is None else unit.rows(weights, place, piece.numel)
-            self._change(piece.in_buffer(buffer, there), update)
+            in_slot = None if weights is None else unit.rows(weights, place, piece.numel)
+            self._change(piece.in_buffer(buffer, in_slot), update)
             write = self._write_soon(unit.key, piece.parts(buffer, with_weights))
             write.add_done_callback(_giving(self._chunks, buffer))
             writes.append(write)
@@ -349,6 +374,8 @@ class UnitStream:
     def _change(self, rows: optim.Rows, update: Update) -> None:
         grads = update.grads(slice(rows.first, rows.first + len(rows.weights)))
         optim.update_slices(rows, grads, update.step)
+        if update.changed is not None:
+            update.changed(rows)
         if update.durable:
             # Into one tensor: small ones that stay, between the temporaries of the slices, would keep those
             # apart once they are freed, and the C library's heap would grow with every chunk.
@@ -358,14 +385,14 @@ class UnitStream:
         """The unit is updated. Where that is durable, the last unit of a block ends the block's file, and its
         units can be read again when the file is whole.
         """
-        key = self.units[update.unit].key
+        key = self._every[update.unit].key
         if not update.durable:
             ended.set_result(None)
             return
         self._rewritten.discard(update.unit)
         if self._last[key] == update.unit:
             self._written[key] = self._writer.submit(self.store.end, key, update.visits_done)
-            block = [index for index, unit in enumerate(self.units) if unit.key == key]
+            block = [index for index, unit in enumerate(self._every) if unit.key == key]
             self._updated.update(dict.fromkeys(block, self._written[key]))
 
     def _read_chunk(self, key: str, piece: Piece, with_weights: bool, rewritten: bool) -> Tensor:

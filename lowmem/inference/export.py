@@ -25,6 +25,7 @@ from lowmem.inference.export_adapter import (
 )
 from lowmem.inference.frozen_run import FrozenRun, open_run
 from lowmem.models.base import BuildModel
+from lowmem.models.huggingface.classifier import PREPROCESSOR, HuggingfaceVit
 from lowmem.models.huggingface.folder import CONFIG, read_config
 from lowmem.models.huggingface.model import HuggingfaceLm
 from lowmem.planning.settings import base_layout_of
@@ -38,6 +39,7 @@ BESIDE = (
     "chat_template.jinja",
     "special_tokens_map.json",
     "generation_config.json",
+    PREPROCESSOR,
 )
 
 
@@ -89,13 +91,13 @@ def _write_weights(folder: Path, frozen: FrozenRun) -> None:
     shared = None if is_adapted(frozen) else frozen.shared_layout
     count = len(frozen.blocks) + (base is not None) + (shared is not None)
     # Blocks that were trained alone are not one after the other what `from_pretrained` would take them for.
-    library = model if isinstance(model, HuggingfaceLm) and model.whole else None
+    library = model if isinstance(model, HuggingfaceLm | HuggingfaceVit) and model.whole else None
     names = {} if library is None else library.file_names()
     adapter = adapter_weights(frozen) if is_adapted(frozen) else {}
 
     def save(number: int, key: str, layout: ArenaLayout, weights: torch.Tensor) -> None:
         views = parameter_views(layout, weights)
-        if library is not None and adapter:
+        if isinstance(library, HuggingfaceLm) and adapter:
             views = merged(library, library.whole_weights(views, frozen.dtype), adapter)
         views = {names.get(name, name): view for name, view in views.items()}
         name = f"model-{number:05d}-of-{count:05d}.safetensors"
@@ -128,7 +130,7 @@ def _write_adapter(folder: Path, frozen: FrozenRun) -> None:
     _write(folder / PEFT_CONFIG, peft_config(frozen, model))
 
 
-def _write_beside(folder: Path, frozen: FrozenRun, model: HuggingfaceLm) -> None:
+def _write_beside(folder: Path, frozen: FrozenRun, model: HuggingfaceLm | HuggingfaceVit) -> None:
     """The configuration with the weights' dtype and the library's class, and the tokenizer's files."""
     source, settings = Path(getattr(frozen.plan.recipe.model, "path", "")), frozen.plan.settings
     content = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
@@ -136,6 +138,8 @@ def _write_beside(folder: Path, frozen: FrozenRun, model: HuggingfaceLm) -> None
     dtype = adapted or ("float32" if settings.ema else settings.weights)
     if dtype in QUANTISED:  # they are made whole
         dtype = settings.precision
+    if isinstance(model, HuggingfaceVit):
+        content |= model.content(None if frozen.plan.data is None else frozen.plan.data.class_names)
     _write(folder / CONFIG, {**content, "architectures": [model.family.model], "dtype": dtype})
     for name in BESIDE:
         if (source / name).is_file():

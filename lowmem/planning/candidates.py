@@ -32,6 +32,7 @@ class Place(NamedTuple):
     tier: Tier
     recompute: bool
     borders: Tier
+    shared: Literal["device", "tier"] = "device"
 
 
 def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[list[Settings]]:
@@ -49,6 +50,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
         )
     stay = recipe.offload.resident_layers  # auto: 0 until the plan knows what its budget leaves
     places = _end_to_end_places if recipe.method == "end_to_end" else _block_places
+    _check_shared(recipe, profile)
     for place in places(recipe, profile, num_layers):
         yield [
             Settings(
@@ -63,6 +65,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
                 in_rounds=recipe.blocks.order == "together",
                 tier=place.tier,
                 borders=place.borders,
+                shared=place.shared,
                 resident_layers=0 if stay == "auto" else stay,
                 write_back="wait",  # until `settled`
             )
@@ -81,7 +84,8 @@ def _block_places(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
 
 
 def _end_to_end_places(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[Place]:
-    """A model trained end to end: a faster tier first, then no recompute, faster borders, fewer blocks.
+    """A model trained end to end: a faster tier first, then no recompute, the shared part's state
+    on the device, faster borders, fewer blocks.
 
     Recompute costs more time than moving borders does, and moving borders more than more blocks do.
     """
@@ -92,8 +96,38 @@ def _end_to_end_places(recipe: Recipe, profile: Profile, num_layers: int) -> Ite
             continue  # a unit that streams is made again from its border in any case
         counts = [given] if given != "auto" else [1] if tier == "device" else streaming
         borders: list[Tier] = ["device"] if tier == "device" else _tiers(recipe.offload.borders, profile)
-        for border, count in itertools.product(borders, counts):
-            yield Place(count, tier, recompute, border)
+        for shared, border, count in itertools.product(
+            _shared_places(recipe, profile, tier), borders, counts
+        ):
+            yield Place(count, tier, recompute, border, shared)
+
+
+def _shared_places(recipe: Recipe, profile: Profile, tier: Tier) -> list[Literal["device", "tier"]]:
+    """Where the shared part's state may rest: with the blocks too, where these stream unit by unit and are
+    updated.
+    """
+    given, blocks = recipe.offload.shared, recipe.blocks
+    resident = tier == "device" or (tier == "host" and profile.unified)
+    by_unit = not resident and blocks.sweep_steps == 1 and blocks.grow_at is None
+    allowed: list[Literal["device", "tier"]] = ["device"]
+    if by_unit and recipe.adapter is None and not recipe.model.freezes:
+        allowed.append("tier")
+    return allowed if given == "auto" else [place for place in allowed if place == given]
+
+
+def _check_shared(recipe: Recipe, profile: Profile) -> None:
+    """Raises ConfigError where the shared part's state is to rest with the blocks and cannot."""
+    whole = recipe.method == "end_to_end"
+    places = [
+        place
+        for tier in (_end_to_end_tiers(recipe, profile) if whole else [])
+        for place in _shared_places(recipe, profile, tier)
+    ]
+    if recipe.offload.shared == "tier" and not places:
+        raise ConfigError(
+            "offload.shared: found tier; allowed where all weights of a model that is trained end to end "
+            "stream in each step: device, tier; set offload.shared: auto"
+        )
 
 
 def _end_to_end_tiers(recipe: Recipe, profile: Profile) -> list[Tier]:
@@ -293,6 +327,10 @@ def _offload_choices(recipe: Recipe, settings: Settings) -> list[str]:
         (
             tier_auto and streams and borders_auto,
             f"offload.borders {settings.borders}: the fastest that fits, for activations at block borders",
+        ),
+        (
+            recipe.offload.shared == "auto" and settings.shared == "tier",
+            "offload.shared tier: with its moments on the device the shared part does not fit",
         ),
         (
             recipe.optimizer.clips_whole and away,

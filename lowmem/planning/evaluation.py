@@ -26,7 +26,7 @@ from lowmem.objectives.recurrent import RecurrentDenoising
 from lowmem.objectives.tokens import TokenDenoising
 from lowmem.planning.duration import Work, has_rates, moving_s, pass_s
 from lowmem.planning.passes import Pass, PassCounter
-from lowmem.planning.settings import Setup
+from lowmem.planning.settings import Setup, shared_bytes
 from lowmem.recipe import EvalConfig
 from lowmem.schema import Section
 from lowmem.units import format_bytes, format_seconds
@@ -183,8 +183,8 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     kept = {name: num_bytes for name, num_bytes in training.items() if name not in gone}
     snapshot = setup.snapshot_bytes if setup.profile.unified else 0
     kept["staging"] -= snapshot
-    of_updates = setup.shared.total_bytes - setup.shared.result[2]  # only the weights to use are read
-    kept["shared_part"] -= setup.gradient_bytes * setup.shared.numel + of_updates
+    shared = setup.shared  # only its weights to use are read
+    kept["shared_part"] += shared.result[2] + setup.copy_bytes * shared.numel - shared_bytes(setup)
     if setup.streams:  # no layer stays, and none is updated
         prefetch = setup.recipe.offload.prefetch
         frozen = unit_bytes(setup.units, frozenset(), prefetch)

@@ -23,7 +23,7 @@ from lowmem.planning.duration import Duration, Work, has_rates
 from lowmem.planning.evaluation import Evaluation
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.run_time import predict_time
-from lowmem.planning.settings import COMPUTE_DTYPE, Setup, file_bytes
+from lowmem.planning.settings import COMPUTE_DTYPE, Setup, file_bytes, shared_bytes
 from lowmem.planning.traffic import StreamedTraffic, streamed_traffic, traffic_before_growth
 from lowmem.schema import Section
 from lowmem.units import MIB, from_gib
@@ -39,9 +39,6 @@ CPU_BFLOAT16_BYTES = 20 * MIB  # of kernels that a CPU makes at run time for bf1
 # of a process that uses CUDA on the host: libraries and driver; a typical value, not measured here
 HOST_RUNTIME_GIB = 1.2
 HEADROOM_SHARE, HEADROOM_BYTES = 0.02, 32 * MIB  # a prediction may be off by the larger of the two
-# of the shared part in a round whose visits begin from the same one: what they begin from, what ranks send
-# and receive, and the sum
-ROUND_COPIES = 4
 NO_PASS = Pass(0, Work(), Work())
 # What torch's allocator holds of a card beyond the tensors: cuBLAS's two workspaces of 32 MiB, and gaps. The
 # most of five runs on an H200 was 353 MiB, the least 196 MiB.
@@ -271,14 +268,12 @@ def _device_categories(
     setup: Setup, activations: int, borders: BorderBytes, data_bytes: int
 ) -> dict[str, int]:
     """Bytes on the device by category; on unified memory everything the process takes."""
-    profile, shared = setup.profile, setup.shared
+    profile = setup.profile
     categories = {
         **(_streaming_categories if setup.by_unit else _visiting_categories)(setup),
         "activations": activations,
         "borders": borders.device + (borders.host if profile.unified else 0),
-        "shared_part": shared.total_bytes * (1 + ROUND_COPIES * setup.settings.in_rounds)
-        + (setup.gradient_bytes + setup.copy_bytes) * shared.numel
-        + _base_bytes(setup),
+        "shared_part": shared_bytes(setup) + _base_bytes(setup),
         "staging": _staging(setup).device,
         "runtime_floor": _floor_bytes(setup.profile) + _cpu_runtime_bytes(setup),
     }

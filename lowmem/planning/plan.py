@@ -45,6 +45,7 @@ NO_PLACE = {
     "during_backward": False,
     "tier": "device",
     "borders": "device",
+    "shared": "device",
     "write_back": "wait",
 }
 FREE_KEYS = ("recipe.train.on_oom",)  # may differ from one process of a run to the next
@@ -142,6 +143,7 @@ def _settings_text(settings: Settings, sweep_steps: int) -> str:
             settings.optimizer,
             f"recompute {'on' if settings.recompute else 'off'}",
             *([f"{settings.resident_layers} {pieces} stay"] if settings.resident_layers else []),
+            *(["shared part's moments rest there"] if settings.shared == "tier" else []),
             f"updates {'during' if settings.during_backward else 'after'} backward",
             f"write-back {settings.write_back}",
         ]

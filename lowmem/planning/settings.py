@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lowmem.blocks.arena import FROZEN, ArenaLayout
-from lowmem.blocks.stream import block_key, staging_bytes
+from lowmem.blocks.stream import SHARED_KEY, block_key, staging_bytes
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import UnitBytes, spread, unit_bytes, updates_in_place
 from lowmem.machine.device import KINDS
@@ -29,6 +29,9 @@ from lowmem.models.base import (
 from lowmem.recipe import Frozen, OptimizerName, Precision, Recipe, Tier
 from lowmem.schema import Section
 
+# of the shared part in a round whose visits begin from the same one: what they begin from, what ranks send
+# and receive, and the sum
+ROUND_COPIES = 4
 COMPUTE_DTYPE: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,6 +57,8 @@ class Settings(Section):
     tier: Tier  # where blocks rest that are not visited
     # where activations at block borders rest, while a model trained end to end streams
     borders: Tier = "device"
+    # where the shared part's masters and moments rest in that case: on the device, or with the blocks
+    shared: Literal["device", "tier"] = "device"
     write_back: Literal["beside", "wait"]
 
 
@@ -127,6 +132,11 @@ def units_of(
     return units
 
 
+def shared_unit(layout: ArenaLayout, device_kind: str) -> Unit:
+    """The shared part as a unit that comes in chunks to be updated."""
+    return Unit(SHARED_KEY, layout, {slot.name for slot in layout.slots}, device_kind)
+
+
 def is_resident(settings: Settings, unified: bool) -> bool:
     """Whether all blocks stay on the device. `unified`: device and host are one memory."""
     return settings.tier == "device" or (settings.tier == "host" and unified)
@@ -169,6 +179,12 @@ class Setup:
         return spread(self.num_pieces, count)
 
     @property
+    def resting(self) -> Unit | None:
+        """The shared part, where its masters and moments rest with the blocks."""
+        rests = self.settings.shared == "tier"
+        return shared_unit(self.shared, self.profile.device.type) if rests else None
+
+    @property
     def before_growth(self) -> Setup:
         """The same with the first block alone."""
         return replace(self, layouts=self.layouts[:1], units=[], alone=True)
@@ -182,7 +198,8 @@ class Setup:
     def unit_bytes(self) -> UnitBytes:
         """What the stream of units takes on the device."""
         prefetch = self.recipe.offload.prefetch
-        return unit_bytes(self.units, self.stay, prefetch, not self.frozen, self.in_place)
+        updates = not self.frozen
+        return unit_bytes(self.units, self.stay, prefetch, updates, self.in_place, self.resting)
 
     @property
     def swept(self) -> bool:
@@ -226,7 +243,7 @@ class Setup:
     def snapshot_bytes(self) -> int:
         """Of the copy of the shared part that a commit writes while training goes on."""
         needed = self.settings.write_back == "beside" or KINDS[self.profile.device.type].copies
-        return self.shared.total_bytes if needed else 0
+        return self.shared.total_bytes if needed and self.resting is None else 0
 
     @property
     def micro_batches(self) -> int:
@@ -291,6 +308,15 @@ class Setup:
     def gradient_bytes(self) -> int:
         """Bytes per weight of gradients that live until the update; 0 where updates run during backward."""
         return 0 if self.settings.during_backward else self.compute_bytes
+
+
+def shared_bytes(setup: Setup) -> int:
+    """What the shared part takes on the device while a model is trained."""
+    shared = setup.shared
+    if setup.resting is not None:  # weights and gradients alone
+        return (setup.compute_bytes + setup.gradient_bytes) * shared.numel
+    copies = 1 + ROUND_COPIES * setup.settings.in_rounds
+    return shared.total_bytes * copies + (setup.gradient_bytes + setup.copy_bytes) * shared.numel
 
 
 def setup_of(model: BlockModel, recipe: Recipe, profile: Profile, settings: Settings) -> Setup:

@@ -100,6 +100,11 @@ def _unit_traffic(setup: Setup) -> Parts:
             if unit.shape not in known:
                 known[unit.shape] = _updated(unit, on_disk, setup.in_place)
             step += known[unit.shape]
+    if setup.resting is not None:
+        chunks = [piece for _, piece in setup.resting.chunks()]
+        pages = [piece.field("weights").pages for piece in chunks]
+        first += Moved(sum(part.num_bytes if on_disk else part.inside_bytes for part in pages))
+        step += _updated(setup.resting, on_disk, in_place=False)
     return first, step, commit
 
 
@@ -135,20 +140,21 @@ def streamed_parts(setup: Setup) -> tuple[Traffic, Traffic, Traffic]:
     """(start, step, commit) without what moves at the borders."""
     pieces = _block_traffic(setup) if setup.swept else _unit_traffic(setup)
     unified, shared = setup.profile.unified, setup.shared
+    on_device = [shared] if setup.resting is None else []
     if setup.settings.tier == "disk":
         on_disk = [Traffic(disk_read_bytes=m.read + m.patched, disk_written_bytes=m.written) for m in pieces]
         # A durable file is read again for its digest.
-        blocks = [] if setup.frozen else setup.layouts
-        whole = sum(layout.total_bytes for layout in blocks)
-        on_disk[0] += Traffic(disk_read_bytes=file_bytes([shared]))
+        parts = [*([] if setup.frozen else setup.layouts), *([] if on_device else [shared])]
+        digested = sum(layout.total_bytes for layout in parts)
+        on_disk[0] += Traffic(disk_read_bytes=file_bytes(on_device))
         on_disk[2] += Traffic(
-            disk_read_bytes=whole, disk_written_bytes=file_bytes([shared]) + _header_bytes(blocks)
+            disk_read_bytes=digested, disk_written_bytes=file_bytes(on_device) + _header_bytes(parts)
         )
     else:
         files, written = file_bytes([*setup.layouts, shared]), file_bytes(setup.updated)
         on_disk = [Traffic(disk_read_bytes=files), Traffic(), Traffic(disk_written_bytes=written)]
     link = [Traffic(host_to_device_bytes=m.read, device_to_host_bytes=m.written) for m in pieces]
-    link[2] += Traffic(device_to_host_bytes=shared.total_bytes)
+    link[2] += Traffic(device_to_host_bytes=sum(layout.total_bytes for layout in on_device))
     start, step, commit = on_disk if unified else [a + b for a, b in zip(on_disk, link, strict=True)]
     return start, step, commit
 

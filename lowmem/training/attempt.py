@@ -38,12 +38,13 @@ from lowmem.machine.monitor import Monitor, sample_fields
 from lowmem.machine.pool import Pool, activation_pool
 from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan, check_continues, read_plan
-from lowmem.planning.settings import COMPUTE_DTYPE, base_layout_of, layouts_of, units_of
+from lowmem.planning.settings import COMPUTE_DTYPE, base_layout_of, layouts_of, shared_unit, units_of
 from lowmem.reporting.telemetry import Listener, Recorder, read_records
 from lowmem.training.first_weights import check_given, create_weights
 from lowmem.training.memory_guard import check_available, require_available, smaller
 from lowmem.training.open_run import bind_base, layouts_by_key, open_borders, open_stream
 from lowmem.training.ranks import ALONE, Ranks
+from lowmem.training.resting import Resting
 from lowmem.training.trainable import SHARED, Scratch, Trainable
 
 # GiB per second of a disk whose files are read whole before the first visit: four seconds per GiB
@@ -114,6 +115,7 @@ class Attempt:
         self.units: UnitStream | None = None
         self.sweeps: SweepStream | None = None
         self.borders: Borders | None = None
+        self.resting: Resting | None = None  # in the place of `shared`, where its arena rests with the blocks
         self.grown = True  # all blocks are trained; before, the first is the whole model (`blocks.grow_at`)
         self.pool: Pool | None = None  # lends memory to this thread's operators while the attempt is open
         self.visit: Visit | None = None  # under way
@@ -243,13 +245,18 @@ class Attempt:
             plan.settings.during_backward,
             together=whole and self.stream.resident and not swept,
         )
-        self.shared = self.scratch.trainable(SHARED, self.shared_layout, self.stream.load_shared())
         opened.callback(self._let_go)
-        self.shared.bind(self.model)
+        passing = whole and (swept or not self.stream.resident)
+        if passing:
+            self._open_passing(opened, swept)
+        if passing and self.units is not None and plan.settings.shared == "tier":
+            self.resting = Resting(self.shared_layout, self.units, dtype, seed)
+            self.resting.bind(self.model)
+        else:
+            self.shared = self.scratch.trainable(SHARED, self.shared_layout, self.stream.load_shared())
+            self.shared.bind(self.model)
         self.base = bind_base(self.stream, self.model, plan)
         self.model.train()
-        if whole and (swept or not self.stream.resident):
-            self._open_passing(opened, swept)
         self._files = dict(state.files)
         before = self.run.read_previous()
         self._files_before = {} if before is None else before.files
@@ -268,8 +275,10 @@ class Attempt:
             return
         units = units_of(self.model, plan.settings, self.layouts, device.kind)
         stay, updates = spread(len(units), resident), plan.settings.frozen is None
+        rests = plan.settings.shared == "tier"
+        shared = shared_unit(self.shared_layout, device.kind) if rests else None
         in_place = updates and updates_in_place(units, plan.recipe.optimizer.grad_clip)
-        self.units = UnitStream(store, units, device, stay, prefetch, updates, in_place)
+        self.units = UnitStream(store, units, device, stay, prefetch, updates, in_place, shared)
         opened.callback(self.units.close)
 
     def take_written(self) -> dict[str, Future[FileRecord]]:
@@ -283,7 +292,8 @@ class Attempt:
         """
         for layout in (*self.layouts, self.shared_layout, *([] if self.base is None else [self.base])):
             unbind(self.model, layout)
-        del self.scratch, self.shared
+        for held in ("scratch", "shared", "resting"):
+            self.__dict__.pop(held, None)
 
     # --------------------------------------------------------------------------------------------------------
     # A step, a visit, a commit
@@ -293,6 +303,11 @@ class Attempt:
         """Seconds that compute stood waiting, for blocks and for activations at borders."""
         moving = (self.stream, self.borders, self.units, self.sweeps)
         return sum(part.exposed_s for part in moving if part is not None)
+
+    @property
+    def shared_buffer(self) -> Tensor | None:
+        """The shared part's bytes to commit; None where they are written as those of units are."""
+        return None if self.resting is not None else self.shared.arena.buffer
 
     def empty_pool(self) -> None:
         """Before a visit is written: the copies that go to the disk take memory of their own."""

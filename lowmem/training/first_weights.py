@@ -6,6 +6,8 @@ blocks.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -70,10 +72,11 @@ def _create(
     arena = Arena(layout, buffer)
     views = parameter_views(layout, arena.weights)
     with torch.no_grad():
-        if given is not None and all(name in given for name in views):
-            for name, view in views.items():
-                view.copy_(given.read(name))
-            modules = []
+        if given is not None:
+            read = {name for name in views if name in given}
+            for name in read:
+                views[name].copy_(given.read(name))
+            modules = [(name, module) for name, module in modules if not _is_given(name, views, read)]
         for name, module in modules:
             # Drawn in fp32 whatever the weights' dtype is, so that both start from the same values.
             drawn = {
@@ -94,3 +97,8 @@ def _create(
     arena.weights.zero_()
     if "ema" in arena.state:
         arena.state["ema"].zero_()
+
+
+def _is_given(module: str, views: Mapping[str, Tensor], read: Collection[str]) -> bool:
+    """Whether no parameter of a module is left to be drawn."""
+    return all(name in read for name in views if name.startswith(f"{module}."))

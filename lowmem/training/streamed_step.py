@@ -39,7 +39,8 @@ from lowmem.schedule import learning_rate
 from lowmem.training.attempt import Attempt
 from lowmem.training.border_passes import BorderPasses, Part, total_loss
 from lowmem.training.finite import FiniteWatch
-from lowmem.training.trainable import rounding
+from lowmem.training.resting import Resting
+from lowmem.training.trainable import Trainable, rounding
 
 
 @dataclass
@@ -67,7 +68,8 @@ class StreamedStep:
     ) -> None:
         """`objective`: bound to the attempt's model. `borders`: where the attempt keeps activations."""
         assert attempt.units is not None
-        self.watch, self.borders, self.model, self.shared = watch, borders, attempt.model, attempt.shared
+        self.watch, self.borders, self.model = watch, borders, attempt.model
+        self.shared: Trainable | Resting = attempt.resting or attempt.shared
         self.recipe, self.layouts, self.stream = attempt.plan.recipe, attempt.layouts, attempt.units
         self.units, device = self.stream.units, self.stream.device
         self.passes = BorderPasses(attempt, objective, borders, self.model.units())
@@ -110,7 +112,11 @@ class StreamedStep:
             self.watch.look(step, optim.clipped(gathered.flat, optimizer, factor))
             self._update(gathered, step, lr, factor, visits_done, durable, norm)
         self._backward_of_input(parts)
-        self.watch.look(step, self.shared.update(factor), self.shared.weights_norm())
+        if isinstance(self.shared, Resting):
+            found = self.shared.update(factor, visits_done, durable, norm)
+        else:
+            found = self.shared.update(factor)
+        self.watch.look(step, found, self.shared.weights_norm())
         if durable:
             self.stream.finish()
             self.watch.look(step, norm)

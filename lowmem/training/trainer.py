@@ -170,7 +170,7 @@ class Trainer:
         start, grows = time.perf_counter(), visit.index + 1 == self.queue.grow_visits
         attempt.stream.store(
             buffers,
-            attempt.shared.arena.buffer,
+            attempt.shared_buffer,
             visit.index + 1,
             attempt.committer(attempt.state),
             wait=attempt.plan.settings.write_back == "wait",

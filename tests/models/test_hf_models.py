@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +243,16 @@ def test_a_deep_model_is_counted_by_its_first_layers_as_it_is_counted_whole(tmp_
         by_first = PassCounter(model, objective, recipe)(range(7), settings)
         model.layers_alike = False
         assert PassCounter(model, objective, recipe)(range(7), settings) == by_first
+
+
+def test_a_model_that_nothing_holds_is_gone_at_once(tmp_path: Path) -> None:
+    """With its weights: a cycle of references would keep them until the next garbage collection."""
+    model = built(make_folder(tmp_path / "model", "gemma3_text"))
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()

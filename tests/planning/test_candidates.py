@@ -32,9 +32,9 @@ def listed(machine: str, num_layers: int = 3, **changes: Any) -> list[list[Setti
     return list(candidates_of(recipe, load_profile(machine), num_layers))
 
 
-def places(machine: str, **changes: Any) -> list[tuple[int, str, bool, str]]:
+def places(machine: str, shared: str = "device", **changes: Any) -> list[tuple[int, str, bool, str]]:
     candidates = [sizes[0] for sizes in listed(machine, **changes)]
-    return [(c.num_blocks, c.tier, c.recompute, c.borders) for c in candidates]
+    return [(c.num_blocks, c.tier, c.recompute, c.borders) for c in candidates if c.shared == shared]
 
 
 def test_blocks_in_turns_are_few_first_then_near_then_without_recompute() -> None:
@@ -56,6 +56,33 @@ def test_a_model_trained_end_to_end_is_near_first_then_without_recompute_then_wi
     ]
     together = [(1, "device", recompute, "device") for recompute in (False, True)]
     assert places("rtx-3060-12gb", method="end_to_end") == together + away
+    assert places("rtx-3060-12gb", "tier", method="end_to_end") == away
+
+
+def test_the_shared_parts_state_rests_with_the_blocks_only_after_every_border_was_tried_with_it_near() -> (
+    None
+):
+    found = [(sizes[0].tier, sizes[0].shared) for sizes in listed("rtx-3060-12gb", method="end_to_end")]
+    order = [
+        ("device", "device"),
+        *((tier, place) for tier in ("host", "disk") for place in ("device", "tier")),
+    ]
+    assert list(dict.fromkeys(found)) == order and found == sorted(found, key=order.index)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "diffusion_blocks"},
+        {"method": "end_to_end", "offload__tier": "device"},
+        {"method": "end_to_end", "blocks__sweep_steps": 2, "blocks__num_blocks": 3},
+    ],
+    ids=["blocks in turns", "resident", "sweeps"],
+)
+def test_the_shared_part_stays_where_nothing_streams_in_each_step(changes: dict[str, Any]) -> None:
+    assert not places("rtx-3060-12gb", "tier", **changes)
+    with pytest.raises(ConfigError, match=r"offload\.shared: found tier; allowed where all weights"):
+        listed("rtx-3060-12gb", offload__shared="tier", **changes)
 
 
 @pytest.mark.parametrize("machine", ["cpu-16gib", "jetson-orin-nano-8gb"])

@@ -27,6 +27,7 @@ RUN = {
 }
 # Streamed: layer after layer in every step, beside one that stays.
 WHOLE = {**RUN, "method": "end_to_end", "offload__resident_layers": 1}
+RESTING = {**WHOLE, "offload__shared": "tier"}
 SWEPT = {**WHOLE, "blocks__sweep_steps": 2}  # block after block in every two steps, beside one that stays
 # The first block alone, then copied to the others in one commit.
 GROWN = {**WHOLE, "blocks__grow_at": 0.5, "blocks__visit_steps": 4}
@@ -158,7 +159,7 @@ def test_killed_at_an_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_dig
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("run", [WHOLE, SWEPT], ids=["steps", "sweeps"])
+@pytest.mark.parametrize("run", [WHOLE, RESTING, SWEPT], ids=["steps", "steps, shared part too", "sweeps"])
 def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_of_the_others(
     tmp_path: Path, processes: Any, run: dict[str, Any], kills: int
 ) -> None:
@@ -167,7 +168,7 @@ def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_o
 
     At each commit those of the layer that stays, and the shared part, are written too.
     """
-    steps, least = (2, 40) if run is WHOLE else (4, 20)
+    steps, least = (4, 20) if run is SWEPT else (2, 40)
     overrides = {
         **run,
         "train__num_steps": 2 * steps,

@@ -52,6 +52,26 @@ def test_micro_batches_a_norm_over_the_model_and_chunks_of_logits_change_no_more
         torch.testing.assert_close(parts[name], value, rtol=2e-3, atol=2e-4)
 
 
+def test_with_chunks_of_logits_micro_batches_and_state_beside_the_layers_the_bits_are_the_resident_ones(
+    tmp_path: Path,
+) -> None:
+    """bf16 weights and 8-bit moments of two tables."""
+    folder = make_folder(tmp_path / "model", "llama", tie_word_embeddings=False, hidden_size=128)
+    changes: dict[str, Any] = {
+        "model": {"name": "huggingface", "path": str(folder), "head_chunk": 9},
+        "train__micro_batch_size": 2,
+        "train__precision": "bfloat16",
+        "train__weights": "bfloat16",
+        "optimizer__name": "adamw8bit",
+        "optimizer__grad_clip": 0.5,
+    }
+    near, far = (
+        trained(tmp_path / tier, folder, tier, **changes, **more)[1]
+        for tier, more in (("device", {}), ("disk", {"offload__shared": "tier"}))
+    )
+    assert near.keys() == far.keys() and all(torch.equal(near[name], far[name]) for name in near)
+
+
 def test_nothing_is_written_where_the_weights_do_not_fit(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", "llama")
     sorted(folder.glob("model-*.safetensors"))[1].unlink()

@@ -79,17 +79,20 @@ FAMILIES = {
         renamed=(("embed_out.", "lm_head."),),
     ),
 }
+# Image classifiers: see `classifier`.
+CLASSIFIERS = {"vit": Family("vit", "ViTForImageClassification", "ViTConfig", "vit", norm="layernorm")}
 
 
 def family_of(content: dict[str, Any], where: str) -> Family:
     """The family that a config.json names. Raises ConfigError for one that is not supported."""
     kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    families = FAMILIES | CLASSIFIERS
+    if not isinstance(kind, str) or kind not in families:
         found = shown(repr(kind), 80)
         raise ConfigError(
-            f"{where}: model_type: found {found}; allowed: {', '.join(FAMILIES)}; give a folder of these"
+            f"{where}: model_type: found {found}; allowed: {', '.join(families)}; give a folder of these"
         )
-    return FAMILIES[kind]
+    return families[kind]
 
 
 def config_of(content: dict[str, Any], where: str) -> Any:
@@ -118,6 +121,11 @@ def config_of(content: dict[str, Any], where: str) -> Any:
         ) from None
     config._attn_implementation = family.attention
     return config
+
+
+def not_built(where: str, problem: Exception) -> ConfigError:
+    said = shown(" ".join(str(problem).split()), 200)
+    return ConfigError(f"{where}: transformers does not build it ({said}); restore the file from a copy")
 
 
 def imported(name: str) -> Any:

@@ -21,6 +21,7 @@ from lowmem.errors import ConfigError
 from lowmem.models.base import BlockModel, GivenWeights, Packed
 from lowmem.models.huggingface.families import Family
 from lowmem.models.huggingface.quantised import SCALES, FrozenLinear, whole, with_bitsandbytes
+from lowmem.models.huggingface.tables import Table, product
 from lowmem.objectives.base import Batch
 from lowmem.objectives.block_tokens import BlockTokens
 from lowmem.objectives.next_tokens import Call, NextTokens
@@ -100,6 +101,7 @@ class HuggingfaceLm(BlockModel):
         self._frozen_layers = len(self.layers)
         self._place = {id(layer): index for index, layer in enumerate(self.layers)}
         self._without_buffers()
+        self.body.set_input_embeddings(Table(self.body.get_input_embeddings()))
 
     def _without_buffers(self) -> None:
         config = self.config
@@ -340,8 +342,8 @@ class HuggingfaceLm(BlockModel):
         return torch.as_tensor(self.norm(h))
 
     def logits(self, features: Tensor) -> Tensor:
-        if self.head is None:
-            logits = F.linear(features, self.body.get_input_embeddings().weight)
+        if self.head is None or self.head.bias is None:
+            logits = product(features, (self.head or self.body.get_input_embeddings()).weight)
         else:
             logits = self.head(features)
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap

@@ -1,4 +1,4 @@
-"""`model.name: huggingface`: a decoder from a folder, with its weights or with random ones.
+"""`model.name: huggingface`: a decoder or an image classifier from a folder, with its weights or random ones.
 
 The library and torch are imported when a model is built, and not before: a plan builds it in a process of its
 own.
@@ -16,10 +16,9 @@ import xxhash
 from lowmem.errors import ConfigError
 from lowmem.files import printable
 from lowmem.machine.floor import Library
-from lowmem.models.huggingface.families import config_of, family_of
+from lowmem.models.huggingface.families import CLASSIFIERS, config_of, family_of, not_built
 from lowmem.models.huggingface.folder import CONFIG, FolderWeights, read_config
 from lowmem.recipe import QUANTISED, AdapterConfig, Count, ModelConfig, Recipe
-from lowmem.units import shown
 
 if TYPE_CHECKING:
     from lowmem.data.datasets import DataSpec
@@ -40,9 +39,12 @@ class HuggingfaceModel(ModelConfig):
     def builder(self, recipe: Recipe, spec: DataSpec) -> BuildModel:
         from lowmem.models.base import text_of
 
-        folder, (vocab_size, seq_len) = Path(self.path), text_of(recipe, spec)
+        folder = Path(self.path)
         content = read_config(folder)
         family_of(content, self._where)
+        if content["model_type"] in CLASSIFIERS:
+            return self._classifier(content, recipe, spec)
+        vocab_size, seq_len = text_of(recipe, spec)
         known = content.get("vocab_size")
         if isinstance(known, int) and known < vocab_size:
             raise ConfigError(
@@ -51,6 +53,22 @@ class HuggingfaceModel(ModelConfig):
             )
         packs, whole = getattr(recipe.data, "pack", False), recipe.method == "end_to_end"
         return partial(self._build, content, seq_len, packs, recipe.adapter, whole)
+
+    def _classifier(self, content: dict[str, Any], recipe: Recipe, spec: DataSpec) -> BuildModel:
+        from lowmem.models.huggingface.classifier import built
+
+        ways = {
+            "an adapter": recipe.adapter is not None,
+            f"model.trainable {self.trainable}": self.freezes,
+            f"method {recipe.method}": recipe.method != "end_to_end",
+        }
+        for what, given in ways.items():
+            if given:
+                raise ConfigError(
+                    f"{self._where}: found {what} with an image classifier; allowed: all of its weights, by "
+                    "method end_to_end; change it"
+                )
+        return partial(built, Path(self.path), content, spec, self.weights == "pretrained", self._where)
 
     @property
     def freezes(self) -> bool:
@@ -102,10 +120,7 @@ class HuggingfaceModel(ModelConfig):
         try:
             model = HuggingfaceLm(family, config, seq_len, chunk, packs)
         except Exception as problem:  # the library's errors are of many kinds
-            said = shown(" ".join(str(problem).split()), 200)
-            raise ConfigError(
-                f"{self._where}: transformers does not build it ({said}); restore the file from a copy"
-            ) from None
+            raise not_built(self._where, problem) from None
         model.whole = whole
         if adapter is not None:
             model.adapt(adapter)
