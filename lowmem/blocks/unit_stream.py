@@ -106,8 +106,12 @@ class UnitStream:
         stay: frozenset[int],
         prefetch: bool,
         updates: bool = True,
+        ready: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`stay`: the units that are on the device all the time. `updates`: they will be updated."""
+        """`stay`: the units that are on the device all the time. `updates`: they will be updated. `ready`:
+        waits until a block can be read, by its key.
+        """
+        self._ready = ready
         self.store, self.units, self.device, self.stay = store, units, device, stay
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
         self._prefetch_on = prefetch
@@ -171,6 +175,7 @@ class UnitStream:
         return self._reader.submit(self._read, unit, unit in self._rewritten)
 
     def _read(self, unit: int, rewritten: bool) -> Tensor:
+        self._ready(self.units[unit].key)
         slot = self._slots.take()
         try:
             parts = list(self.units[unit].weights_pages(slot))

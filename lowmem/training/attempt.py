@@ -232,7 +232,7 @@ class Attempt:
         self.stream = open_stream(self.run, plan, self.model, state.files, resident, self._checked)
         opened.callback(self.stream.close)
         self.recorder.write("staging", **self.stream.facts())
-        whole, swept = plan.recipe.method == "end_to_end" and self.grown, plan.recipe.blocks.sweep_steps > 1
+        whole, swept = plan.recipe.whole and self.grown, plan.recipe.blocks.sweep_steps > 1
         dtype, seed = COMPUTE_DTYPE[plan.settings.precision], plan.recipe.train.seed
         self.scratch = Scratch(
             self.layouts,
@@ -242,6 +242,7 @@ class Attempt:
             seed,
             plan.settings.during_backward,
             together=whole and self.stream.resident and not swept,
+            in_turns=plan.recipe.method == "block_coordinate",
         )
         self.shared = self.scratch.trainable(SHARED, self.shared_layout, self.stream.load_shared())
         opened.callback(self._let_go)
@@ -268,7 +269,8 @@ class Attempt:
             return
         units = units_of(self.model, plan.settings, self.layouts, device.kind)
         stay, updates = spread(len(units), resident), plan.settings.frozen is None
-        self.units = UnitStream(store, units, device, stay, prefetch, updates)
+        updates = updates and plan.recipe.method == "end_to_end"
+        self.units = UnitStream(store, units, device, stay, prefetch, updates, self.stream.wait_for)
         opened.callback(self.units.close)
 
     def take_written(self) -> dict[str, Future[FileRecord]]:
