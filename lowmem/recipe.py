@@ -393,6 +393,15 @@ def _more_blocks_than_layers(recipe: Recipe) -> str | None:
     return f"blocks.num_blocks: found {blocks}; allowed: at most model.num_layers = {layers}; lower it"
 
 
+def _scale_without_image_targets(recipe: Recipe) -> str | None:
+    if getattr(recipe.data, "scale", None) != "measured" or recipe.model.name == "dit":
+        return None
+    return (
+        f"data.scale: found 'measured'; allowed with model.name {recipe.model.name}, whose targets are no "
+        "images: null; leave it out"
+    )
+
+
 def _batch_not_divided(recipe: Recipe) -> str | None:
     size, whole = recipe.train.micro_batch_size, recipe.train.batch_size
     if size == "auto" or whole % size == 0:
@@ -569,6 +578,7 @@ def _turns_that_cannot_be(recipe: Recipe) -> str | None:
 
 CONTRADICTIONS = (
     _turns_that_cannot_be,
+    _scale_without_image_targets,
     _together_that_cannot_be,
     _growth_that_cannot_be,
     _adapter_of_another_model,
