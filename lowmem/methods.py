@@ -36,6 +36,7 @@ WAYS = (
         Way(f"sweeps of {k}", [f"blocks.sweep_steps={k}"], f"gradients stale by up to {k - 1} steps")
         for k in (4, 8)
     ),
+    Way("block coordinate", ["method=block_coordinate"], "exact gradients, for one block at a time"),
     Way(f"growth at {SHARE:g}", [f"blocks.grow_at={SHARE:g}"], "exact after growth"),
     Way("blocks", ["method=diffusion_blocks"], "the depth of one block"),
 )
@@ -65,6 +66,9 @@ class MethodPlan(NamedTuple):
         if traffic is None:
             stay = is_resident(self.plan.settings, self.plan.profile.unified)
             return 0 if stay else None
+        if traffic.whole is not None:
+            whole: dict[str, int] = traffic.whole.model_dump()
+            return sum(whole.values()) // queue.total_steps
         sweeps = (queue.num_steps - queue.grow_steps) // traffic.sweep_steps
         moved: dict[str, int] = (traffic.step * sweeps).model_dump()
         return sum(moved.values()) // queue.num_steps
@@ -114,7 +118,7 @@ def plan_methods(
 
 def _changed(recipe: Recipe, way: Way) -> Recipe:
     raw = recipe.to_dict()
-    raw["blocks"] |= {"sweep_steps": 1, "grow_at": None}
+    raw["blocks"] |= {"sweep_steps": 1, "grow_at": None, "visit_batches": None}
     with_overrides(raw, ["method=end_to_end", *way.changes])
     steps, size = raw["train"]["num_steps"], raw["blocks"]["sweep_steps"]
     raw["train"]["num_steps"] = -(-steps // size) * size

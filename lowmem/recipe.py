@@ -54,7 +54,8 @@ QUANTISED: tuple[Quantised, ...] = ("int8", "nf4")
 Frozen = Precision | Quantised  # how frozen weights are kept
 # muon: the blocks' matrices by Muon, with one moment; everything else by adamw
 OptimizerName = Literal["adamw8bit", "adamw", "muon"]
-Method = Literal["diffusion_blocks", "end_to_end"]
+# block_coordinate: the loss of the whole model, whose blocks are trained in turn by exact gradients
+Method = Literal["diffusion_blocks", "end_to_end", "block_coordinate"]
 # What the network sees of the noisy target z: c_in z (paper); E[y | z] without context; or nothing, so that
 # only the read-out knows z and sigma.
 NoisyInput = Literal["scaled", "posterior", "none"]
@@ -207,6 +208,9 @@ class BlocksConfig(Section):
     # end_to_end: steps that a block makes each time it comes, from inputs and output gradients that are kept.
     # 1: exact.
     sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
+    # block_coordinate: batches that a visit draws; its steps take them in turn, each with the same draws.
+    # None: every step draws its own.
+    visit_batches: Annotated[int, Field(gt=0, le=4096)] | None = None
     # end_to_end: until this share of the steps is made the first block is the whole model; then it is copied
     # to all others. None: all blocks are trained from the first step on.
     grow_at: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -354,6 +358,11 @@ class Recipe(Section):
     offload: OffloadConfig = OffloadConfig()
     eval: EvalConfig = EvalConfig()
 
+    @property
+    def whole(self) -> bool:
+        """Whether the loss is that of the whole model, and not of a block alone."""
+        return self.method != "diffusion_blocks"
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         for contradiction in (self.model.contradiction, *CONTRADICTIONS):
@@ -374,7 +383,7 @@ def _clip_without_all_gradients(recipe: Recipe) -> str | None:
     if recipe.optimizer.clip != "global" or recipe.method == "end_to_end":
         return None
     return (
-        "optimizer.clip: found 'global'; allowed with method diffusion_blocks: block "
+        f"optimizer.clip: found 'global'; allowed with method {recipe.method}: block "
         "(no step has all gradients at once)"
     )
 
@@ -384,6 +393,15 @@ def _more_blocks_than_layers(recipe: Recipe) -> str | None:
     if layers is None or blocks == "auto" or blocks <= layers:
         return None
     return f"blocks.num_blocks: found {blocks}; allowed: at most model.num_layers = {layers}; lower it"
+
+
+def _scale_without_image_targets(recipe: Recipe) -> str | None:
+    if getattr(recipe.data, "scale", None) != "measured" or recipe.model.name == "dit":
+        return None
+    return (
+        f"data.scale: found 'measured'; allowed with model.name {recipe.model.name}, whose targets are no "
+        "images: null; leave it out"
+    )
 
 
 def _batch_not_divided(recipe: Recipe) -> str | None:
@@ -497,6 +515,8 @@ def _together_that_cannot_be(recipe: Recipe) -> str | None:
     found = "blocks.order: found 'together'"
     if recipe.method == "end_to_end":
         return f"{found}; allowed with method end_to_end: round_robin (its blocks share a step); leave it out"
+    if recipe.method == "block_coordinate":
+        return f"{found}; allowed with method block_coordinate: round_robin, random (a step needs all blocks)"
     if recipe.train.weights == "bfloat16":
         return (
             f"{found} with train.weights bfloat16; allowed: float32, because the shared part becomes a mean, "
@@ -532,7 +552,35 @@ def _growth_that_cannot_be(recipe: Recipe) -> str | None:
     return None
 
 
+def _turns_that_cannot_be(recipe: Recipe) -> str | None:
+    blocks = recipe.blocks
+    if recipe.method != "block_coordinate":
+        if blocks.visit_batches is None:
+            return None
+        return (
+            f"blocks.visit_batches: found {blocks.visit_batches}; allowed with method {recipe.method}: null; "
+            "set method: block_coordinate"
+        )
+    found = "method: found 'block_coordinate'"
+    if recipe.adapter is not None or recipe.model.freezes:
+        return f"{found}; allowed where layers are frozen: end_to_end (no block would be trained); change it"
+    if blocks.num_blocks == 1:
+        return (
+            f"{found} with blocks.num_blocks 1, which is end_to_end; allowed: 2 or more; change one of them"
+        )
+    if recipe.optimizer.during_backward is True:
+        return f"{found} with optimizer.during_backward true; allowed: auto, false; change it"
+    if recipe.offload.resident_layers not in ("auto", 0):
+        return (
+            f"offload.resident_layers: found {recipe.offload.resident_layers}; allowed with method "
+            "block_coordinate, whose visited block stays: auto, 0; leave it out"
+        )
+    return None
+
+
 CONTRADICTIONS = (
+    _turns_that_cannot_be,
+    _scale_without_image_targets,
     _together_that_cannot_be,
     _growth_that_cannot_be,
     _adapter_of_another_model,

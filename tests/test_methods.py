@@ -39,18 +39,24 @@ def plans(uncounted_activations: None) -> list[MethodPlan]:
 
 def test_every_method_is_planned_from_any_recipe_of_the_model(plans: list[MethodPlan]) -> None:
     names = [each.way.name for each in plans]
-    assert names == ["exact", "sweeps of 4", "sweeps of 8", "growth at 0.8", "blocks"]
+    assert names == ["exact", "sweeps of 4", "sweeps of 8", "block coordinate", "growth at 0.8", "blocks"]
     assert all(each.plan is not None and each.fits for each in plans)
     recipes = [each.plan.recipe for each in plans if each.plan is not None]
-    assert [recipe.method for recipe in recipes] == ["end_to_end"] * 4 + ["diffusion_blocks"]
-    assert [recipe.blocks.sweep_steps for recipe in recipes] == [1, 4, 8, 1, 1]
-    assert [recipe.train.num_steps for recipe in recipes] == [100, 100, 104, 100, 100], "in whole sweeps"
+    assert [recipe.method for recipe in recipes] == [
+        *["end_to_end"] * 3,
+        "block_coordinate",
+        "end_to_end",
+        "diffusion_blocks",
+    ]
+    assert [recipe.blocks.sweep_steps for recipe in recipes] == [1, 4, 8, 1, 1, 1]
+    assert [recipe.train.num_steps for recipe in recipes] == [100, 100, 104, 100, 100, 100], "in whole sweeps"
 
 
 def test_what_moves_falls_with_the_steps_of_a_sweep_and_with_growth(plans: list[MethodPlan]) -> None:
-    exact, four, eight, growth, blocks = (each.moved_bytes_per_step for each in plans)
+    exact, four, eight, turns, growth, blocks = (each.moved_bytes_per_step for each in plans)
     assert exact is not None and four is not None and eight is not None and growth is not None
     assert four < exact / 3.9 and eight < exact / 7.8 and 0 < growth < exact / 1.9
+    assert turns is not None and turns < exact / 4, "weights alone, and one block a visit"
     assert blocks is None, "blocks move visit by visit"
     table = methods_table(plans)
     assert "a block a visit" in table and table.splitlines()[-1].startswith("recommended: ")
@@ -86,7 +92,7 @@ def test_the_exact_step_is_recommended_until_it_waits_and_growth_where_it_does(
 def test_a_method_that_cannot_be_says_why_and_the_others_are_planned() -> None:
     found = plan_methods("digits-vit", "cpu-4gib", [*CHANGES, "optimizer.clip=global", "method=end_to_end"])
     problems = {each.way.name: each.problem for each in found if each.problem}
-    assert set(problems) == {"sweeps of 4", "sweeps of 8", "blocks"}
+    assert set(problems) == {"sweeps of 4", "sweeps of 8", "block coordinate", "blocks"}
     assert "optimizer.clip" in problems["sweeps of 4"] and "\n" not in "".join(problems.values())
 
 

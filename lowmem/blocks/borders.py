@@ -2,8 +2,9 @@
 and go.
 
 Row b holds the input of block b, for every micro-batch; one row more holds the gradient of the border that
-the backward pass has reached. `NearBorders` keeps all of them on the device. `AwayBorders` keeps them in host
-memory, or in a file without a name, and moves them on a thread beside compute. The order of a step's calls is
+the backward pass has reached. Rows after that are kept from step to step. `NearBorders` keeps all of them on
+the device. `AwayBorders` keeps them in host memory, or in a file without a name, and moves them on a thread
+beside compute. The order of a step's calls is
 known before it begins (`order.border_calls`), so what is needed next is fetched early, and what went out last
 is still at hand. What moves is a function of that order alone: the plan counts it with the same code
 (`Window`).
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from lowmem.blocks.arena import aligned_buffer
 from lowmem.blocks.block_file import REFUSED_DIRECT
-from lowmem.blocks.order import Place, border_calls
+from lowmem.blocks.order import WHOLE, Course, Place, border_calls
 from lowmem.blocks.staging import Ring
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
@@ -96,18 +97,27 @@ class BorderBytes(NamedTuple):
 
 
 def border_bytes(
-    tier: Tier, unified: bool, border: int, waiting: int, num_blocks: int, parts: int, two_passes: bool
+    tier: Tier,
+    unified: bool,
+    border: int,
+    waiting: int,
+    num_blocks: int,
+    parts: int,
+    two_passes: bool,
+    kept: int = 0,
+    course: Course = WHOLE,
 ) -> BorderBytes:
     """Counts the borders of a step over `parts` micro-batches.
 
     `border`: bytes of one micro-batch at one border. `waiting`: bytes of a micro-batch that stay on the
-    device for the whole step (the condition and the like).
+    device for the whole step (the condition and the like). `kept`: rows that stay from step to step.
     """
-    states, count = num_blocks * parts * RANDOM_STATE_BYTES, (num_blocks + 1) * parts
+    count = (num_blocks + 1 + kept) * parts
+    states = (num_blocks + (1 + kept if kept else 0)) * parts * RANDOM_STATE_BYTES
     if tier == "device":
         return BorderBytes(device=parts * waiting + count * border, host=states)
     slot, on_disk = round_up(border, PAGE), tier == "disk"
-    puts, gets = moved_in_a_step(num_blocks, parts, two_passes)
+    puts, gets = moved_in_a_step(num_blocks, parts, two_passes, course)
     return BorderBytes(
         device=parts * waiting + (AT_HAND + AHEAD + IN_USE) * border,
         host=states + (slot if on_disk else count * slot),
@@ -121,9 +131,9 @@ def border_bytes(
     )
 
 
-def moved_in_a_step(num_blocks: int, parts: int, two_passes: bool) -> tuple[int, int]:
+def moved_in_a_step(num_blocks: int, parts: int, two_passes: bool, course: Course = WHOLE) -> tuple[int, int]:
     """Tensors that go out and that come back in a step, away from the device."""
-    order = list(border_calls(num_blocks, parts, two_passes))
+    order = list(border_calls(num_blocks, parts, two_passes, course))
     window, puts, gets = Window(iter(order)), 0, 0
     for is_put, place in order:
         if is_put:
@@ -138,12 +148,17 @@ def moved_in_a_step(num_blocks: int, parts: int, two_passes: bool) -> tuple[int,
 class Borders(ABC):
     """Tensors [B, T, D] of one step, by place. Calls come in the order of `border_calls`."""
 
-    def __init__(self, num_blocks: int, parts: int, two_passes: bool) -> None:
-        self.num_blocks, self.parts, self.two_passes = num_blocks, parts, two_passes
+    def __init__(self, num_blocks: int, parts: int, two_passes: bool, kept: int = 0) -> None:
+        """`kept`: rows that stay from step to step."""
+        self.num_blocks, self.parts, self.two_passes, self.kept = num_blocks, parts, two_passes, kept
         self.exposed_s = 0.0  # seconds that compute waited for a tensor
 
+    @property
+    def rows(self) -> int:
+        return self.num_blocks + 1 + self.kept
+
     @abstractmethod
-    def begin(self) -> None:
+    def begin(self, course: Course = WHOLE) -> None:
         """A step begins."""
 
     @abstractmethod
@@ -166,12 +181,13 @@ class Borders(ABC):
 class NearBorders(Borders):
     """All tensors stay on the device."""
 
-    def __init__(self, num_blocks: int, parts: int, two_passes: bool) -> None:
-        super().__init__(num_blocks, parts, two_passes)
+    def __init__(self, num_blocks: int, parts: int, two_passes: bool, kept: int = 0) -> None:
+        super().__init__(num_blocks, parts, two_passes, kept)
         self._there: dict[Place, Tensor] = {}
 
-    def begin(self) -> None:
-        self._there.clear()
+    def begin(self, course: Course = WHOLE) -> None:
+        for place in [place for place in self._there if place[0] <= self.num_blocks]:
+            del self._there[place]
 
     def put(self, place: Place, h: Tensor) -> None:
         self._there[place] = h
@@ -201,9 +217,10 @@ class AwayBorders(Borders):
         device: Device,
         folder: Path | None,
         ring: Ring | None,
+        kept: int = 0,
     ) -> None:
         """`ring`: what carries them to a device of its own and from it."""
-        super().__init__(num_blocks, parts, two_passes)
+        super().__init__(num_blocks, parts, two_passes, kept)
         self._device, self._ring = device, ring
         self._thread = ThreadPoolExecutor(1, "lowmem-borders")
         self._path = None if folder is None else folder / f".borders-{secrets.token_hex(8)}.tmp"
@@ -214,18 +231,18 @@ class AwayBorders(Borders):
         self._fetched: dict[Place, Future[Tensor]] = {}
         self._traffic = Traffic()
 
-    def begin(self) -> None:
+    def begin(self, course: Course = WHOLE) -> None:
         # The last step's last tensors were never pushed out, so nobody knows yet whether they were written.
         for _, _, written in self._at_hand:
             written.result()
         self._at_hand.clear()
-        self._window = Window(border_calls(self.num_blocks, self.parts, self.two_passes))
+        self._window = Window(border_calls(self.num_blocks, self.parts, self.two_passes, course))
 
     def put(self, place: Place, h: Tensor) -> None:
         self._window.put(place)
         h = h.detach().contiguous()  # without its history: autograd's graph must not live on in here
         if self._away is None:
-            self._away = _Slots(h, 1 if self._file is not None else (self.num_blocks + 1) * self.parts)
+            self._away = _Slots(h, 1 if self._file is not None else self.rows * self.parts)
         away = self._away
         self._traffic += Traffic(
             disk_written_bytes=away.slot_bytes if self._file is not None else 0,

@@ -431,6 +431,7 @@ class HostStore(Store):
         """`lockable_bytes`: as much of the copies may be page-locked, so that they need no ring."""
         self.disk, self.ring, self.files = disk, disk.ring, disk.files
         self._copies: dict[str, Tensor] = {}
+        self._opening = threading.Lock()
         self._lockable_bytes, self._locked = lockable_bytes, set[str]()
 
     def read(self, key: str, buffer: Tensor) -> None:
@@ -487,10 +488,11 @@ class HostStore(Store):
         return copy
 
     def _copy_of(self, key: str) -> Tensor:
-        if key not in self._copies:
-            whole = self._room(key, self.disk.layouts[key].total_bytes)
-            self.disk.read(key, whole)  # the whole block, so this checks its digest
-            self._copies[key] = whole
+        with self._opening:  # two threads may ask for the same block
+            if key not in self._copies:
+                whole = self._room(key, self.disk.layouts[key].total_bytes)
+                self.disk.read(key, whole)  # the whole block, so this checks its digest
+                self._copies[key] = whole
         return self._copies[key]
 
     def copy_out(self, buffer: Tensor, host: Tensor) -> None:

@@ -273,6 +273,10 @@ class BlockStream:
 
     # --------------------------------------------------------------------------------------------------------
 
+    def wait_for(self, key: str) -> None:
+        """Waits until a block's newest bytes can be read from the store."""
+        self._wait_for_write(int(key.rpartition("-")[2]))
+
     def _wait_for_write(self, block: int) -> None:
         write = self._writes.get(block)
         if write is not None:

@@ -134,11 +134,13 @@ class UnitStream:
         updates: bool = True,
         in_place: bool = False,
         shared: Unit | None = None,
+        ready: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`stay`: the units that are on the device all the time. `updates`: they will be updated. `in_place`:
         see `updates_in_place`. `shared`: the shared part, where it is updated here too. It then has the
-        number after the last unit's.
+        number after the last unit's. `ready`: waits until a block can be read, by its key.
         """
+        self._ready = ready
         self.store, self.units, self.device, self.stay = store, units, device, stay
         self.shared, self._every = len(units), [*units, *([] if shared is None else [shared])]
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
@@ -223,6 +225,7 @@ class UnitStream:
         return self._reader.submit(self._read, unit, unit in self._rewritten)
 
     def _read(self, unit: int, rewritten: bool) -> Tensor:
+        self._ready(self.units[unit].key)
         slot = self._slots.take()
         try:
             self.store.read_pages(self.units[unit].key, self.units[unit].weights_pages(slot), rewritten)

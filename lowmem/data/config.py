@@ -21,6 +21,7 @@ from lowmem.data.idx import IdxImagesData
 from lowmem.data.image_source import DeclaredImages, ImageSource
 from lowmem.data.latents import LatentArraysData
 from lowmem.data.npz import NpzImagesData
+from lowmem.data.pointers import PointerChasingData
 from lowmem.data.text import StdlibTextData, TextConfig, TextData, TokenisedText
 from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import ConfigError
@@ -41,6 +42,7 @@ __all__ = [
     "ImageSource",
     "LatentArraysData",
     "NpzImagesData",
+    "PointerChasingData",
     "StdlibTextData",
     "TextConfig",
     "TextData",
@@ -74,6 +76,7 @@ DataConfig = Annotated[
     | LatentArraysData
     | StdlibTextData
     | TextData
+    | PointerChasingData
     | Annotated[HuggingfaceImages | HuggingfaceText, Field(discriminator="kind")]
     | ChatData
     | CustomData,

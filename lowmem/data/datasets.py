@@ -32,6 +32,8 @@ class DataSpec:
     num_classes: int | None = None
     vocab_size: int | None = None
     seq_len: int | None = None  # tokens
+    # of images that are targets; as it was measured, once a run begins (`data.scale`)
+    image_scale: float = field(default=1.0, compare=False)
     # Held in memory during training. Texts and folders of images stay on disk and count as 0.
     host_bytes: int = field(default=0, compare=False)
     num_test: int | None = field(default=None, compare=False)  # samples of the test part, where known

@@ -10,10 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from lowmem.data.augment import Augment, AugmentConfig
 from lowmem.data.datasets import ArrayBatch
 from lowmem.data.identity import Fingerprint
-from lowmem.data.image_source import ImageSource
+from lowmem.data.image_source import PixelSource
 from lowmem.data.images import ImageSet, Part
 from lowmem.data.packages import imported
 from lowmem.errors import DataError
@@ -28,9 +27,8 @@ LEVEL = 255 / 16  # the data set's pixels are 0 to 16; they are kept as bytes 0 
 HELD_BYTES = {"sklearn": 45 * MIB, "pandas": 41 * MIB}
 
 
-class DigitsData(ImageSource):
+class DigitsData(PixelSource):
     name: Literal["digits"]
-    augment: AugmentConfig = AugmentConfig()
 
     @property
     def packages(self) -> tuple[str, ...]:
@@ -39,9 +37,6 @@ class DigitsData(ImageSource):
     def _open(self) -> ImageSet:
         held = sum(size for package, size in HELD_BYTES.items() if find_spec(package) is not None)
         return ImageSet((1, 8, 8), 10, _load, _mark, held, num_test=NUM_TEST)
-
-    def augmentation(self) -> Augment | None:
-        return self.augment.made()
 
     def to_floats(self, batch: ArrayBatch) -> ArrayBatch:
         """Bytes 0 to 255 -> the data set's own 17 levels -> float32 from -1 to 1."""

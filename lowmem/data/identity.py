@@ -46,6 +46,7 @@ class DataIdentity(Section):
     image_shape: ImageShape | None = None
     num_classes: Classes | None = None
     vocab_size: Vocabulary | None = None
+    image_scale: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None  # see `data.scale`
     class_names: list[str] | None = None  # by label, where classes have names
     alphabet: list[str] | None = None  # by token, where tokens are the characters of the text
     tokenizer: str | None = None  # the fingerprint of a tokenizer's own files

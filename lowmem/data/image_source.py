@@ -6,8 +6,10 @@ A kind of images is a subclass with its own keys and one method, `_open`, which 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from lowmem.data.augment import Augment, AugmentConfig
@@ -18,6 +20,8 @@ from lowmem.data.tokenizer import Tokenizer
 from lowmem.errors import DataError
 from lowmem.units import counted
 
+MEASURED = 10_000  # training images that tell the scale of all
+LEAST_VARIANCE = 1e-6  # of pixels in [-1, 1]: one level of 256 is 8e-3
 TestFraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -33,6 +37,10 @@ class ImageSource(DataSection):
         images = self._open()
         check_extent(images)
         return images
+
+    def image_scale(self, images: ImageSet) -> float | None:
+        """What brings the training images to a standard deviation of 1; None: they stay as they are."""
+        return None
 
     def to_floats(self, batch: ArrayBatch) -> ArrayBatch:
         """The batch with `image` as the model takes it: float32, by default from bytes to -1 ... 1."""
@@ -64,6 +72,7 @@ class ImageSource(DataSection):
             image_shape=list(images.image_shape),
             num_classes=images.num_classes,
             class_names=images.class_names,
+            image_scale=self.image_scale(images),
         )
 
 
@@ -96,13 +105,43 @@ class DeclaredImages(ImageSource):
         return images
 
 
-class PixelImages(DeclaredImages):
+class PixelSource(ImageSource):
     """Images of bytes, in 1 or 3 channels."""
 
     augment: AugmentConfig = AugmentConfig()
+    # Of images that are targets. measured: y has a standard deviation of noise.sigma_data over the training
+    # images. None: y is sigma_data times pixels in [-1, 1].
+    scale: Literal["measured"] | None = None
 
     def augmentation(self) -> Augment | None:
         return self.augment.made()
+
+    def image_scale(self, images: ImageSet) -> float | None:
+        return None if self.scale is None else measured_scale(images, self.to_floats)
+
+
+def measured_scale(images: ImageSet, to_floats: Callable[[ArrayBatch], ArrayBatch]) -> float:
+    """1 over the standard deviation of all pixels of the training images, or of MEASURED evenly spaced ones,
+    to six digits. Raises DataError where all pixels are alike.
+    """
+    rows, _ = images.load()
+    count = len(rows["image"])
+    places = np.unique(np.linspace(0, count - 1, min(count, MEASURED)).astype(np.int64))
+    number, total, squares = 0, 0.0, 0.0
+    for chunk in np.array_split(places, max(len(places) // 256, 1)):
+        values = to_floats({"image": rows["image"][chunk]})["image"].astype(np.float64)
+        number, total, squares = number + values.size, total + values.sum(), squares + np.square(values).sum()
+    variance = squares / number - (total / number) ** 2
+    if not variance > LEAST_VARIANCE:
+        raise DataError(
+            f"data.scale: found training images with a variance of {variance:.1e}; allowed with 'measured': "
+            "pixels that differ; leave data.scale out"
+        )
+    return float(f"{variance**-0.5:.6g}")
+
+
+class PixelImages(DeclaredImages, PixelSource):
+    """Pixels from files."""
 
 
 class SquareImages(PixelImages):

@@ -57,6 +57,11 @@ def _require_spread(ranks: Ranks, plan: Plan) -> None:
         if refusal:
             raise ConfigError(refusal)
         return
+    if plan.recipe.method == "block_coordinate":
+        raise ConfigError(
+            f"method: found 'block_coordinate' with {ranks.size} ranks; allowed: 1, because its blocks take "
+            "turns; train on one device, or set method: end_to_end"
+        )
     blocks, order = plan.settings.num_blocks, plan.recipe.blocks.order
     if order != "together":
         raise ConfigError(

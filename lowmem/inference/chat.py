@@ -82,7 +82,7 @@ def answer(frozen: FrozenRun, prompt: Tensor, num_tokens: int, draw: Draw, ends:
 def _features(frozen: FrozenRun, objective: NextTokens, entered: Entered) -> Tensor:
     """[B, 1, D] of the last token: after all layers, or the mean of blocks that were trained alone."""
     h, cond, kept = entered
-    if frozen.plan.recipe.method == "end_to_end":
+    if frozen.plan.recipe.whole:
         for layers in frozen.passed():
             h = objective.through(layers, h, cond, kept)
         return objective.model.output_part(h[:, -1:], cond)

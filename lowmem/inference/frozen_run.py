@@ -137,7 +137,7 @@ class FrozenRun:
         self.layouts, self.shared_layout = layouts_of(self.model, plan.settings)
         if self.device.type == "cpu":
             give_back_freed()  # the plan counts on it
-        independent = plan.recipe.method == "diffusion_blocks"
+        independent = not plan.recipe.whole
         together = for_drawing and independent and self.objective.draws_with_all_blocks
         resident = together and self._all_blocks_fit()
         self.stream = open_stream(run, plan, self.model, state.files, resident)
@@ -216,7 +216,7 @@ class FrozenRun:
         """Each block with the layers that serve its levels: its own, or all of them in a model trained end to
         end.
         """
-        if self.plan.recipe.method == "end_to_end":
+        if self.plan.recipe.whole:
             with self.on_device(self.blocks) as layers:
                 yield from ((block, layers) for block in blocks)
         else:

@@ -196,7 +196,7 @@ def _next_logits(frozen: FrozenRun, tokens: Tensor) -> Tensor:
     model, sigma_max = objective.model, objective.noise.sigma_max
     # Position i is predicted from tokens < i, so what stands at the last position does not count.
     batch = {"tokens": F.pad(tokens, (0, 1))}
-    if frozen.plan.recipe.method == "end_to_end":
+    if frozen.plan.recipe.whole:
         features = frozen.whole(
             [batch],
             lambda each: objective.entered(each["tokens"], objective.iterations),

@@ -189,11 +189,11 @@ def _real_text(plan: Plan, num: int) -> Tensor:
 
 def _check_judge(plan: Plan) -> None:
     recipe = plan.recipe
-    if recipe.method != "end_to_end" or recipe.model.name != "causal_lm":
+    if not recipe.whole or recipe.model.name != "causal_lm":
         found = f"method {recipe.method} with model {recipe.model.name}"
         raise ConfigError(
-            f"judge: found {found}; allowed: method end_to_end with model causal_lm; train such a one on the "
-            "same text"
+            f"judge: found {found}; allowed: method end_to_end or block_coordinate with model causal_lm; "
+            "train such a one on the same text"
         )
 
 

@@ -22,7 +22,7 @@ from lowmem.recipe import NoiseConfig, Recipe
 
 def builder(config: CausalLmModel, recipe: Recipe, spec: DataSpec) -> BuildModel:
     vocab_size, seq_len = text_of(recipe, spec)
-    return lambda: CausalLm(config, vocab_size, seq_len, whole=recipe.method == "end_to_end")
+    return lambda: CausalLm(config, vocab_size, seq_len, whole=recipe.whole)
 
 
 class CausalLm(TextModel):

@@ -21,7 +21,7 @@ from lowmem.recipe import NoiseConfig, Recipe
 
 def builder(config: DitModel, recipe: Recipe, spec: DataSpec) -> BuildModel:
     image_shape, num_classes = images_of(recipe, spec, config.patch_size)
-    return lambda: Dit(config, image_shape, num_classes)
+    return lambda: Dit(config, image_shape, num_classes, spec.image_scale)
 
 
 class Dit(BlockModel):
@@ -30,8 +30,15 @@ class Dit(BlockModel):
     Labels run from 0 to `num_classes`; the last one, `num_classes`, stands for no class.
     """
 
-    def __init__(self, config: DitModel, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    def __init__(
+        self,
+        config: DitModel,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        image_scale: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.image_scale = image_scale
         channels, height, width = image_shape
         self.config, self.image_shape, self.num_classes = config, image_shape, num_classes
         num_patches = (height // config.patch_size) * (width // config.patch_size)
@@ -47,7 +54,7 @@ class Dit(BlockModel):
         self.head = Linear(config.dim, channels * config.patch_size**2, zero=True)
 
     def make_objective(self, noise: NoiseConfig) -> ImageDenoising:
-        return ImageDenoising(self, noise, self.config.label_drop)
+        return ImageDenoising(self, noise, self.config.label_drop, self.image_scale)
 
     def example_batch(self, batch_size: int) -> Batch:
         label = torch.zeros(batch_size, dtype=torch.long)

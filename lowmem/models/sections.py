@@ -82,7 +82,7 @@ class RecurrentLmModel(TransformerModel):
         return self
 
     def contradiction(self, recipe: Recipe) -> str | None:
-        whole, num_blocks = recipe.method == "end_to_end", recipe.blocks.num_blocks
+        whole, num_blocks = recipe.whole, recipe.blocks.num_blocks
         if num_blocks in ((1, 3) if whole else (1,)):
             return None
         allowed = "1 or 3 (prelude, core, coda)" if whole else "1 (its core is one denoiser)"

@@ -29,16 +29,19 @@ class NoisyImages(Kept):
 
 
 class ImageDenoising(Objective[ImageModel, NoisyImages]):
-    """y = sigma_data times the image in [-1, 1], z = y + sigma eps.
+    """y = sigma_data times `image_scale` times the image in [-1, 1], z = y + sigma eps.
 
-    The loss is w(sigma) ||D - y||^2, or unweighted with `noise.weighting: none`. No statistics of the data
-    are needed: pixels in [-1, 1] have a standard deviation of at most 1, so y's is at most sigma_data.
+    The loss is w(sigma) ||D - y||^2, or unweighted with `noise.weighting: none`. With a scale of 1 no
+    statistics of the data are needed: pixels in [-1, 1] have a standard deviation of at most 1, so y's is at
+    most sigma_data. With a measured one it is sigma_data, as the preconditioning assumes.
     `label_drop` is the share of training samples that see no class, so that sampling can be guided.
     """
 
-    def __init__(self, model: ImageModel, noise: NoiseConfig, label_drop: float = 0.1) -> None:
+    def __init__(
+        self, model: ImageModel, noise: NoiseConfig, label_drop: float = 0.1, image_scale: float = 1.0
+    ) -> None:
         super().__init__(model, noise)
-        self.label_drop = label_drop
+        self.label_drop, self._y_of_image = label_drop, noise.sigma_data * image_scale
 
     def block_loss(
         self, layers: Iterable[nn.Module], batch: Batch, interval: Interval, recompute: bool = False
@@ -85,11 +88,11 @@ class ImageDenoising(Objective[ImageModel, NoisyImages]):
 
     def target(self, image: Tensor) -> Tensor:
         """y of an image in [-1, 1]."""
-        return image * self.noise.sigma_data
+        return image * self._y_of_image
 
     def image(self, y: Tensor) -> Tensor:
         """The image of a y."""
-        return y / self.noise.sigma_data
+        return y / self._y_of_image
 
     @staticmethod
     def noised(y: Tensor, sigma: Tensor) -> Tensor:

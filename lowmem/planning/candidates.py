@@ -49,7 +49,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
             f"allowed: at most the model's {num_layers} layers; lower it"
         )
     stay = recipe.offload.resident_layers  # auto: 0 until the plan knows what its budget leaves
-    places = _end_to_end_places if recipe.method == "end_to_end" else _block_places
+    places = _whole_places if recipe.whole else _block_places
     _check_shared(recipe, profile)
     for place in places(recipe, profile, num_layers):
         yield [
@@ -83,18 +83,19 @@ def _block_places(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
         yield Place(count, tier, recompute, "device")
 
 
-def _end_to_end_places(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[Place]:
-    """A model trained end to end: a faster tier first, then no recompute, the shared part's state
-    on the device, faster borders, fewer blocks.
+def _whole_places(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator[Place]:
+    """A model whose loss is that of all blocks: a faster tier first, then no recompute, the shared part's
+    state on the device, faster borders, fewer blocks.
 
     Recompute costs more time than moving borders does, and moving borders more than more blocks do.
     """
     given = recipe.blocks.num_blocks
     streaming = range(2, num_layers + 1)  # streaming a single block would save nothing
-    for tier, recompute in itertools.product(_end_to_end_tiers(recipe, profile), _recomputes(recipe)):
+    for tier, recompute in itertools.product(_whole_tiers(recipe, profile), _recomputes(recipe)):
         if recompute and tier != "device" and recipe.train.recompute == "auto":
             continue  # a unit that streams is made again from its border in any case
-        counts = [given] if given != "auto" else [1] if tier == "device" else streaming
+        single = tier == "device" and recipe.method == "end_to_end"
+        counts = [given] if given != "auto" else [1] if single else streaming
         borders: list[Tier] = ["device"] if tier == "device" else _tiers(recipe.offload.borders, profile)
         for shared, border, count in itertools.product(
             _shared_places(recipe, profile, tier), borders, counts
@@ -108,9 +109,9 @@ def _shared_places(recipe: Recipe, profile: Profile, tier: Tier) -> list[Literal
     """
     given, blocks = recipe.offload.shared, recipe.blocks
     resident = tier == "device" or (tier == "host" and profile.unified)
-    by_unit = not resident and blocks.sweep_steps == 1 and blocks.grow_at is None
+    exact = recipe.method == "end_to_end" and blocks.sweep_steps == 1 and blocks.grow_at is None
     allowed: list[Literal["device", "tier"]] = ["device"]
-    if by_unit and recipe.adapter is None and not recipe.model.freezes:
+    if exact and not resident and recipe.adapter is None and not recipe.model.freezes:
         allowed.append("tier")
     return allowed if given == "auto" else [place for place in allowed if place == given]
 
@@ -120,7 +121,7 @@ def _check_shared(recipe: Recipe, profile: Profile) -> None:
     whole = recipe.method == "end_to_end"
     places = [
         place
-        for tier in (_end_to_end_tiers(recipe, profile) if whole else [])
+        for tier in (_whole_tiers(recipe, profile) if whole else [])
         for place in _shared_places(recipe, profile, tier)
     ]
     if recipe.offload.shared == "tier" and not places:
@@ -130,7 +131,7 @@ def _check_shared(recipe: Recipe, profile: Profile) -> None:
         )
 
 
-def _end_to_end_tiers(recipe: Recipe, profile: Profile) -> list[Tier]:
+def _whole_tiers(recipe: Recipe, profile: Profile) -> list[Tier]:
     """The tiers allowed for a model trained end to end.
 
     A single block cannot stream. Updates during backward cannot either: the shared part's gradients gather
@@ -233,7 +234,7 @@ def _during_backward(setup: Setup) -> bool:
     allowed = (
         optimizer.grad_clip is None
         and setup.micro_batches == 1
-        and not (setup.streams or setup.swept or setup.frozen)
+        and not (setup.streams or setup.swept or setup.frozen or setup.coordinate)
     )
     return allowed and optimizer.during_backward is not False
 
@@ -243,7 +244,7 @@ def _write_back(setup: Setup) -> Literal["beside", "wait"]:
         return "wait"  # the next step would change what is being written
     if setup.recipe.offload.write_back != "auto":
         return setup.recipe.offload.write_back
-    if setup.streams or setup.swept:
+    if (setup.streams and setup.end_to_end) or setup.swept:
         return "beside"  # the next step begins with a forward pass, which changes nothing
     largest = max(layout.total_bytes for layout in setup.layouts)
     return "beside" if largest + setup.shared.total_bytes > WRITE_BESIDE_BYTES else "wait"
@@ -313,7 +314,7 @@ def _why_optimizer(settings: Settings, profile: Profile) -> str:
 
 def _offload_choices(recipe: Recipe, settings: Settings) -> list[str]:
     away = settings.tier != "device"
-    streams = recipe.method == "end_to_end" and away
+    streams = recipe.whole and away
     tier_auto, borders_auto = recipe.offload.tier == "auto", recipe.offload.borders == "auto"
     if streams:
         why = (

@@ -114,9 +114,7 @@ def plan_evaluation(
     demand = _demand(model, setup, counter, num_samples)
     if demand is None:
         return None
-    layers = (
-        range(len(model.layers)) if setup.end_to_end else model.block_slices(setup.settings.num_blocks)[0]
-    )
+    layers = range(len(model.layers)) if setup.whole else model.block_slices(setup.settings.num_blocks)[0]
     base = _base(setup, training)
     held = demand.held_bytes * num_samples + demand.fixed_bytes
     left, per_sample = allowed_bytes - sum(base.values()) - held, 0.0
@@ -125,7 +123,7 @@ def plan_evaluation(
             continue  # a smaller size takes no less for each sample
         taken = _counted(model, setup, counter, layers, size)
         per_sample, room = taken.peak_bytes / size, left - taken.peak_bytes
-        most_walked = num_samples if not setup.end_to_end else min(num_samples, TOGETHER * config.batch_size)
+        most_walked = num_samples if not setup.whole else min(num_samples, TOGETHER * config.batch_size)
         walk = min(most_walked, max(room, 0) // max(demand.walk_bytes, 1) // size * size)
         if walk >= size or size == 1:
             break
@@ -188,10 +186,11 @@ def _base(setup: Setup, training: dict[str, int]) -> dict[str, int]:
     if setup.streams:  # no layer stays, and none is updated
         prefetch = setup.recipe.offload.prefetch
         frozen = unit_bytes(setup.units, frozenset(), prefetch)
-        if setup.swept:
+        if setup.swept or setup.coordinate:
             copied = setup.block_copy_bytes * max(unit.numel for unit in setup.units)
             kept["weights"] = frozen.weights + copied
-            kept["staging"] += frozen.fetched - setup.staged_bytes[0]
+            kept["staging"] -= setup.staged_bytes[0]
+            kept["staging"] += 0 if setup.coordinate else frozen.fetched
         else:
             trained = setup.unit_bytes
             kept["weights"] += frozen.weights - trained.weights
@@ -240,15 +239,15 @@ def _demand(model: BlockModel, setup: Setup, counter: PassCounter, num_samples: 
         if isinstance(objective, RecurrentDenoising):
             loops = sum(ITERATIONS)
             counted = objective.fixed_iterations or objective.iterations
-            passes = (loops + objective.iterations) / counted if setup.end_to_end else loops + 1
+            passes = (loops + objective.iterations) / counted if setup.whole else loops + 1
             return Demand(passes, waits, item, row=length * dim)
-        if setup.end_to_end:
+        if setup.whole:
             return Demand(1, waits, item)
         # the noise at the top, the chain's z and the mean of the features; tokens, and another's
         return Demand(num_blocks + 2 * levels + 3 * steps, 12 * length * dim + 2 * item, 0, row=length * dim)
     if isinstance(objective, LabelDenoising):
         num_classes, dim = objective.target_shape()
-        if setup.end_to_end:
+        if setup.whole:
             return Demand(1, waits, item + 12 * num_classes)
         guided = 2 if config.guidance not in ("auto", 1) else 1
         passes = num_blocks + 2 * levels + steps * (2 * guided + 2)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes, border_bytes
 from lowmem.blocks.optim import workspace_bytes
-from lowmem.blocks.order import BlockQueue
-from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block
+from lowmem.blocks.order import BlockQueue, Course
+from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
 from lowmem.machine.floor import Library, measured_floor_bytes, measured_library_bytes
 from lowmem.machine.pool import pays
@@ -24,7 +24,12 @@ from lowmem.planning.evaluation import Evaluation
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.run_time import predict_time
 from lowmem.planning.settings import COMPUTE_DTYPE, Setup, file_bytes, shared_bytes
-from lowmem.planning.traffic import StreamedTraffic, streamed_traffic, traffic_before_growth
+from lowmem.planning.traffic import (
+    StreamedTraffic,
+    coordinate_traffic,
+    streamed_traffic,
+    traffic_before_growth,
+)
 from lowmem.schema import Section
 from lowmem.units import MIB, from_gib
 
@@ -146,6 +151,9 @@ def _with_growth(setup: Setup, grown: Predicted, alone: Predicted) -> Predicted:
 
 def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_bytes: int) -> Predicted:
     passes = _passes(model, setup, counter)
+    frozen: list[Pass] = []  # of the units, where those of other blocks than the visited one are only read
+    if counter is not None and setup.coordinate and setup.streams:
+        frozen = [counter.frozen(layers, setup.settings) for layers in model.units()]
     workspace = _workspace_bytes(setup)  # while an update uses it, no activation is alive
     pool_bytes = _pool_bytes(setup, passes)
     # Where units stream, other units are updated while one computes. What a pool keeps is there in updates
@@ -160,8 +168,10 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
             borders = _border_bytes(setup, counter)
         if setup.streams:
             traffic = streamed_traffic(setup, borders)
+            if setup.coordinate:
+                traffic = coordinate_traffic(setup, lambda course: _border_bytes(setup, counter, course))
         if has_rates(setup.profile):
-            time = predict_time(setup, passes, traffic)
+            time = predict_time(setup, passes, traffic, frozen)
     device = _device_categories(setup, max(activations), borders, data_bytes)
     host = device if setup.profile.unified else _host_categories(setup, borders, data_bytes)
     device_peak = sum(device.values())
@@ -193,6 +203,8 @@ def _by_block(setup: Setup, activations: list[int]) -> list[int]:
     """The activations of each block: the most of its units', or of all blocks together."""
     if len(activations) == 1:
         return activations * len(setup.layouts)
+    if setup.coordinate and setup.streams:
+        return [max(activations)] * len(setup.layouts)
     if not setup.by_unit:
         return activations
     most: dict[str, int] = {}
@@ -207,6 +219,9 @@ def _passes(model: BlockModel, setup: Setup, counter: PassCounter | None) -> lis
         return [NO_PASS]
     if setup.alone:
         return [counter(model.block_slices(setup.settings.num_blocks)[0], setup.settings)]
+    if setup.coordinate and setup.resident:
+        slices = model.block_slices(setup.settings.num_blocks)
+        return [counter.coordinate(layers, setup.settings) for layers in slices]
     if setup.together:
         return [counter(range(len(model.layers)), setup.settings)]
     if setup.streams or setup.swept:
@@ -233,7 +248,8 @@ def _workspace_bytes(setup: Setup) -> int:
     )
 
 
-def _border_bytes(setup: Setup, counter: PassCounter) -> BorderBytes:
+def _border_bytes(setup: Setup, counter: PassCounter, course: Course | None = None) -> BorderBytes:
+    """`course`: of a step; None: the longest."""
     border, waiting = counter.waiting(setup.settings)
     return border_bytes(
         setup.settings.borders,
@@ -243,6 +259,8 @@ def _border_bytes(setup: Setup, counter: PassCounter) -> BorderBytes:
         setup.num_pieces,
         setup.under_way,
         setup.two_passes,
+        setup.queue.kept_batches,
+        Course(lowest=setup.lowest) if course is None else course,
     )
 
 
@@ -258,6 +276,8 @@ def _staging(setup: Setup) -> Staging:
     slots, ring = setup.staged_bytes
     if setup.by_unit:
         slots = setup.unit_bytes.fetched + setup.unit_bytes.chunks
+    if setup.coordinate and setup.streams:
+        slots += unit_bytes(setup.units, frozenset(), setup.recipe.offload.prefetch, updates=False).fetched
     snapshot_and_ring = setup.snapshot_bytes + ring
     if setup.profile.unified:
         return Staging(slots + snapshot_and_ring, slots + snapshot_and_ring)
@@ -294,8 +314,18 @@ def _base_bytes(setup: Setup) -> int:
 def _visiting_categories(setup: Setup) -> dict[str, int]:
     """Of blocks that are on the device whole."""
     trained = sum(layout.numel for layout in setup.visited)
+    copied, beside = trained, 0
+    if setup.coordinate:  # the weights of the other blocks
+        if setup.resident:
+            copied = sum(layout.numel for layout in setup.layouts)
+        else:
+            prefetch = setup.recipe.offload.prefetch
+            beside = unit_bytes(setup.units, frozenset(), prefetch, updates=False).weights
+            copied += max(unit.numel for unit in setup.units)
     return {
-        "weights": sum(layout.weights_bytes for layout in setup.on_device) + setup.block_copy_bytes * trained,
+        "weights": sum(layout.weights_bytes for layout in setup.on_device)
+        + setup.block_copy_bytes * copied
+        + beside,
         "gradients": 0 if setup.frozen else setup.gradient_bytes * trained,
         "optimizer_state": sum(layout.state_bytes for layout in setup.on_device),
     }

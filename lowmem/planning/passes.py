@@ -183,6 +183,53 @@ class PassCounter:
         count = partial(self._count_streamed, layers, settings, *ends)
         return self._remembered(("streamed", ends), layers, settings, count, scored=ends[1])
 
+    def frozen(self, layers: range, settings: Settings) -> Pass:
+        """`streamed`, of a unit whose weights are only read: its backward pass is for its input alone."""
+        settings = settings.model_copy(update={"recompute": False})
+        last = layers.stop == len(self._model.layers)
+        count = partial(self._count_streamed, layers, settings, False, last, range(0))
+        return self._remembered(("frozen", last), layers, settings, count, scored=last)
+
+    def coordinate(self, trained: range, settings: Settings) -> Pass:
+        """The pass of all layers of which only those of one block are trained.
+
+        Of layers that are alike a few tell the rest.
+        """
+        total = len(self._model.layers)
+        if not self._model.layers_alike:
+            return self._of_one_block(range(total), trained, settings)
+        own, after = len(trained), total - trained.stop
+        few_own, few_after = min(own, PROBED), min(after, PROBED)
+        taken = self._with_few(trained.start > 0, few_own, few_after, settings)
+        if own > PROBED:
+            fewer = self._with_few(trained.start > 0, few_own - 1, few_after, settings)
+            taken = taken.with_more(fewer, own - PROBED)
+        if after > PROBED:
+            few = self._with_few(trained.start > 0, few_own, few_after, settings)
+            fewer = self._with_few(trained.start > 0, few_own, few_after - 1, settings)
+            more = few.with_more(fewer, after - PROBED)
+            taken = taken._replace(
+                peak_bytes=taken.peak_bytes + more.peak_bytes - few.peak_bytes,
+                work=taken.work + (more.work - few.work),
+                large=taken.large.plus(more.large).plus(few.large, -1),
+            )
+        before = self.frozen(range(1), settings).forward_work
+        return taken._replace(work=taken.work + Work({k: n * trained.start for k, n in before.items()}))
+
+    def _with_few(self, above: bool, own: int, after: int, settings: Settings) -> Pass:
+        """`above`: blocks come before the trained one, so that the input part is only read."""
+        first = len(self._model.layers) - own - after
+        return self._of_one_block(
+            range(first, first + own + after), range(first, first + own), settings, above
+        )
+
+    def _of_one_block(
+        self, layers: range, trained: range, settings: Settings, above: bool | None = None
+    ) -> Pass:
+        above = trained.start > 0 if above is None else above
+        kind = ("coordinate", above, len(layers), trained.start - layers.start, len(trained))
+        return self._remembered(kind, layers, settings, lambda: self._count(layers, settings, trained, above))
+
     @property
     def objective(self) -> Objective[Any, Any]:
         """The objective whose passes are counted."""
@@ -199,7 +246,7 @@ class PassCounter:
             batch = self._model.example_batch(settings.micro_batch_size)
             with LiveBytes(*weights, *batch.values(), in_heap=self._in_heap) as bytes_:
                 block = [self._model.layers[i] for i in layers]
-                whole = self._recipe.method == "end_to_end"
+                whole = self._recipe.whole
                 (self._objective.end_to_end_loss if whole else self._objective.evaluation_call)(block, batch)
         return Pass(bytes_.peak, bytes_.work, Work())
 
@@ -250,9 +297,12 @@ class PassCounter:
         return self._known_waiting[key]
 
     @contextlib.contextmanager
-    def _bound(self, layers: range, settings: Settings) -> Iterator[tuple[Tensor, ...]]:
+    def _bound(
+        self, layers: range, settings: Settings, trained: range | None = None, above: bool = False
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Binds fake weights of some layers and of the shared part, in the compute dtype, and the gradients
-        of those that are trained.
+        of those that are trained. `trained`: the only ones of the layers; None: what the settings say.
+        `above`: and nothing of the shared part that the input part uses.
         """
         blocks = list(named_layer_parameters(self._model, layers))
         # Adapters of other layers take no part in a pass.
@@ -281,6 +331,10 @@ class PassCounter:
             bind(self._model, parameter_views(layout, flat), gathers)
             read = torch.zeros(still.numel, dtype=still.weights_dtype)
             bind(self._model, parameter_views(still, read), None)
+            for index in layers if trained is not None else ():
+                self._model.layers[index].requires_grad_(trained is None or index in trained)
+            for name, _ in shared if above else ():
+                self._model.get_parameter(name).requires_grad_(False)
             yield flat, grads, read
             unbind(self._model, layout)
             unbind(self._model, still)
@@ -293,12 +347,18 @@ class PassCounter:
         batch = self._model.example_batch(settings.micro_batch_size)
         return self._objective.enter(batch), batch
 
-    def _count(self, layers: range, settings: Settings) -> Pass:
+    def _count(
+        self, layers: range, settings: Settings, trained: range | None = None, above: bool = False
+    ) -> Pass:
+        """`trained`, `above`: see `_bound`."""
         model, objective = self._model, self._objective
         block = [model.layers[i] for i in layers]
-        with self._bound(layers, settings) as weights, LiveBytes(*weights, in_heap=self._in_heap) as bytes_:
+        with (
+            self._bound(layers, settings, trained, above) as weights,
+            LiveBytes(*weights, in_heap=self._in_heap) as bytes_,
+        ):
             batch = model.example_batch(settings.micro_batch_size)
-            if self._recipe.method == "end_to_end":
+            if self._recipe.whole:
                 loss = objective.end_to_end_loss(block, batch, settings.recompute)
             else:
                 loss = objective.block_loss(block, batch, objective.interval(0, 1), settings.recompute)
@@ -315,9 +375,12 @@ class PassCounter:
             del loss, batch
         return Pass(bytes_.peak, bytes_.work, Work(), bytes_.large)
 
-    def _count_streamed(self, layers: range, settings: Settings, first: bool, last: bool) -> Pass:
+    def _count_streamed(
+        self, layers: range, settings: Settings, first: bool, last: bool, trained: range | None = None
+    ) -> Pass:
+        """`trained`: see `_bound`."""
         objective = self._objective
-        with self._bound(layers, settings) as weights:
+        with self._bound(layers, settings, trained) as weights:
             (h, cond, kept), batch = self._enter(settings)
             h, cond = h.detach().requires_grad_(), cond.detach().requires_grad_()
             h_grad, cond_grad = torch.zeros_like(h), torch.zeros_like(cond)

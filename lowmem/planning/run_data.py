@@ -33,7 +33,7 @@ def spec_of(plan: Plan) -> DataSpec:
     if identity.vocab_size is not None:
         return DataSpec(vocab_size=identity.vocab_size, seq_len=seq_len)
     channels, height, width = identity.image_shape or (0, 0, 0)
-    return DataSpec((channels, height, width), identity.num_classes)
+    return DataSpec((channels, height, width), identity.num_classes, image_scale=identity.image_scale or 1.0)
 
 
 def tokenizer_of(plan: Plan) -> Tokenizer | None:
@@ -161,7 +161,11 @@ def _accepted(trained: DataIdentity, found: DataIdentity, folder: Path) -> DataI
                 f"run folder {folder}: data changed in {key}: found {now}, trained on {was}; allowed with "
                 "--accept-data: the same; restore the data, or take another --run-dir"
             )
-    kept = {"alphabet": trained.alphabet, "vocab_size": trained.vocab_size}
+    kept = {
+        "alphabet": trained.alphabet,
+        "vocab_size": trained.vocab_size,
+        "image_scale": trained.image_scale,
+    }
     return found.model_copy(update={**kept, "earlier": [*trained.earlier, trained.fingerprint]})
 
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.order import BlockQueue
+from lowmem.blocks.stream import block_key
+from lowmem.blocks.traffic import Traffic
 from lowmem.planning.duration import (
     EIGHT_BIT_S,
     Duration,
@@ -34,20 +36,23 @@ class Visits(NamedTuple):
     written_bytes: int  # to the disk, over the whole run
 
 
-def predict_time(setup: Setup, passes: Sequence[Pass], traffic: StreamedTraffic | None) -> Duration:
+def predict_time(
+    setup: Setup, passes: Sequence[Pass], traffic: StreamedTraffic | None, frozen: Sequence[Pass] = ()
+) -> Duration:
     """The duration of a run on a profile that has rates.
 
     `passes`: one for each block or streamed unit, or one for all blocks together. `traffic`: of a model that
-    streams.
+    streams. `frozen`: of the units that are only read, where a block is trained by the whole model's loss.
     """
-    recipe = setup.recipe
-    queue = BlockQueue.of(recipe.to_dict(), setup.settings.num_blocks)
+    recipe, queue = setup.recipe, setup.queue
     last = len(passes) - 1
     passes_s = [
         _passes_s(setup, taken, forward=index < last, backward=not setup.streams or index >= setup.lowest)
         for index, taken in enumerate(passes)
     ]
-    if traffic is not None:
+    if traffic is not None and setup.coordinate:
+        visits = _block_by_block(setup, queue, passes, frozen, traffic)
+    elif traffic is not None:
         visits = _streamed(setup, queue, passes_s, traffic)
     elif setup.end_to_end:
         visits = _together(setup, queue, passes_s)
@@ -69,6 +74,46 @@ def _streamed(setup: Setup, queue: BlockQueue, passes_s: list[float], traffic: S
         [Moving(steps // traffic.sweep_steps * a_step_s)],
         traffic.moved(queue.num_steps, queue.num_visits).disk_written_bytes,
     )
+
+
+def _block_by_block(
+    setup: Setup,
+    queue: BlockQueue,
+    passes: Sequence[Pass],
+    frozen: Sequence[Pass],
+    traffic: StreamedTraffic,
+) -> Visits:
+    """One block stays for a visit and is trained; the weights of the others come and go in each step."""
+    assert traffic.whole is not None
+    profile, on_disk, steps = (
+        setup.profile,
+        setup.settings.tier == "disk",
+        min(queue.visit_steps, queue.num_steps),
+    )
+    blocks, last, steps_s = [unit.key for unit in setup.units], len(setup.units) - 1, []
+    for block, layout in enumerate(setup.layouts):
+        first, key = blocks.index(block_key(block)), block_key(block)
+        fresh = min(queue.kept_batches or steps, steps) / steps if block else 1.0
+        taken_s = _updates_s(setup, [layout, setup.shared])
+        for index, own in enumerate(blocks):
+            taken = passes[index] if own == key else frozen[index]
+            forward_s = _passes_s(setup, taken, forward=index < last, backward=False)
+            taken_s += forward_s * (fresh if index < first else 1.0)
+            taken_s += _passes_s(setup, taken, forward=False, backward=index >= first)
+        steps_s.append(taken_s)
+    mean = _mean_visit(traffic, queue)
+    a_visit_s = max(
+        moving_s(mean.host_to_device_bytes, mean.device_to_host_bytes, profile, False),
+        moving_s(mean.disk_read_bytes, mean.disk_written_bytes, profile, on_disk),
+    )
+    moves = [Moving(a_visit_s)] * len(steps_s)
+    return Visits(steps_s, moves, traffic.whole.disk_written_bytes)
+
+
+def _mean_visit(traffic: StreamedTraffic, queue: BlockQueue) -> Traffic:
+    assert traffic.whole is not None
+    whole = traffic.whole.model_dump()
+    return Traffic(**{name: number // queue.num_visits for name, number in whole.items()})
 
 
 def _together(setup: Setup, queue: BlockQueue, passes_s: list[float]) -> Visits:

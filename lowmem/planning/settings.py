@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lowmem.blocks.arena import FROZEN, ArenaLayout
+from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.stream import SHARED_KEY, block_key, staging_bytes
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import UnitBytes, spread, unit_bytes, updates_in_place
@@ -192,7 +193,8 @@ class Setup:
     @property
     def in_place(self) -> bool:
         """Whether weights of units are updated where the backward pass has left them."""
-        return not self.frozen and updates_in_place(self.units, self.recipe.optimizer.grad_clip)
+        updated = self.by_unit and not self.frozen
+        return updated and updates_in_place(self.units, self.recipe.optimizer.grad_clip)
 
     @property
     def unit_bytes(self) -> UnitBytes:
@@ -216,6 +218,20 @@ class Setup:
         return self.recipe.method == "end_to_end"
 
     @property
+    def coordinate(self) -> bool:
+        """Whether blocks are trained in turn by the loss of the whole model."""
+        return self.recipe.method == "block_coordinate"
+
+    @property
+    def whole(self) -> bool:
+        """Whether the loss is that of the whole model."""
+        return self.recipe.whole
+
+    @property
+    def queue(self) -> BlockQueue:
+        return BlockQueue.of(self.recipe.to_dict(), self.settings.num_blocks)
+
+    @property
     def resident(self) -> bool:
         return self.alone or is_resident(self.settings, self.profile.unified)
 
@@ -226,13 +242,13 @@ class Setup:
 
     @property
     def streams(self) -> bool:
-        """Whether the model is trained end to end while its blocks come and go within each step."""
-        return self.end_to_end and not self.resident
+        """Whether blocks come and go within each step, because its loss is that of all of them."""
+        return self.whole and not self.resident
 
     @property
     def by_unit(self) -> bool:
-        """Whether it streams unit by unit, in every step."""
-        return self.streams and not self.swept
+        """Whether it streams unit by unit, in every step, and each unit is updated."""
+        return self.streams and not self.swept and not self.coordinate
 
     @property
     def two_passes(self) -> bool:

@@ -7,12 +7,14 @@ compute hides all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes
-from lowmem.blocks.order import BlockQueue
+from lowmem.blocks.order import BlockQueue, Course
+from lowmem.blocks.stream import block_key
 from lowmem.blocks.sweep_stream import page_bytes, weights_pages, whole_pages
 from lowmem.blocks.traffic import Traffic
 from lowmem.blocks.unit import Field, Piece, Unit
@@ -35,6 +37,9 @@ class StreamedTraffic(Section):
     before: Traffic = Traffic()
     grow_steps: int = 0
     grow_visits: int = 0
+    # of a whole run whose steps differ, as they do with the block that is visited; `step` and `commit` are
+    # then means
+    whole: Traffic | None = None
     # tokens of a step from which on moving takes no longer than computing; None: the profile lacks a rate
     hidden_tokens: int | None
 
@@ -42,6 +47,8 @@ class StreamedTraffic(Section):
         """What a process moves that makes so many steps, in whole sweeps, and commits; of a model that grows,
         all of them.
         """
+        if self.whole is not None:
+            return self.whole
         sweeps, commits = (steps - self.grow_steps) // self.sweep_steps, commits - self.grow_visits
         return self.before + self.start + self.step * sweeps + self.commit * commits
 
@@ -157,6 +164,77 @@ def streamed_parts(setup: Setup) -> tuple[Traffic, Traffic, Traffic]:
     link[2] += Traffic(device_to_host_bytes=sum(layout.total_bytes for layout in on_device))
     start, step, commit = on_disk if unified else [a + b for a, b in zip(on_disk, link, strict=True)]
     return start, step, commit
+
+
+class VisitTraffic(NamedTuple):
+    """What a visit moves in which one block is trained and the others are read."""
+
+    load: Traffic
+    step: Traffic
+    again: Traffic  # a step whose batch has been there in the visit
+    commit: Traffic
+
+    def moved(self, steps: int, kept: int) -> Traffic:
+        """`kept`: batches that come back; 0: none does."""
+        fresh = min(kept or steps, steps)
+        return self.load + self.step * fresh + self.again * (steps - fresh) + self.commit
+
+
+def visit_traffic(setup: Setup, block: int, at_borders: Callable[[Course], BorderBytes]) -> VisitTraffic:
+    """`at_borders`: what a step takes and moves at the borders."""
+    on_disk, unified, keys = (
+        setup.settings.tier == "disk",
+        setup.profile.unified,
+        [u.key for u in setup.units],
+    )
+    layout, shared, units = setup.layouts[block], setup.shared, len(setup.units)
+    first = keys.index(block_key(block))
+
+    def read(course: Course) -> Traffic:
+        order = [*range(course.first, units - 1), *range(first, units)]
+        passed = [setup.units[index] for index in order if keys[index] != keys[first]]
+        moved = sum(unit.weights_bytes if on_disk else unit.used_weights_bytes for unit in passed)
+        return at_borders(course).traffic + Traffic(
+            disk_read_bytes=moved if on_disk else 0, host_to_device_bytes=0 if unified else moved
+        )
+
+    entry = units + 1 if setup.queue.kept_batches and first else None
+    step, again = (read(Course(first, begin, entry)) for begin in (0, first))
+    load = Traffic(
+        disk_read_bytes=file_bytes([layout]) if on_disk else 0,
+        host_to_device_bytes=0 if unified else layout.total_bytes,
+    )
+    commit = Traffic(
+        disk_written_bytes=file_bytes([layout, shared]),
+        device_to_host_bytes=0 if unified else layout.total_bytes + shared.total_bytes,
+    )
+    return VisitTraffic(load, step, again if entry is not None else step, commit)
+
+
+def coordinate_traffic(setup: Setup, at_borders: Callable[[Course], BorderBytes]) -> StreamedTraffic:
+    """The traffic of a run whose blocks are trained in turn by the loss of the whole model, and stream."""
+    queue, on_disk = setup.queue, setup.settings.tier == "disk"
+    visits = [visit_traffic(setup, block, at_borders) for block in range(queue.num_blocks)]
+    start = Traffic(disk_read_bytes=file_bytes([setup.shared] if on_disk else [*setup.layouts, setup.shared]))
+    whole, commits, counts = start, Traffic(), Counter[tuple[int, int]]()
+    for visit, _ in queue.pending(0):
+        counts[visit.blocks[0], visit.num_steps] += 1
+    for (block, steps), count in counts.items():
+        whole += visits[block].moved(steps, queue.kept_batches) * count
+        commits += visits[block].commit * count
+    return StreamedTraffic(
+        start=start,
+        step=_share(whole, start + commits, queue.total_steps),
+        commit=_share(commits, Traffic(), queue.num_visits),
+        whole=whole,
+        hidden_tokens=None,
+    )
+
+
+def _share(whole: Traffic, without: Traffic, count: int) -> Traffic:
+    """The mean, in whole bytes."""
+    others = without.model_dump()
+    return Traffic(**{name: (number - others[name]) // count for name, number in whole.model_dump().items()})
 
 
 class Moved(NamedTuple):

@@ -52,7 +52,7 @@ class SeenOffload(Seen):
 
 
 class SeenRecipe(Seen):
-    method: typing.Literal["diffusion_blocks", "end_to_end"]
+    method: typing.Literal["diffusion_blocks", "end_to_end", "block_coordinate"]
     model: SeenModel
     blocks: SeenBlocks
     train: SeenTrain
@@ -81,6 +81,7 @@ class SeenTraffic(Seen):
     commit: Traffic
     sweep_steps: Annotated[int, Field(gt=0, le=256)] = 1
     before: Traffic = Traffic()
+    whole: Traffic | None = None
 
 
 class SeenTime(Seen):

@@ -166,6 +166,10 @@ def _unbroken_traffic(
     """
     if planned is None:
         return None
+    if planned.get("whole") is not None:  # steps differ
+        where = f"{run.plan_path}: predicted.traffic.whole"
+        found: Traffic = parse(Traffic, planned["whole"], where, StoreError)
+        return found.model_dump()
     start, step, commit = (
         parse(Traffic, planned[part], f"{run.plan_path}: predicted.traffic.{part}", StoreError)
         for part in ("start", "step", "commit")

@@ -234,7 +234,7 @@ class Attempt:
         self.stream = open_stream(self.run, plan, self.model, state.files, resident, self._checked)
         opened.callback(self.stream.close)
         self.recorder.write("staging", **self.stream.facts())
-        whole, swept = plan.recipe.method == "end_to_end" and self.grown, plan.recipe.blocks.sweep_steps > 1
+        whole, swept = plan.recipe.whole and self.grown, plan.recipe.blocks.sweep_steps > 1
         dtype, seed = COMPUTE_DTYPE[plan.settings.precision], plan.recipe.train.seed
         self.scratch = Scratch(
             self.layouts,
@@ -244,6 +244,7 @@ class Attempt:
             seed,
             plan.settings.during_backward,
             together=whole and self.stream.resident and not swept,
+            in_turns=plan.recipe.method == "block_coordinate",
         )
         opened.callback(self._let_go)
         passing = whole and (swept or not self.stream.resident)
@@ -275,10 +276,11 @@ class Attempt:
             return
         units = units_of(self.model, plan.settings, self.layouts, device.kind)
         stay, updates = spread(len(units), resident), plan.settings.frozen is None
-        rests = plan.settings.shared == "tier"
-        shared = shared_unit(self.shared_layout, device.kind) if rests else None
+        updates = updates and plan.recipe.method == "end_to_end"
         in_place = updates and updates_in_place(units, plan.recipe.optimizer.grad_clip)
-        self.units = UnitStream(store, units, device, stay, prefetch, updates, in_place, shared)
+        rests, ready = plan.settings.shared == "tier", self.stream.wait_for
+        shared = shared_unit(self.shared_layout, device.kind) if rests else None
+        self.units = UnitStream(store, units, device, stay, prefetch, updates, in_place, shared, ready)
         opened.callback(self.units.close)
 
     def take_written(self) -> dict[str, Future[FileRecord]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.blocks.borders import RANDOM_STATE_BYTES, Borders
+from lowmem.blocks.order import WHOLE, Course
 from lowmem.machine.device import Device
 from lowmem.objectives.base import Batch, Kept, Objective
 from lowmem.training.attempt import Attempt
@@ -42,31 +43,37 @@ class BorderPasses:
         """`objective`: bound to the attempt's model. `pieces`: the layers of each."""
         self.model, self.objective, self.borders = attempt.model, objective, borders
         self._monitor, self._pieces = attempt.monitor, pieces
-        self._states = RandomStates(len(pieces), borders.parts, attempt.device)
+        # Where rows are kept from step to step, so are the states at their entry.
+        self._states = RandomStates(
+            borders.rows if borders.kept else len(pieces), borders.parts, attempt.device
+        )
+        self._course = WHOLE
+
+    def begin(self, course: Course = WHOLE) -> None:
+        """A step begins."""
+        self._course = course
+        self.borders.begin(course)
 
     @torch.no_grad()
     def enter(self, index: int, seed: int, batch: Batch) -> Part:
         torch.manual_seed(seed)
         h, cond, kept = self.objective.enter(batch)
-        self.borders.put((0, index), h)
-        self._states.save(0, index)
+        if not self._course.first:
+            self._put(0, index, h)
         return Part(index, seed, batch, cond, kept)
 
     @torch.no_grad()
     def forward(self, piece: int, part: Part) -> None:
-        self._states.restore(piece, part.index)
-        h = self.borders.get((piece, part.index))
+        h = self._get(piece, part.index)
         out = self.objective.through(self._layers(piece), h, part.cond, part.kept)
-        self.borders.put((piece + 1, part.index), out)
-        self._states.save(piece + 1, part.index)
+        self._put(piece + 1, part.index, out)
 
     def backward(self, piece: int, part: Part, micro_batches: int, between: Callable[[], None]) -> None:
         """Adds to the gradients of the piece's parameters. `micro_batches`: of a step, whose mean the loss
         is. `between`: is called between the forward pass and the backward pass.
         """
         count, last = len(self._pieces), piece == len(self._pieces) - 1
-        self._states.restore(piece, part.index)
-        h = self.borders.get((piece, part.index)).detach().requires_grad_()
+        h = self._get(piece, part.index).detach().requires_grad_()
         cond = part.cond.detach().requires_grad_()
         out = self.objective.through(self._layers(piece), h, cond, part.kept)
         between()
@@ -87,6 +94,16 @@ class BorderPasses:
         torch.manual_seed(part.seed)
         h, cond, _ = self.objective.enter(part.batch)
         backward_from((h, self.borders.get((len(self._pieces), part.index))), (cond, part.cond_grad))
+
+    def _put(self, piece: int, index: int, h: Tensor) -> None:
+        row = self._course.row(piece)
+        self.borders.put((row, index), h)
+        self._states.save(row, index)
+
+    def _get(self, piece: int, index: int) -> Tensor:
+        row = self._course.row(piece)
+        self._states.restore(row, index)
+        return self.borders.get((row, index))
 
     def _layers(self, piece: int) -> list[nn.Module]:
         return [self.model.layers[index] for index in self._pieces[piece]]

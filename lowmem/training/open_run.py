@@ -59,10 +59,10 @@ def open_borders(plan: Plan, model: BlockModel, device: Device, folder: Path, ri
     settings, recipe = plan.settings, plan.recipe
     steps, micro_batches = recipe.blocks.sweep_steps, recipe.train.batch_size // settings.micro_batch_size
     pieces = settings.num_blocks if steps > 1 else len(model.units())
-    shape = pieces, steps * micro_batches, recipe.optimizer.clips_whole
+    shape, kept = (pieces, steps * micro_batches, recipe.optimizer.clips_whole), plan.queue().kept_batches
     if settings.borders == "device" or (settings.borders == "host" and plan.profile.unified):
-        return NearBorders(*shape)
-    return AwayBorders(*shape, device, folder if settings.borders == "disk" else None, ring)
+        return NearBorders(*shape, kept)
+    return AwayBorders(*shape, device, folder if settings.borders == "disk" else None, ring, kept)
 
 
 def _open_ring(plan: Plan, device: Device, layouts: list[ArenaLayout]) -> Ring | None:

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks import optim
-from lowmem.blocks.arena import HasSlots, bind, parameter_views, unbind
+from lowmem.blocks.arena import HasSlots, bind, parameter_views
 from lowmem.blocks.borders import Borders
+from lowmem.blocks.order import Course
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import GRADIENTS, Update, gathers_by_block
 from lowmem.objectives.base import Batch, Objective
@@ -41,6 +42,7 @@ from lowmem.training.border_passes import BorderPasses, Part, total_loss
 from lowmem.training.finite import FiniteWatch
 from lowmem.training.resting import Resting
 from lowmem.training.trainable import Trainable, rounding
+from lowmem.training.unit_weights import UnitWeights
 
 
 @dataclass
@@ -80,14 +82,12 @@ class StreamedStep:
         # The first unit that holds trained weights, or whose input has a gradient that is used.
         trained = self.model.first_trained
         self._lowest = sum(run.stop <= trained for run in self.model.units())
+        self._course = Course(lowest=min(self._lowest, len(self.units) - 1))
         self._by_block = gathers_by_block(self.recipe.optimizer.grad_clip)
         numel = max(part.numel for part in (self.layouts if self._by_block else self.units))
         count = 0 if self._frozen else GRADIENTS
         self._free = [torch.zeros(numel, dtype=dtype, device=device.torch) for _ in range(count)]
-        self._copy: Tensor | None = None  # of a unit's weights, where they are not in the compute dtype
-        if self.layouts[0].weights_dtype not in (dtype, torch.uint8):  # bytes compute as they are
-            largest = max(unit.numel for unit in self.units)
-            self._copy = torch.zeros(largest, dtype=dtype, device=device.torch)
+        self._weights = UnitWeights(attempt)
 
     def train(
         self, micro: Sequence[Sequence[tuple[int, Batch]]], step: int, visits_done: int, durable: bool
@@ -99,7 +99,7 @@ class StreamedStep:
         """
         optimizer, factor, last = self.recipe.optimizer, None, len(self.units) - 1
         lr = learning_rate(step, self.recipe.train)
-        self.borders.begin()
+        self.passes.begin(self._course)
         self.shared.begin(step + 1, lr, optimizer)
         parts = [self.passes.enter(index, seed, batch) for index, (seed, batch) in enumerate(micro[0])]
         for unit in range(last):
@@ -147,12 +147,12 @@ class StreamedStep:
         `following`: the unit that is needed after the pass. `updates`: its units are updated with them.
         """
         gathered: Gathered | None = None
-        lowest = min(self._lowest, len(self.units) - 1)  # the last unit makes the loss
+        lowest = self._course.lowest  # the last unit makes the loss
         for unit in reversed(range(lowest, len(self.units))):
             block = self.block_of[unit]
             if self._frozen:
                 self._backward(unit, unit - 1 if unit > lowest else following, None, parts)
-                self._let_go(unit)
+                self._weights.let_go(unit)
                 continue
             if gathered is None:
                 layout = self.layouts[block] if self._by_block else self.units[unit]
@@ -160,7 +160,7 @@ class StreamedStep:
                 gathered.flat.zero_()
             gathered.units.append(unit)
             self._backward(unit, unit - 1 if unit else following, gathered, parts)
-            self._let_go(unit, updates)
+            self._weights.let_go(unit, updates)
             if not self._by_block or unit == 0 or self.block_of[unit - 1] != block:
                 yield gathered
                 gathered = None
@@ -203,27 +203,13 @@ class StreamedStep:
     # --------------------------------------------------------------------------------------------------------
     # Passes
 
-    def _weights(self, unit: int) -> dict[str, Tensor]:
-        """The unit's parameters in the compute dtype, from the weights that are on the device now."""
-        layout, pieces = self.units[unit], self.stream.load(unit)
-        if self._copy is not None:
-            copies = layout.split(self._copy)
-            for copy, weights in zip(copies, pieces, strict=True):
-                copy.copy_(weights)
-            pieces = copies
-        return layout.views(pieces)
-
-    def _let_go(self, unit: int, update_follows: bool = False) -> None:
-        unbind(self.model, self.units[unit])
-        self.stream.release(unit, update_follows)
-
     def _forward(self, unit: int, parts: list[Part]) -> None:
-        bind(self.model, self._weights(unit), None)
+        bind(self.model, self._weights.views(unit), None)
         self.stream.prefetch(unit + 1)
         for part in parts:
             self.passes.forward(unit, part)
             self.stream.advance()
-        self._let_go(unit)
+        self._weights.let_go(unit)
 
     def _backward(
         self, unit: int, following: int | None, gathered: Gathered | None, parts: list[Part]
@@ -231,7 +217,7 @@ class StreamedStep:
         """Adds the unit's gradients to what is gathered; None: it has none. `following`: the unit that is
         needed next.
         """
-        weights = self._weights(unit)
+        weights = self._weights.views(unit)
         if following is not None:
             self.stream.prefetch(following)
         self._bind(unit, weights, gathered)

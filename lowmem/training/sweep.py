@@ -15,13 +15,11 @@ batches and makes its K steps at the end, from their mean. Each of the three is 
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowmem.blocks.arena import unbind
 from lowmem.blocks.borders import Borders
@@ -30,7 +28,7 @@ from lowmem.schedule import learning_rate
 from lowmem.training.attempt import Attempt
 from lowmem.training.border_passes import BorderPasses, Part, total_loss
 from lowmem.training.finite import FiniteWatch
-from lowmem.training.roots import backward_from
+from lowmem.training.shared_use import shared_use
 
 
 class Sweep:
@@ -47,13 +45,7 @@ class Sweep:
         self._device, self._scratch = attempt.device, attempt.scratch
         blocks = self.model.block_slices(len(self.layouts))
         self.passes = BorderPasses(attempt, objective, borders, blocks)
-        # Parameters of the shared part by who uses them. What the output part uses, the first step tells.
-        self._seen: set[str] = set()
-        for slot in attempt.shared_layout.slots:
-            see = functools.partial(self._see, slot.name)
-            self.model.get_parameter(slot.name).register_post_accumulate_grad_hook(see)  # type: ignore[no-untyped-call]
-        self._by_input = self._used_by_input()
-        self._by_output: frozenset[str] | None = None
+        self._by_input, self._by_output = shared_use(attempt, objective)
 
     def train(
         self, micro: Sequence[Sequence[tuple[int, Batch]]], step: int, visits_done: int, durable: bool
@@ -63,7 +55,7 @@ class Sweep:
 
         `durable`: the sweep ends a visit, and its files are to be committed under `visits_done`.
         """
-        self.borders.begin()
+        self.passes.begin()
         places = iter(range(self.borders.parts))
         steps = [[self.passes.enter(next(places), *each) for each in parts] for parts in micro]
         last = len(self.layouts) - 1
@@ -115,30 +107,14 @@ class Sweep:
     # --------------------------------------------------------------------------------------------------------
     # The shared part
 
-    def _see(self, name: str, _: nn.Parameter) -> None:
-        self._seen.add(name)
-
-    def _used_by_input(self) -> frozenset[str]:
-        """What the input part uses, seen by a pass over an example."""
-        batch = self.model.example_batch(1)
-        example = {name: self._device.bring(value) for name, value in batch.items()}
-        h, cond, _ = self.passes.objective.enter(example)
-        backward_from((h, torch.zeros_like(h)), (cond, torch.zeros_like(cond)))
-        self.shared.forget()
-        used, self._seen = frozenset(self._seen), set()
-        return used
-
     def _begin(self, step: int) -> None:
         self.shared.begin(step + 1, learning_rate(step, self.recipe.train), self.recipe.optimizer)
 
     def _train_output(self, step: int) -> None:
-        if self._by_output is None:
-            self._by_output = frozenset(self._seen)
         self._begin(step)
         self.watch.look(step, self.shared.update_some(self._by_output - self._by_input))
 
     def _train_input(self, steps: list[list[Part]], first: int) -> None:
-        assert self._by_output is not None, "the output part comes first"
         tied, names = self._by_output & self._by_input, {slot.name for slot in self.shared.arena.layout.slots}
         for step, parts in enumerate(steps, first):
             for part in parts:

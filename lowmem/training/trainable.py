@@ -155,8 +155,9 @@ class Scratch:
     """Flat vectors kept for the whole run, one of each use for the shared part and for each place that a
     block can take on the device.
 
-    `together`: all blocks are visited at once, so a place is always the same block's; else every block comes
-    to the same place.
+    `together`: all blocks are on the device, so a place is always the same block's; else every block comes
+    to the same place. `in_turns`: they are trained one at a time all the same, so that gradients have one
+    place.
     """
 
     def __init__(
@@ -168,24 +169,33 @@ class Scratch:
         seed: int,
         during_backward: bool,
         together: bool = False,
+        in_turns: bool = False,
     ) -> None:
         numels = [layout.numel for layout in layouts]
+        self.together, self._turn_numel = together, max(numels) if in_turns else None
         self._numels = {SHARED: shared_layout.numel, **dict(enumerate(numels if together else [max(numels)]))}
         self.dtype, self._device, self._seed, self._during_backward = dtype, device, seed, during_backward
         self._kept: dict[tuple[str, int], Tensor] = {}
 
     def trainable(self, place: int, layout: ArenaLayout, buffer: Tensor) -> Trainable:
         """`place`: SHARED, or the block's place among those of its visit."""
-        arena = Arena(layout, buffer)
-        compute = (
-            arena.weights
-            if arena.weights.dtype == self.dtype
-            else self._flat("compute", place)[: layout.numel]
-        )
-        grads = None if self._during_backward else self._flat("grads", place)[: layout.numel]
-        return Trainable(arena, compute, grads, self._seed)
+        trainable = self.to_read(place, layout, buffer)
+        if not self._during_backward:
+            turn = self._turn_numel if place != SHARED else None
+            numel = self._numels[place] if turn is None else turn
+            grads = self._flat("grads", place if turn is None else 0, numel)
+            trainable.grads = grads[: layout.numel]
+        return trainable
 
-    def _flat(self, use: str, place: int) -> Tensor:
+    def to_read(self, place: int, layout: ArenaLayout, buffer: Tensor) -> Trainable:
+        """The same without gradients, for `bind_to_read`."""
+        arena = Arena(layout, buffer)
+        if arena.weights.dtype == self.dtype:
+            return Trainable(arena, arena.weights, None, self._seed)
+        copy = self._flat("compute", place, self._numels[place])
+        return Trainable(arena, copy[: layout.numel], None, self._seed)
+
+    def _flat(self, use: str, place: int, numel: int) -> Tensor:
         if (use, place) not in self._kept:
-            self._kept[use, place] = torch.zeros(self._numels[place], dtype=self.dtype, device=self._device)
+            self._kept[use, place] = torch.zeros(numel, dtype=self.dtype, device=self._device)
         return self._kept[use, place]

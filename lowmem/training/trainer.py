@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from lowmem.planning.settings import layouts_of
 from lowmem.reporting.telemetry import Listener
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.training.attempt import Attempt
+from lowmem.training.coordinate import Coordinate
 from lowmem.training.finite import FiniteWatch, not_finite
 from lowmem.training.given_batches import Batches, batches_of, checked_batch
 from lowmem.training.memory_guard import check_available, go_on_smaller
@@ -35,6 +36,7 @@ from lowmem.training.ranks import ALONE, Ranks
 from lowmem.training.rounds import Rounds
 from lowmem.training.streamed_step import StreamedStep
 from lowmem.training.sweep import Sweep
+from lowmem.training.trainable import Trainable
 
 Trained = tuple[list[Tensor], dict[int, Tensor]]  # the losses of a visit's steps, and the blocks to store
 
@@ -106,8 +108,10 @@ class Trainer:
             event, fields = self.notices.pop(0)
             attempt.recorder.write(event, **fields)
         watch, borders = FiniteWatch(self.device.torch), attempt.borders
-        streamed: StreamedStep | Sweep | None = None
-        if borders is not None:
+        streamed: StreamedStep | Sweep | Coordinate | None = None
+        if self.recipe.method == "block_coordinate":
+            streamed = Coordinate(attempt, self.objective)
+        elif borders is not None:
             kind = StreamedStep if attempt.sweeps is None else Sweep
             streamed = kind(attempt, self.objective, borders, watch)
         if self.queue.together:
@@ -136,7 +140,7 @@ class Trainer:
         self,
         attempt: Attempt,
         watch: FiniteWatch,
-        streamed: StreamedStep | Sweep | None,
+        streamed: StreamedStep | Sweep | Coordinate | None,
         visit: Visit,
         upcoming: Visit | None,
         batches: Batches,
@@ -151,10 +155,10 @@ class Trainer:
             num_steps=visit.num_steps,
         )
         start, exposed_before = time.perf_counter(), attempt.exposed_s
-        if streamed is not None:
+        if isinstance(streamed, StreamedStep | Sweep):
             losses, buffers = self._streamed_steps(attempt, streamed, visit, batches)
         else:
-            losses, buffers = self._resident_steps(attempt, watch, visit, upcoming, batches)
+            losses, buffers = self._resident_steps(attempt, watch, visit, upcoming, batches, streamed)
         mean_loss = float(torch.stack(losses).mean())  # on CUDA it waits for the visit's last kernel
         attempt.record_late()
         self._require_finite(attempt, watch, visit, batches)
@@ -185,10 +189,10 @@ class Trainer:
         if step is None:
             return
         settings, levels = attempt.plan.settings, None
-        if self.recipe.method != "end_to_end":
+        if not self.recipe.whole:
             gamma = self.recipe.blocks.overlap_gamma
             levels = self.objective.interval(visit.blocks[0], settings.num_blocks, gamma)
-        problem = not_finite(self.recipe, visit, step, levels, batches(step))
+        problem = not_finite(self.recipe, visit, step, levels, batches(self.queue.draw_of(visit, step)))
         attempt.recorder.write("failed", visit=visit.index, step=step, message=str(problem))
         raise problem
 
@@ -196,39 +200,40 @@ class Trainer:
     # A visit's steps
 
     def _resident_steps(
-        self, attempt: Attempt, watch: FiniteWatch, visit: Visit, upcoming: Visit | None, batches: Batches
+        self,
+        attempt: Attempt,
+        watch: FiniteWatch,
+        visit: Visit,
+        upcoming: Visit | None,
+        batches: Batches,
+        coordinate: Coordinate | None,
     ) -> Trained:
-        """The visit's steps with all of its blocks on the device."""
-        stream, scratch, optimizer = attempt.stream, attempt.scratch, self.recipe.optimizer
+        """The visit's steps with all of its blocks on the device. `coordinate`: of the whole model."""
+        stream, optimizer = attempt.stream, self.recipe.optimizer
         buffers = {block: stream.load(block) for block in visit.blocks}
         if upcoming is not None and not set(upcoming.blocks) & set(visit.blocks):
             stream.prefetch(upcoming.blocks[0])
-        frozen = attempt.plan.settings.frozen is not None
-        trainables = (
-            []
-            if frozen
-            else [
-                scratch.trainable(place, self.layouts[block], buffers[block])
-                for place, block in enumerate(visit.blocks)
-            ]
-        )
-        for trainable in trainables:
-            trainable.bind(self.model)
-        for block in visit.blocks if frozen else ():
-            weights = computing(Arena(self.layouts[block], buffers[block]).weights, scratch.dtype)
-            bind(self.model, parameter_views(self.layouts[block], weights), None)
-        every, losses = [*trainables, attempt.shared], []
+        trainables = self._bound(attempt, visit, buffers)
+        if coordinate is not None:
+            coordinate.begin_visit(visit)
+        shared = attempt.shared if coordinate is None else coordinate
+        every, losses = [*trainables, shared], []
         shared_step = self.queue.shared_steps(visit)
         for step in range(visit.first_step, visit.first_step + visit.num_steps):
             start, lr = time.perf_counter(), learning_rate(step, self.recipe.train)
             shared_step += 1
             for trainable in trainables:
                 trainable.begin(step + 1, lr, optimizer)
-            attempt.shared.begin(shared_step, lr, optimizer)
-            loss = self._forward_backward(attempt, visit, step, batches(step))
+            shared.begin(shared_step, lr, optimizer)
+            draw = self.queue.draw_of(visit, step)
+            micro = self._micro_batches(attempt.plan, visit, draw, batches(draw))
+            if coordinate is not None and coordinate.streams:
+                loss = coordinate.forward_backward(step, list(micro))
+            else:
+                loss = self._forward_backward(attempt, visit, micro)
             factor = None
             if optimizer.clips_whole:
-                norms = [trainable.gradient_norm() for trainable in every]
+                norms = [trainable.gradient_norm() for trainable in (*trainables, attempt.shared)]
                 watch.look(step, *norms)
                 factor = whole_factor(norms, optimizer)
             watch.look(step, loss, *(trainable.update(factor) for trainable in every))
@@ -239,7 +244,23 @@ class Trainer:
         watch.look(step, *(trainable.weights_norm() for trainable in every))
         for block in visit.blocks:
             unbind(self.model, self.layouts[block])
-        return losses, {} if frozen else buffers
+        if coordinate is not None:
+            coordinate.end_visit()
+        return losses, buffers if trainables else {}
+
+    def _bound(self, attempt: Attempt, visit: Visit, buffers: dict[int, Tensor]) -> list[Trainable]:
+        """Binds the visit's blocks, and returns those that are trained."""
+        scratch, trainables = attempt.scratch, list[Trainable]()
+        for block in visit.blocks:
+            layout = self.layouts[block]
+            if attempt.plan.settings.frozen is None:
+                place = block if scratch.together else 0
+                trainables.append(scratch.trainable(place, layout, buffers[block]))
+                trainables[-1].bind(self.model)
+            else:
+                weights = computing(Arena(layout, buffers[block]).weights, scratch.dtype)
+                bind(self.model, parameter_views(layout, weights), None)
+        return trainables
 
     def _streamed_steps(
         self, attempt: Attempt, streamed: StreamedStep | Sweep, visit: Visit, batches: Batches
@@ -261,15 +282,18 @@ class Trainer:
                 attempt.record_step(visit, step, learning_rate(step, self.recipe.train), loss, step_s)
         return losses, {}
 
-    def _forward_backward(self, attempt: Attempt, visit: Visit, step: int, arrays: Any) -> Tensor:
+    def _forward_backward(
+        self, attempt: Attempt, visit: Visit, micro_batches: Iterable[tuple[int, Batch]]
+    ) -> Tensor:
         """Gradients of the step's mean loss, over micro-batches. Returns that loss, on the device."""
         objective, settings = self.objective, attempt.plan.settings
         parts = self.recipe.train.batch_size // settings.micro_batch_size
         total = torch.zeros((), device=self.device.torch)
-        layers = [self.model.layers[i] for block in visit.blocks for i in self.slices[block]]
-        for seed, micro in self._micro_batches(attempt.plan, visit, step, arrays):
+        blocks = range(len(self.slices)) if self.recipe.method == "block_coordinate" else visit.blocks
+        layers = [self.model.layers[i] for block in blocks for i in self.slices[block]]
+        for seed, micro in micro_batches:
             torch.manual_seed(seed)  # noise and dropout
-            if self.recipe.method == "end_to_end":
+            if self.recipe.whole:
                 losses = objective.end_to_end_loss(layers, micro, settings.recompute)
             else:
                 gamma = self.recipe.blocks.overlap_gamma

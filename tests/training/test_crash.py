@@ -29,6 +29,8 @@ RUN = {
 WHOLE = {**RUN, "method": "end_to_end", "offload__resident_layers": 1}
 RESTING = {**WHOLE, "offload__shared": "tier"}
 SWEPT = {**WHOLE, "blocks__sweep_steps": 2}  # block after block in every two steps, beside one that stays
+# One block after another, trained by the whole model's gradients
+TURNED = {**RUN, "method": "block_coordinate", "blocks__num_blocks": 3, "blocks__visit_batches": 1}
 # The first block alone, then copied to the others in one commit.
 GROWN = {**WHOLE, "blocks__grow_at": 0.5, "blocks__visit_steps": 4}
 
@@ -159,16 +161,19 @@ def test_killed_at_an_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_dig
 
 
 @pytest.mark.parametrize("kills", [6, pytest.param(10_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("run", [WHOLE, RESTING, SWEPT], ids=["steps", "steps, shared part too", "sweeps"])
+@pytest.mark.parametrize(
+    "run", [WHOLE, RESTING, SWEPT, TURNED], ids=["steps", "steps, shared part too", "sweeps", "turns"]
+)
 def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_of_the_others(
     tmp_path: Path, processes: Any, run: dict[str, Any], kills: int
 ) -> None:
     """Two visits of two steps, or of two sweeps of two steps: the first files, then in each step the rows of
-    every layer that streams, or in each sweep every block.
+    every layer that streams, or in each sweep every block. Or two visits of each of three blocks.
 
     At each commit those of the layer that stays, and the shared part, are written too.
     """
-    steps, least = (4, 20) if run is SWEPT else (2, 40)
+    steps, least = (4, 20) if run is SWEPT else (2, 20 if run is TURNED else 40)
+    visits = 6 if run is TURNED else 2
     overrides = {
         **run,
         "train__num_steps": 2 * steps,
@@ -186,5 +191,5 @@ def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_o
         second = start(processes, folder, overrides)
         second.join()
         assert second.exitcode == 0
-        assert final_digest(folder, 2) == final_digest(tmp_path / "unbroken", 2)
+        assert final_digest(folder, visits) == final_digest(tmp_path / "unbroken", visits)
         assert_only_kept_files(folder)

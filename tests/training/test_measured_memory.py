@@ -112,6 +112,20 @@ def test_a_sweep_takes_and_moves_what_is_planned(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("arm", ["device", "disk", "again"])
+def test_blocks_trained_by_the_whole_models_gradients_take_and_move_what_is_planned(
+    tmp_path: Path, arm: str
+) -> None:
+    away = [f"offload.tier={'device' if arm == 'device' else 'disk'}", "train.recompute=false"]
+    size = ["method=block_coordinate", "blocks.visit_steps=4", "train.num_steps=4", *away]
+    again = ["blocks.visit_batches=2", "offload.borders=device"] if arm == "again" else []
+    report = report_of(tmp_path, "digits-vit-end-to-end", *size, *again)
+    measured, planned = (report[kind]["device_peak_bytes"] for kind in ("measured", "predicted"))
+    assert measured == pytest.approx(planned, rel=0.05, abs=32 * 2**20)
+    assert arm == "device" or report["traffic"] == report["predicted"]["traffic"]
+
+
+@pytest.mark.slow
 def test_the_peak_of_a_streamed_model_does_not_grow_with_its_depth(tmp_path: Path) -> None:
     peaks = {}
     for num_layers in (4, 64):

@@ -32,7 +32,7 @@ CROSS_ENTROPIES = ("ce", "ce_shuffled", "oracle_ce")
 
 def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     plan = frozen.plan
-    if plan.recipe.method == "end_to_end":
+    if plan.recipe.whole:
         return classify_end_to_end(frozen, data)
     num_steps = len(frozen.blocks) if plan.recipe.eval.num_steps == "auto" else plan.recipe.eval.num_steps
     return classify_blocks(frozen, data, num_steps)

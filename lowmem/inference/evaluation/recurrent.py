@@ -28,7 +28,7 @@ def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     torch.manual_seed(mix_seed(recipe.train.seed, "evaluate"))
     batches = [part.batch for part in test_parts(frozen, data)]
     by_iterations: list[dict[str, float]] = []
-    if recipe.method == "end_to_end":
+    if recipe.whole:
         for count in ITERATIONS:
             by_iterations.append({"iterations": count, "ce": float(_loop(frozen, batches, count).mean())})
         figures = headline(_loop(frozen, batches, objective.iterations))

@@ -33,7 +33,7 @@ Figures = defaultdict[tuple[str, int, str], list[Tensor]]  # (what, which, figur
 
 def evaluate(frozen: FrozenRun, data: Dataset) -> dict[str, Any]:
     recipe = frozen.plan.recipe
-    if recipe.method == "end_to_end":
+    if recipe.whole:
         return {**headline(frozen.losses(test_batches(frozen, data))), "per_block": []}
     num_steps = len(frozen.blocks) if recipe.eval.num_steps == "auto" else recipe.eval.num_steps
     return evaluate_blocks(frozen, data, num_steps)

@@ -51,7 +51,7 @@ class HuggingfaceModel(ModelConfig):
                 f"{self._where}: vocab_size {known} is smaller than the tokenizer's {vocab_size} tokens; "
                 "allowed: a model that knows every token; give the tokenizer of this model"
             )
-        packs, whole = getattr(recipe.data, "pack", False), recipe.method == "end_to_end"
+        packs, whole = getattr(recipe.data, "pack", False), recipe.whole
         return partial(self._build, content, seq_len, packs, recipe.adapter, whole)
 
     def _classifier(self, content: dict[str, Any], recipe: Recipe, spec: DataSpec) -> BuildModel:
@@ -96,7 +96,7 @@ class HuggingfaceModel(ModelConfig):
                 f"model.trainable: found {self.trainable}; allowed with an adapter, which is all that is "
                 "trained: all; leave one of them out"
             )
-        if recipe.method == "end_to_end":
+        if recipe.whole:
             return None
         why = None
         if self.weights == "pretrained":
