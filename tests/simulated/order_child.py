@@ -35,6 +35,7 @@ from lowmem.blocks.run_dir import RunDir
 from lowmem.blocks.staging import Ring
 from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import BlockStream, block_key
+from lowmem.blocks.sweep_stream import SweepStream
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import UnitStream, Update
 from lowmem.machine.device import Cuda, CudaWay
@@ -133,6 +134,33 @@ def units(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
         del shared
 
 
+def sweeps(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
+    """Two sweeps of two steps, block by block; the second ends a visit."""
+    with opened_store(in_ram) as (kept, device):
+        moving = SweepStream(kept, LAYOUTS, device, stay, True)
+        last = BLOCKS - 1
+        try:
+            for durable in (False, True):
+                for block in range(last):
+                    weights = moving.load(block, whole=False)
+                    moving.prefetch(block + 1, whole=block + 1 == last)
+                    for _ in range(2):
+                        weights[: LAYOUTS[block].weights_bytes].float().sum()
+                    moving.release(block)
+                for block in range(last, -1, -1):
+                    buffer = moving.load(block, whole=True)
+                    if block:
+                        moving.prefetch(block - 1, whole=True)
+                    for _ in range(2):
+                        buffer.add_(1)
+                    moving.keep(block, 1, durable)
+            for write in moving.take_written().values():
+                write.result()
+        finally:
+            moving.close()
+            kept.close()
+
+
 def use(moving: UnitStream, index: int, following: int) -> None:
     weights = moving.load(index)
     if 0 <= following < UNITS:
@@ -170,6 +198,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "units, disk": lambda: units(False),
     "units, ram": lambda: units(True),
     "units, some stay": lambda: units(False, frozenset({0, 3})),
+    "sweeps, disk": lambda: sweeps(False),
+    "sweeps, ram": lambda: sweeps(True),
+    "sweeps, some stay": lambda: sweeps(False, frozenset({0})),
     "borders, ram": lambda: borders(False),
     "borders, disk": lambda: borders(True),
 }
@@ -235,6 +266,14 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "no wait before rows are written": (
         "units, disk",
         lambda: mock.patch.object(Cuda, "wait", wait_in("lowmem-rows")),
+    ),
+    "weights of a sweep given back too early": (
+        "sweeps, ram",
+        lambda: mock.patch.object(staging.SlotPool, "give", give_without_mark),
+    ),
+    "no wait before a swept block is written": (
+        "sweeps, disk",
+        lambda: mock.patch.object(Cuda, "wait", wait_in("lowmem-sweep-writer")),
     ),
     "chunk used again while its copy reads it": (
         "units, disk",

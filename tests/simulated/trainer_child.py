@@ -2,13 +2,15 @@
 
     python trainer_child.py MODEL ARMS COMMON
 
-ARMS: a list of recipe changes in JSON; COMMON: changes for all. Prints one line of JSON: for each arm its
-digest, the accesses that nothing orders, the waits of the thread that computes, by kind, within the steps of
-the second visit, and operations that are not deterministic.
+ARMS: a list of recipe changes in JSON; COMMON: changes for all. An arm with `"on_cpu": true` trains on the
+CPU instead. Prints one line of JSON: for each arm its digest, the accesses that nothing orders, the waits of
+the thread that computes, by kind, within the steps of the second visit, and operations that are not
+deterministic.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -38,6 +40,7 @@ VISIT_STEPS = 3
 
 
 def trained(name: str, changes: dict[str, Any], seed: int) -> dict[str, Any]:
+    on_cpu = changes.pop("on_cpu", False)
     changes = {
         "train__num_steps": 2 * VISIT_STEPS,
         "train__warmup_steps": 1,
@@ -50,18 +53,21 @@ def trained(name: str, changes: dict[str, Any], seed: int) -> dict[str, Any]:
         smaller = {"num_layers": 3} if name != "recurrent_lm" else {"iterations": 2, "backprop_iterations": 1}
         changes["model"] = {"name": name, **exact_runs.MODELS[name][0], **smaller}
     recipe, build = exact_runs.setting(name, **changes)
-    plan = make_plan(build, recipe, load_profile("cuda-8gib-host-24gib"))
+    plan = make_plan(build, recipe, load_profile("cpu-4gib" if on_cpu else "cuda-8gib-host-24gib"))
+    visit_steps, at_once = recipe.blocks.visit_steps, recipe.blocks.sweep_steps
     before: Counter[tuple[str, str]] = Counter()
     waits: Counter[str] = Counter()
 
     def count(event: dict[str, Any]) -> None:
-        """From the record of a step to that of the next. A loss is there at once, so both come at its end."""
+        """From the last record of a step, or sweep, to the first one of the next. A loss is there at once, so
+        records come at the end of what they are about.
+        """
         nonlocal before
         if event["event"] != "step" or event["visit"] != 1:
             return
-        if event["step"] % VISIT_STEPS == 0:
+        if event["step"] % visit_steps == at_once - 1:
             before = WORLD.waits.copy()
-        if event["step"] % VISIT_STEPS == 1:
+        if event["step"] % visit_steps == at_once:
             for (what, thread), number in (WORLD.waits - before).items():
                 if thread == "MainThread":
                     waits[what] += number
@@ -69,7 +75,7 @@ def trained(name: str, changes: dict[str, Any], seed: int) -> dict[str, Any]:
     RACES.clear()
     WORLD.operations.clear()
     WORLD.late = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder, Card():
+    with tempfile.TemporaryDirectory() as folder, contextlib.nullcontext() if on_cpu else Card():
         state = Trainer(build, plan, folder, [count]).fit(exact_runs.batches)
         found = digest(state)
     odd = [name for name in NOT_DETERMINISTIC if WORLD.operations[name]]
