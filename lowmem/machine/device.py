@@ -45,14 +45,18 @@ class DeviceMemory(NamedTuple):
 
 
 class Way:
-    """Copies in one direction. Any thread may call, and each call returns when its bytes are there."""
+    """Copies in one direction, in the order in which they were begun. Any thread may call."""
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """Copies to each target from its source, and returns the seconds that it took."""
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Begins to copy to each target from its source. What it returns must be given to `finish`."""
         began = time.perf_counter()
         for target, source in pairs:
             target.copy_(source)
         return time.perf_counter() - began
+
+    def finish(self, begun: Any) -> float:
+        """Returns when the bytes are there: the seconds that the copies took."""
+        return float(begun)
 
 
 class Later:
@@ -171,7 +175,7 @@ class CudaWay(Way):
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
         # `blocking`: the thread sleeps until the event, and leaves its core to compute.
         event: Any = torch.cuda.Event
         start, end = (event(enable_timing=True, blocking=True) for _ in range(2))
@@ -180,6 +184,10 @@ class CudaWay(Way):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
             end.record()
+        return start, end
+
+    def finish(self, begun: Any) -> float:
+        start, end = begun
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
 

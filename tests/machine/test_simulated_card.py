@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from lowmem.blocks.staging import PIECES_BEGUN
+
 SIMULATED = Path(__file__).parents[1] / "simulated"
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 1800
@@ -55,6 +57,7 @@ def orders(guard: str, as_it_is: int, with_a_fault: int) -> None:
     found = child(guard, "order_child.py", str(as_it_is), str(with_a_fault))
     assert found["clean"] == dict.fromkeys(found["clean"], []) and len(found["clean"]) == 11
     assert found["faults"] == dict.fromkeys(found["faults"], with_a_fault) and len(found["faults"]) == 10
+    assert found["pieces_before_a_border"] == [PIECES_BEGUN, PIECES_BEGUN], "no more than are begun at once"
 
 
 def test_accesses_are_ordered_and_every_planted_fault_is_found(guard: str) -> None:

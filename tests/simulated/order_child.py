@@ -3,7 +3,8 @@
     python order_child.py SEEDS_AS_IT_IS SEEDS_WITH_A_FAULT
 
 Prints one line of JSON: for each fault, in how many seeds the order of accesses was wrong. Kernels are short,
-so bytes would be right by luck: only the order tells.
+so bytes would be right by luck: only the order tells. It also tells after how many pieces of a block, each
+way, a border was copied that came when a block of eight pieces had begun.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import os
 import random
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -213,10 +217,7 @@ def nothing(*_: Any, **__: Any) -> None:
     """In the place of a wait."""
 
 
-def copy_without_wait(self: CudaWay, pairs: Any) -> float:
-    with torch.cuda.stream(self._stream):
-        for target, source in pairs:
-            target.copy_(source, non_blocking=True)
+def finish_without_wait(self: CudaWay, begun: Any) -> float:
     return 0.0
 
 
@@ -230,8 +231,6 @@ def give_without_mark(self: Any, slot: Any, mark: Any = None) -> None:
 
 def wait_in(thread: str) -> Callable[..., None]:
     """Only threads of another name wait."""
-    import threading
-
     wait = Cuda.wait
 
     def waits(self: Cuda, mark: Any) -> None:
@@ -248,7 +247,7 @@ def unfinished(self: UnitStream, unit: int) -> None:
 FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "block handed on before its copy's mark": (
         "blocks, disk",
-        lambda: mock.patch.object(CudaWay, "copy", copy_without_wait),
+        lambda: mock.patch.object(CudaWay, "finish", finish_without_wait),
     ),
     "border copied without compute's mark": (
         "borders, ram",
@@ -277,13 +276,63 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "chunk used again while its copy reads it": (
         "units, disk",
-        lambda: mock.patch.object(CudaWay, "copy", copy_without_wait),
+        lambda: mock.patch.object(CudaWay, "finish", finish_without_wait),
     ),
     "resident block read into memory in use": (
         "residents",
         lambda: mock.patch.object(Cuda, "wait_for_compute", nothing),
     ),
 }
+
+
+def pieces_before_a_border() -> list[int]:
+    """Each way: pieces of a block on the copy stream before a border's copy, of which the block has eight.
+
+    The card is held up until the border's copy is asked for.
+    """
+    found = []
+    for way in (staging.IN, staging.OUT):
+        device, begun, held, came = Cuda(), list[str](), threading.Event(), threading.Event()
+        begin, finish = CudaWay.begin, CudaWay.finish
+
+        def logged(
+            self: CudaWay, pairs: Any, begin: Any = begin, begun: Any = begun, came: Any = came
+        ) -> Any:
+            begun.append(threading.current_thread().name)
+            if len(begun) == staging.PIECES_BEGUN:
+                came.set()
+            return begin(self, pairs)
+
+        def late(self: CudaWay, copies: Any, finish: Any = finish, held: Any = held) -> float:
+            held.wait()
+            return finish(self, copies)  # type: ignore[no-any-return]
+
+        with mock.patch.multiple(CudaWay, begin=logged, finish=late):
+            ring = Ring(device, staging.CHUNK_BYTES, 4 * staging.CHUNK_BYTES)
+            host, there = device.locked(8 * staging.PIECE_BYTES), device.buffer(8 * staging.PIECE_BYTES)
+            assert host is not None
+            pair = (there, host) if way == staging.IN else (host, there)
+            border = device.buffer(1000)
+            with ThreadPoolExecutor(1, "block") as of_block, ThreadPoolExecutor(1, "border") as of_border:
+                done = [of_block.submit(ring.copy, [pair], way)]
+                came.wait()
+                done.append(of_border.submit(copied_as_a_border, ring, border, way))
+                while not ring._lanes[way]._urgent:
+                    time.sleep(1e-3)
+                held.set()
+                for each in done:
+                    each.result()
+        place = next(index for index, name in enumerate(begun) if name.startswith("border"))
+        assert len(begun) == 9, begun
+        found.append(place)
+    return found
+
+
+def copied_as_a_border(ring: Ring, border: torch.Tensor, way: int) -> None:
+    passing = ring.to_device if way == staging.IN else ring.from_device
+    with passing(border, urgent=True) as chunk:
+        if way == staging.IN:
+            chunk.numpy()[:] = 1
 
 
 def wrong(scenario: Callable[[], None], seed: int) -> list[str]:
@@ -299,6 +348,7 @@ def main() -> None:
     simcuda.install()
     for module in (staging, store):
         module.CHUNK_BYTES = 8192  # type: ignore[attr-defined]
+    staging.PIECE_BYTES = 4096
     unit_module.CHUNK_NUMEL["cuda"] = 4 * GROUP_SIZE
     as_it_is, with_a_fault = int(sys.argv[1]), int(sys.argv[2])
     found: dict[str, Any] = {"clean": {}, "faults": {}}
@@ -311,6 +361,8 @@ def main() -> None:
             with planted():
                 count += bool(wrong(SCENARIOS[name], seed))
         found["faults"][fault] = count
+    with Card():
+        found["pieces_before_a_border"] = pieces_before_a_border()
     print(json.dumps(found), flush=True)
     os._exit(0)  # the simulated card must not be torn down in any order
 
