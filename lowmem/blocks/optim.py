@@ -135,8 +135,8 @@ def clip_gradients(grads: Tensor, max_norm: float) -> Tensor:
 
 def whole_factor(norms: Sequence[Tensor], config: OptimizerConfig) -> Tensor:
     """The factor for a whole model's gradients, from the norms of its parts (`optimizer.clip: global`)."""
-    assert config.grad_clip is not None
-    return clip_factor(gradient_norm(torch.stack(list(norms))), config.grad_clip)
+    assert config.scaled_clip is not None
+    return clip_factor(gradient_norm(torch.stack(list(norms))), config.scaled_clip)
 
 
 def clipped(grads: Tensor, config: OptimizerConfig, factor: Tensor | None = None) -> Tensor:
@@ -147,8 +147,8 @@ def clipped(grads: Tensor, config: OptimizerConfig, factor: Tensor | None = None
     if factor is not None:
         grads.mul_(factor.to(grads.dtype))
         return factor
-    if config.grad_clip is not None:
-        return clip_gradients(grads, config.grad_clip)
+    if config.scaled_clip is not None:
+        return clip_gradients(grads, config.scaled_clip)
     return gradient_norm(grads)
 
 
@@ -237,6 +237,8 @@ def update_slices(rows: Rows, grads: Tensor, step: Step) -> None:
 def _update_slice(rows: Rows, grads: Tensor, step: Step) -> None:
     """Updates in fp32 and stores the result in the weights' dtype. It allocates `workspace_bytes`."""
     weights = rows.weights.float()  # not a copy if they are fp32 already
+    if step.config.loss_scale != 1:  # they are in fp16: the copy in fp32 is ours
+        grads = grads.float().mul_(1 / step.config.loss_scale)
     weight_decay = step.config.weight_decay if rows.decay else 0.0
     if rows.matrix is not None:
         _muon(rows.state, weights.view(rows.matrix), grads.float().view(rows.matrix), step, weight_decay)

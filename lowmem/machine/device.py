@@ -33,6 +33,7 @@ CPU_REFUSAL = "DefaultCPUAllocator"  # stands in torch's message about an alloca
 CARD_REFUSALS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "MPS backend out of memory")
 # cuBLAS gives the same bits in every run only with a workspace of a fixed size.
 CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+FP16_SWITCH = "allow_fp16_accumulation"  # of torch.backends.cuda.matmul, for the whole process
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's name since 2.9, and before
 
 
@@ -154,8 +155,10 @@ class Device:
         """Sets what `random_state` has returned."""
 
     @contextlib.contextmanager
-    def deterministic(self, wanted: bool) -> Iterator[None]:
-        """Within it, the same run gives the same bits. On a CPU it does anyway."""
+    def kernels(self, deterministic: bool, fp16_accumulation: bool) -> Iterator[None]:
+        """Within it, the same run gives the same bits where it is to be `deterministic`; on a CPU it does
+        anyway. `fp16_accumulation`: matrix products of fp16 may sum in fp16; a CPU's never do.
+        """
         yield
 
     def total_bytes(self) -> int | None:
@@ -290,13 +293,18 @@ class Cuda(Device):
         torch.cuda.set_rng_state(state, self.torch)
 
     @contextlib.contextmanager
-    def deterministic(self, wanted: bool) -> Iterator[None]:
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(wanted or before)
+    def kernels(self, deterministic: bool, fp16_accumulation: bool) -> Iterator[None]:
+        before, products = torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.matmul
+        summed = getattr(products, FP16_SWITCH, None)  # an older torch has no such switch
+        torch.use_deterministic_algorithms(deterministic or before)
+        if summed is not None:
+            setattr(products, FP16_SWITCH, fp16_accumulation)
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(before)
+            if summed is not None:
+                setattr(products, FP16_SWITCH, summed)
 
     def total_bytes(self) -> int:
         return int(torch.cuda.get_device_properties(self.torch).total_memory)
@@ -356,6 +364,11 @@ def device_of(tensor: Tensor) -> Device:
 def cuda_works() -> bool:
     """Whether torch can use a CUDA card here."""
     return torch.cuda.is_available()
+
+
+def has_fp16_accumulation() -> bool:
+    """Whether this torch lets matrix products of fp16 sum in fp16."""
+    return hasattr(torch.backends.cuda.matmul, FP16_SWITCH)
 
 
 def mps_works() -> bool:

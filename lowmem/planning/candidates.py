@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from lowmem.blocks.optim import has_muon
 from lowmem.errors import ConfigError
+from lowmem.machine.device import has_fp16_accumulation
 from lowmem.machine.profile import Profile
 from lowmem.planning.settings import Settings, Setup
 from lowmem.recipe import Frozen, NoiseConfig, OptimizerName, Precision, Recipe, Tier
@@ -143,6 +144,16 @@ def _micro_batch_sizes(recipe: Recipe) -> list[int]:
 
 
 def _precision(recipe: Recipe, profile: Profile) -> Precision:
+    if recipe.train.fp16_accumulation and profile.device.type != "cuda":
+        raise ConfigError(
+            f"train.fp16_accumulation: found true; allowed on device type {profile.device.type} (profile "
+            f"{profile.name}): false; leave it out"
+        )
+    if recipe.train.fp16_accumulation and not has_fp16_accumulation():
+        raise ConfigError(
+            "train.fp16_accumulation: found true; allowed where torch has it (2.7 or later): false; "
+            "install a newer torch"
+        )
     if recipe.train.precision != "auto":
         return recipe.train.precision
     if profile.device.compute_dtype == "bfloat16":
@@ -160,7 +171,8 @@ def _frozen(recipe: Recipe, profile: Profile) -> Frozen | None:
     """How frozen weights are kept, where there are some."""
     if recipe.adapter is not None:
         return recipe.adapter.base
-    return _precision(recipe, profile) if recipe.model.freezes else None
+    precision = _precision(recipe, profile)
+    return precision if recipe.model.freezes and precision != "float16" else None
 
 
 def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:

@@ -17,7 +17,7 @@ from lowmem.blocks.borders import RANDOM_STATE_BYTES, Borders
 from lowmem.machine.device import Device
 from lowmem.objectives.base import Batch, Kept, Objective
 from lowmem.training.attempt import Attempt
-from lowmem.training.roots import backward_from
+from lowmem.training.roots import backward_from, scaled
 
 
 @dataclass
@@ -42,6 +42,7 @@ class BorderPasses:
         """`objective`: bound to the attempt's model. `pieces`: the layers of each."""
         self.model, self.objective, self.borders = attempt.model, objective, borders
         self._monitor, self._pieces = attempt.monitor, pieces
+        self._optimizer = attempt.plan.recipe.optimizer
         self._states = RandomStates(len(pieces), borders.parts, attempt.device)
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class BorderPasses:
         if last:
             loss = self.objective.leave(out, cond, part.kept, part.batch).mean() / micro_batches
             part.loss = loss.detach()
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled(loss, self._optimizer).backward()  # type: ignore[no-untyped-call]
             del loss
         else:
             backward_from((out, self.borders.get((count, part.index))), (cond, part.cond_grad))

@@ -97,5 +97,8 @@ def _unusual_settings(recipe: Recipe) -> Iterator[str]:
             yield f"{section}.{key} {value:g} (usual: {least:g} to {most:g})"
     if recipe.optimizer.grad_clip is None:
         yield "optimizer.grad_clip null (usual: 1.0)"
+    if recipe.train.precision == "float16":
+        scale = recipe.optimizer.loss_scale
+        yield f"train.precision float16, which ends at 65504, with optimizer.loss_scale {scale:g}: lower it"
     if min(recipe.optimizer.betas) < LEAST_BETA:
         yield f"optimizer.betas {recipe.optimizer.betas} (usual: {LEAST_BETA:g} or more)"

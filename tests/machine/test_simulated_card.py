@@ -82,6 +82,7 @@ EXACT = [
     {"offload__tier": "host", "offload__borders": "device", "offload__resident_layers": 2},
 ]
 ON_CPU: dict[str, Any] = {"on_cpu": True, "offload__tier": "disk"}
+BLOCKS = {"method": "diffusion_blocks"}
 SWEPT = {
     "method": "end_to_end",
     "blocks__sweep_steps": 2,
@@ -92,11 +93,12 @@ CASES = {
     "blocks, bf16, 8-bit": (
         "vit",
         INDEPENDENT,
-        {"train__precision": "bfloat16", "optimizer__name": "adamw8bit"},
+        {**BLOCKS, "train__precision": "bfloat16", "optimizer__name": "adamw8bit"},
     ),
     "exact, fp32": ("causal_lm", EXACT, {"method": "end_to_end", "train__precision": "float32"}),
     "sweeps, fp32": ("causal_lm", [EXACT[0], EXACT[2], ON_CPU], {**SWEPT, "train__precision": "float32"}),
 }
+RECURRENT = ("recurrent_lm", "diffusion_blocks")  # its core is one denoiser, so it has one block
 MORE_CASES = {
     "exact, bf16 weights, 8-bit": (
         "causal_lm",
@@ -108,7 +110,7 @@ MORE_CASES = {
             "optimizer__name": "adamw8bit",
         },
     ),
-    "blocks, fp32": ("vit", [*INDEPENDENT, ON_CPU], {"train__precision": "float32"}),
+    "blocks, fp32": ("vit", [*INDEPENDENT, ON_CPU], {**BLOCKS, "train__precision": "float32"}),
     "sweeps of three, bf16 weights, 8-bit": (
         "vit",
         [EXACT[0], EXACT[1], {**EXACT[2], "offload__prefetch": False}, {**EXACT[3], "offload__tier": "disk"}],
@@ -129,11 +131,11 @@ MORE_CASES = {
         {"method": "end_to_end", "blocks__grow_at": 0.5, "blocks__sweep_steps": 3, "train__num_steps": 12},
     ),
     "exact, muon": ("causal_lm", EXACT, {"method": "end_to_end", "optimizer__name": "muon"}),
-    "blocks, muon": ("dit", INDEPENDENT, {"optimizer__name": "muon"}),
+    "blocks, muon": ("dit", INDEPENDENT, {**BLOCKS, "optimizer__name": "muon"}),
     "rounds": (
         "vit",
         INDEPENDENT,
-        {"blocks__order": "together", "optimizer__name": "adamw", "optimizer__grad_clip": None},
+        {**BLOCKS, "blocks__order": "together", "optimizer__name": "adamw", "optimizer__grad_clip": None},
     ),
     "exact, global clip, recompute, two micro-batches": (
         "vit",
@@ -146,7 +148,11 @@ MORE_CASES = {
         },
     ),
     **{
-        f"{name}, {method}": (name, EXACT if method == "end_to_end" else INDEPENDENT, {"method": method})
+        f"{name}, {method}": (
+            name,
+            EXACT if method == "end_to_end" else INDEPENDENT,
+            {"method": method, "blocks__num_blocks": 1 if (name, method) == RECURRENT else 3},
+        )
         for name in ("dit", "masked_lm", "causal_lm", "recurrent_lm", "tied")
         for method in ("diffusion_blocks", "end_to_end")
         if (name, method) != ("tied", "diffusion_blocks")
@@ -154,7 +160,7 @@ MORE_CASES = {
 }
 
 
-def one_digest(guard: str, model: str, arms: list[dict[str, Any]], common: dict[str, Any]) -> None:
+def one_digest(guard: str, model: str, arms: list[dict[str, Any]], common: dict[str, Any]) -> Any:
     """Every arm, in memory, in RAM and on disk, ends with the same bits. Nothing is left unordered, no
     operation differs from run to run, and within a visit compute waits for nothing.
 
@@ -170,6 +176,7 @@ def one_digest(guard: str, model: str, arms: list[dict[str, Any]], common: dict[
     for arm in found:
         assert arm["races"] == [] and arm["odd"] == []
         assert arm["waits"] == {}
+    return found
 
 
 def test_an_apple_gpus_limits_hold_digits_vit(guard: str, tmp_path: Path) -> None:
@@ -179,13 +186,26 @@ def test_an_apple_gpus_limits_hold_digits_vit(guard: str, tmp_path: Path) -> Non
     assert found["locks"] == 0 and found["digest"]
 
 
+def test_sums_in_fp16_are_switched_on_for_the_run_alone_and_named_in_its_report(guard: str) -> None:
+    common = {"method": "end_to_end", "train__precision": "float16", "optimizer__loss_scale": 1024.0}
+    arms = [{**EXACT[0], "train__fp16_accumulation": True}, EXACT[0], EXACT[2]]
+    found = one_digest(guard, "vit", arms, common)  # a CPU's kernels sum as they do
+    within = [arm["sums_in_fp16"] for arm in found]
+    assert within[0] == {"within": [True], "afterwards": False}
+    assert within[1:] == [{"within": [False], "afterwards": False}] * 2
+    named = ["float16 with loss scale 1024 and fp16 accumulation," in arm["summary"] for arm in found]
+    assert named == [True, False, False] and "float16 with loss scale 1024," in found[1]["summary"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_tier_gives_one_digest_in_order_and_without_waits(guard: str, case: str) -> None:
     one_digest(guard, *CASES[case])
 
 
 # What needs a driver, real kernels, or a card's size.
-ONLY_ON_A_CARD = "nvml or card or resident_digest or flat or planned_one or trace or bench or seven or paced"
+ONLY_ON_A_CARD = (
+    "nvml or card or resident_digest or flat or planned_one or trace or bench or seven or paced or fp16"
+)
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@
 
 ARMS: a list of recipe changes in JSON; COMMON: changes for all. An arm with `"on_cpu": true` trains on the
 CPU instead. Prints one line of JSON: for each arm its digest, the accesses that nothing orders, the waits of
-the thread that computes, by kind, within the steps of the second visit, and operations that are not
-deterministic.
+the thread that computes, by kind, within the steps of the second visit, operations that are not
+deterministic, and whether matrix products may sum in fp16 within the run and afterwards.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from lowmem.machine.profile import load_profile  # noqa: E402
 from lowmem.planning.duration import Work  # noqa: E402
 from lowmem.planning.passes import Pass, PassCounter  # noqa: E402
 from lowmem.planning.plan import make_plan  # noqa: E402
-from lowmem.reporting.report import digest  # noqa: E402
+from lowmem.reporting.report import digest, read_report  # noqa: E402
 from lowmem.training.trainer import Trainer  # noqa: E402
 
 VISIT_STEPS = 3
@@ -57,12 +57,14 @@ def trained(name: str, changes: dict[str, Any], seed: int) -> dict[str, Any]:
     visit_steps, at_once = recipe.blocks.visit_steps, recipe.blocks.sweep_steps
     before: Counter[tuple[str, str]] = Counter()
     waits: Counter[str] = Counter()
+    switches = set[bool]()
 
     def count(event: dict[str, Any]) -> None:
         """From the last record of a step, or sweep, to the first one of the next. A loss is there at once, so
         records come at the end of what they are about.
         """
         nonlocal before
+        switches.add(torch.backends.cuda.matmul.allow_fp16_accumulation)
         if event["event"] != "step" or event["visit"] != 1:
             return
         if event["step"] % visit_steps == at_once - 1:
@@ -77,13 +79,18 @@ def trained(name: str, changes: dict[str, Any], seed: int) -> dict[str, Any]:
     WORLD.late = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder, contextlib.nullcontext() if on_cpu else Card():
         state = Trainer(build, plan, folder, [count]).fit(exact_runs.batches)
-        found = digest(state)
+        found, summary = digest(state), read_report(folder).summary()
     odd = [name for name in NOT_DETERMINISTIC if WORLD.operations[name]]
     return {
         "digest": found,
         "races": list(RACES)[:5],
         "waits": dict(waits),
         "odd": odd,
+        "sums_in_fp16": {
+            "within": sorted(switches),
+            "afterwards": torch.backends.cuda.matmul.allow_fp16_accumulation,
+        },
+        "summary": summary,
         "settings": plan.settings.model_dump(mode="json"),
         "loss": state.blocks[0].loss,
     }
