@@ -29,14 +29,14 @@ from lowmem.schedule import mix_seed
 
 # Elements updated at once, by kind of device: it bounds the temporaries. On a card it is enough that the host
 # starts kernels faster than they end.
-SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024}
+SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024, "xpu": 4 * 1024 * 1024}
 # The same of 8-bit state. On a CPU the kernel's temporaries then stay in its cache, and in the heap: larger
 # ones would be cleared by the system at each slice.
 EIGHT_BIT_SLICE_NUMEL = SLICE_NUMEL | {"cpu": 128 * 1024}
 # Temporaries of the 8-bit kernel for each element, measured on a CPU (about nine fp32 copies). CUDA has none.
-EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0, "mps": 0}
+EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0, "mps": 0, "xpu": 0}
 # Elements whose rounding is drawn at once. The draws depend on it.
-ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024, "mps": 256 * 1024}
+ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024, "mps": 256 * 1024, "xpu": 4 * 1024 * 1024}
 
 MUON_MOMENTUM = 0.95  # of the one moment; torch's default
 

@@ -22,6 +22,7 @@ from lowmem.units import MIB
 
 # A visit that writes less than this waits for the write. Waiting takes milliseconds, and after a kill at most
 # one visit is repeated.
+NO_8_BIT = ("mps", "xpu")  # types of device without an 8-bit kernel that has run here
 WRITE_BESIDE_BYTES = 32 * MIB
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")  # fastest first
 
@@ -177,9 +178,10 @@ def _frozen(recipe: Recipe, profile: Profile) -> Frozen | None:
 
 def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:
     """8-bit state costs no time on CUDA. On a CPU torch's fused fp32 kernel is 13 to 40 times faster."""
-    if recipe.optimizer.name == "adamw8bit" and profile.device.type == "mps":
+    if recipe.optimizer.name == "adamw8bit" and profile.device.type in NO_8_BIT:
         raise ConfigError(
-            f"optimizer.name: found adamw8bit; allowed on device type mps (profile {profile.name}): adamw; "
+            f"optimizer.name: found adamw8bit; allowed on device type {profile.device.type} (profile "
+            f"{profile.name}): adamw; "
             "there is no 8-bit kernel for it: set optimizer.name: adamw"
         )
     if recipe.optimizer.name == "muon" and not has_muon():
@@ -284,8 +286,8 @@ def choices_of(recipe: Recipe, profile: Profile, settings: Settings, noise: Nois
 def _why_optimizer(settings: Settings, profile: Profile) -> str:
     if settings.optimizer == "adamw8bit":
         return "8-bit state costs no time on CUDA"
-    if profile.device.type == "mps":
-        return "there is no 8-bit kernel for device type mps"
+    if profile.device.type in NO_8_BIT:
+        return f"there is no 8-bit kernel for device type {profile.device.type}"
     return "on a CPU 8-bit state costs much time"
 
 

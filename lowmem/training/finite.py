@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowmem.blocks.order import Visit
 from lowmem.errors import TrainingError
+from lowmem.machine.profile import CARDS
 from lowmem.noise import Interval
 from lowmem.recipe import Recipe
 
@@ -46,7 +47,7 @@ class FiniteWatch:
     @property
     def at_once(self) -> bool:
         """Whether the host may look in every step."""
-        return not self._first.is_cuda
+        return self._first.device.type not in CARDS
 
     def first_step(self) -> int | None:
         """Waits for the device. None: all is finite so far."""

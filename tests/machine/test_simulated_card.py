@@ -181,7 +181,7 @@ def one_digest(guard: str, model: str, arms: list[dict[str, Any]], common: dict[
 
 def test_an_apple_gpus_limits_hold_digits_vit(guard: str, tmp_path: Path) -> None:
     """No float64, no 8-bit kernel, no page-locked memory, one memory with the host."""
-    found = child(guard, "mps_child.py", str(tmp_path / "run"), "disk")
+    found = child(guard, "other_device_child.py", "mps", str(tmp_path / "run"), "disk")
     assert found["settings"]["tier"] == "disk" and found["settings"]["optimizer"] == "adamw"
     assert found["locks"] == 0 and found["digest"]
 
@@ -195,6 +195,17 @@ def test_sums_in_fp16_are_switched_on_for_the_run_alone_and_named_in_its_report(
     assert within[1:] == [{"within": [False], "afterwards": False}] * 2
     named = ["float16 with loss scale 1024 and fp16 accumulation," in arm["summary"] for arm in found]
     assert named == [True, False, False] and "float16 with loss scale 1024," in found[1]["summary"]
+
+
+def test_an_intel_gpus_calls_train_in_order_to_one_digest_at_every_tier(guard: str, tmp_path: Path) -> None:
+    """By `torch.accelerator` and `torch.xpu` alone: none of CUDA's streams, events or locks is left."""
+    tiers = ("device", "disk")
+    found = [
+        child(guard, "other_device_child.py", "xpu", str(tmp_path / f"run-{tier}"), tier) for tier in tiers
+    ]
+    assert [arm["settings"]["tier"] for arm in found] == list(tiers)
+    assert found[0]["digest"] == found[1]["digest"] is not None
+    assert [arm["races"] for arm in found] == [[], []] and found[1]["locks"] > 0
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -42,7 +42,7 @@ from lowmem.blocks.stream import BlockStream, block_key
 from lowmem.blocks.sweep_stream import SweepStream
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import UnitStream, Update
-from lowmem.machine.device import Cuda, CudaWay
+from lowmem.machine.device import CardWay, Cuda
 from lowmem.recipe import OptimizerConfig
 
 BLOCKS = 3
@@ -217,7 +217,7 @@ def nothing(*_: Any, **__: Any) -> None:
     """In the place of a wait."""
 
 
-def finish_without_wait(self: CudaWay, begun: Any) -> float:
+def finish_without_wait(self: CardWay, begun: Any) -> float:
     return 0.0
 
 
@@ -247,7 +247,7 @@ def unfinished(self: UnitStream, unit: int) -> None:
 FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "block handed on before its copy's mark": (
         "blocks, disk",
-        lambda: mock.patch.object(CudaWay, "finish", finish_without_wait),
+        lambda: mock.patch.object(CardWay, "finish", finish_without_wait),
     ),
     "border copied without compute's mark": (
         "borders, ram",
@@ -276,7 +276,7 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "chunk used again while its copy reads it": (
         "units, disk",
-        lambda: mock.patch.object(CudaWay, "finish", finish_without_wait),
+        lambda: mock.patch.object(CardWay, "finish", finish_without_wait),
     ),
     "resident block read into memory in use": (
         "residents",
@@ -293,21 +293,21 @@ def pieces_before_a_border() -> list[int]:
     found = []
     for way in (staging.IN, staging.OUT):
         device, begun, held, came = Cuda(), list[str](), threading.Event(), threading.Event()
-        begin, finish = CudaWay.begin, CudaWay.finish
+        begin, finish = CardWay.begin, CardWay.finish
 
         def logged(
-            self: CudaWay, pairs: Any, begin: Any = begin, begun: Any = begun, came: Any = came
+            self: CardWay, pairs: Any, begin: Any = begin, begun: Any = begun, came: Any = came
         ) -> Any:
             begun.append(threading.current_thread().name)
             if len(begun) == staging.PIECES_BEGUN:
                 came.set()
             return begin(self, pairs)
 
-        def late(self: CudaWay, copies: Any, finish: Any = finish, held: Any = held) -> float:
+        def late(self: CardWay, copies: Any, finish: Any = finish, held: Any = held) -> float:
             held.wait()
             return finish(self, copies)  # type: ignore[no-any-return]
 
-        with mock.patch.multiple(CudaWay, begin=logged, finish=late):
+        with mock.patch.multiple(CardWay, begin=logged, finish=late):
             ring = Ring(device, staging.CHUNK_BYTES, 4 * staging.CHUNK_BYTES)
             host, there = device.locked(8 * staging.PIECE_BYTES), device.buffer(8 * staging.PIECE_BYTES)
             assert host is not None
