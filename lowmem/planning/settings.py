@@ -253,6 +253,7 @@ class Setup:
             self.recipe.offload.prefetch,
             copied=KINDS[self.profile.device.type].copies,
             num_blocks=len(moving),
+            shared_bytes=self.shared.total_bytes,
         )
 
     @property
