@@ -127,6 +127,17 @@ def test_digits_train_and_are_evaluated_in_fp16_and_the_report_says_so(tmp_path:
             "optimizer.loss_scale: found 2; allowed with train.precision auto: 1",
         ),
         ({**FLOAT16, "train__weights": "bfloat16"}, "train.weights: found bfloat16; allowed with"),
+        (
+            {
+                **FLOAT16,
+                "method": "end_to_end",
+                "model": {"name": "huggingface", "path": "decoder"},
+                "adapter": {"name": "lora"},
+                "data": {"name": "custom"},
+                "train__seq_len": 8,
+            },
+            "train.precision: found float16; allowed where weights are frozen",
+        ),
         *(
             (
                 {"train__precision": precision, "train__fp16_accumulation": True},
