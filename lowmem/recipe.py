@@ -48,10 +48,11 @@ FOLDERS = ("idx_images", "image_folder", "latent_arrays")  # kinds of data whose
 LEAST_PROBABILITY = 1e-3  # that a drawn level lies in [sigma_min, sigma_max]
 Auto = Literal["auto"]
 Tier = Literal["device", "host", "disk"]
-Precision = Literal["float32", "bfloat16"]
+Kept = Literal["float32", "bfloat16"]  # how trained weights are kept
+Precision = Kept | Literal["float16"]  # of compute and gradients
 Quantised = Literal["int8", "nf4"]
 QUANTISED: tuple[Quantised, ...] = ("int8", "nf4")
-Frozen = Precision | Quantised  # how frozen weights are kept
+Frozen = Kept | Quantised  # how frozen weights are kept
 # muon: the blocks' matrices by Muon, with one moment; everything else by adamw
 OptimizerName = Literal["adamw8bit", "adamw", "muon"]
 # block_coordinate: the loss of the whole model, whose blocks are trained in turn by exact gradients
@@ -264,9 +265,12 @@ class TrainConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 0
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
-    precision: Auto | Precision = "auto"  # bfloat16: compute and gradients in bf16
+    # bfloat16, float16: compute and gradients in that. float16 needs optimizer.loss_scale.
+    precision: Auto | Precision = "auto"
+    # CUDA and float16: matrix products also sum in fp16, which some cards do twice as fast.
+    fp16_accumulation: bool = False
     # How weights are kept. auto: float32. bfloat16: rounded stochastically, with no fp32 copy anywhere.
-    weights: Auto | Precision = "auto"
+    weights: Auto | Kept = "auto"
     recompute: Auto | bool = "auto"  # activation checkpointing of each layer
     # Out of memory in a visit. shrink: go on from the last commit with half the micro-batch.
     on_oom: Literal["stop", "shrink"] = "stop"
@@ -290,6 +294,13 @@ class OptimizerConfig(Section):
     # Decay per step of an average of the weights, kept in fp32 and used to evaluate and sample. None = none
     # is kept.
     ema: Decay | None = None
+    # float16: backward starts from the loss times this power of two, and an update divides by it.
+    loss_scale: Annotated[float, Field(ge=1, le=2**15)] = 1.0
+
+    @property
+    def scaled_clip(self) -> float | None:
+        """The largest norm of gradients of the scaled loss."""
+        return None if self.grad_clip is None else self.grad_clip * self.loss_scale
 
     @property
     def clips_whole(self) -> bool:
@@ -418,6 +429,35 @@ def _bf16_weights_in_fp32(recipe: Recipe) -> str | None:
         "train.weights: found bfloat16; allowed with train.precision float32: float32; "
         "set train.precision: bfloat16"
     )
+
+
+def _scale_that_cannot_be(recipe: Recipe) -> str | None:
+    precision, scale = recipe.train.precision, recipe.optimizer.loss_scale
+    found = f"optimizer.loss_scale: found {scale:g}; allowed with train.precision {precision}"
+    if precision != "float16":
+        return None if scale == 1 else f"{found}: 1; leave it out"
+    if scale == 1 or math.frexp(scale)[0] != 0.5:
+        return f"{found}: a power of two from 2 to {2**15}; set 1024"
+    return None
+
+
+def _float16_that_cannot_be(recipe: Recipe) -> str | None:
+    train = recipe.train
+    if train.fp16_accumulation and train.precision != "float16":
+        return (
+            f"train.fp16_accumulation: found true; allowed with train.precision {train.precision}: false; "
+            "set train.precision: float16"
+        )
+    if train.precision != "float16":
+        return None
+    if train.weights == "bfloat16":
+        return "train.weights: found bfloat16; allowed with train.precision float16: float32; set it"
+    if recipe.adapter is not None or recipe.model.freezes:
+        return (
+            "train.precision: found float16; allowed where weights are frozen: auto, float32, bfloat16; "
+            "set train.precision: bfloat16"
+        )
+    return None
 
 
 def _update_before_gradients_are_whole(recipe: Recipe) -> str | None:
@@ -591,6 +631,8 @@ CONTRADICTIONS = (
     _more_blocks_than_layers,
     _batch_not_divided,
     _bf16_weights_in_fp32,
+    _scale_that_cannot_be,
+    _float16_that_cannot_be,
     _update_before_gradients_are_whole,
     _warmup_longer_than_the_run,
     _sweep_that_cannot_be,

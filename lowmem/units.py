@@ -71,3 +71,9 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def arithmetic_text(precision: str, loss_scale: float, fp16_accumulation: bool) -> str:
+    """How a run computes, as it stands beside its figures."""
+    scaled = f" with loss scale {loss_scale:g}" if loss_scale != 1 else ""
+    return f"{precision}{scaled}{' and fp16 accumulation' if fp16_accumulation else ''}"

@@ -71,7 +71,7 @@ def test_a_recipe_is_read_only(recipe_path: Path) -> None:
         ("data.name=digit", ["data.name", "'digit'", "did you mean 'digits'?"]),
         ("optimizer.name=adam8bit", ["optimizer.name", "'adam8bit'", "did you mean 'adamw8bit'?"]),
         ("method=end2end", ["method", "'end2end'", "did you mean 'end_to_end'?"]),
-        ("train.precision=float16", ["train.precision", "'float16'", "did you mean 'bfloat16'?"]),
+        ("train.precision=float6", ["train.precision", "'float6'", "did you mean 'float16'?"]),
         ("offload.tier=disc", ["offload.tier", "'disc'", "did you mean 'disk'?"]),
     ],
 )

@@ -303,7 +303,7 @@ class AwayBorders(Borders):
             slot[: len(flat)].copy_(flat)
         else:
             for part in self._ring.parts(len(flat)):
-                with self._ring.from_device(flat[part]) as chunk:
+                with self._ring.from_device(flat[part], urgent=True) as chunk:
                     slot.numpy()[part] = chunk.numpy()
         if self._file is not None and self._path is not None:
             with refusals_of(self._path, StoreError):
@@ -322,7 +322,7 @@ class AwayBorders(Borders):
             flat.copy_(slot[: len(flat)])
         else:
             for part in self._ring.parts(len(flat)):
-                with self._ring.to_device(flat[part]) as chunk:
+                with self._ring.to_device(flat[part], urgent=True) as chunk:
                     chunk.numpy()[:] = slot.numpy()[part]
         return target
 

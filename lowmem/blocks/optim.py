@@ -29,14 +29,14 @@ from lowmem.schedule import mix_seed
 
 # Elements updated at once, by kind of device: it bounds the temporaries. On a card it is enough that the host
 # starts kernels faster than they end.
-SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024}
+SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024, "xpu": 4 * 1024 * 1024}
 # The same of 8-bit state. On a CPU the kernel's temporaries then stay in its cache, and in the heap: larger
 # ones would be cleared by the system at each slice.
 EIGHT_BIT_SLICE_NUMEL = SLICE_NUMEL | {"cpu": 128 * 1024}
 # Temporaries of the 8-bit kernel for each element, measured on a CPU (about nine fp32 copies). CUDA has none.
-EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0, "mps": 0}
+EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0, "mps": 0, "xpu": 0}
 # Elements whose rounding is drawn at once. The draws depend on it.
-ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024, "mps": 256 * 1024}
+ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024, "mps": 256 * 1024, "xpu": 4 * 1024 * 1024}
 
 MUON_MOMENTUM = 0.95  # of the one moment; torch's default
 
@@ -135,8 +135,8 @@ def clip_gradients(grads: Tensor, max_norm: float) -> Tensor:
 
 def whole_factor(norms: Sequence[Tensor], config: OptimizerConfig) -> Tensor:
     """The factor for a whole model's gradients, from the norms of its parts (`optimizer.clip: global`)."""
-    assert config.grad_clip is not None
-    return clip_factor(gradient_norm(torch.stack(list(norms))), config.grad_clip)
+    assert config.scaled_clip is not None
+    return clip_factor(gradient_norm(torch.stack(list(norms))), config.scaled_clip)
 
 
 def clipped(grads: Tensor, config: OptimizerConfig, factor: Tensor | None = None) -> Tensor:
@@ -147,8 +147,8 @@ def clipped(grads: Tensor, config: OptimizerConfig, factor: Tensor | None = None
     if factor is not None:
         grads.mul_(factor.to(grads.dtype))
         return factor
-    if config.grad_clip is not None:
-        return clip_gradients(grads, config.grad_clip)
+    if config.scaled_clip is not None:
+        return clip_gradients(grads, config.scaled_clip)
     return gradient_norm(grads)
 
 
@@ -237,6 +237,8 @@ def update_slices(rows: Rows, grads: Tensor, step: Step) -> None:
 def _update_slice(rows: Rows, grads: Tensor, step: Step) -> None:
     """Updates in fp32 and stores the result in the weights' dtype. It allocates `workspace_bytes`."""
     weights = rows.weights.float()  # not a copy if they are fp32 already
+    if step.config.loss_scale != 1:  # they are in fp16: the copy in fp32 is ours
+        grads = grads.float().mul_(1 / step.config.loss_scale)
     weight_decay = step.config.weight_decay if rows.decay else 0.0
     if rows.matrix is not None:
         _muon(rows.state, weights.view(rows.matrix), grads.float().view(rows.matrix), step, weight_decay)

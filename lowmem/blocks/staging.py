@@ -11,6 +11,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lowmem.blocks.arena import aligned_buffer
 from lowmem.blocks.traffic import Traffic, TransferTimes
-from lowmem.machine.device import Device, Mark
+from lowmem.machine.device import Device, Mark, Way
 from lowmem.units import MIB
 
 CHUNK_BYTES = 16 * MIB  # one request to the disk, one copy, and one part of a file's digest
@@ -27,6 +28,8 @@ CHUNK_BYTES = 16 * MIB  # one request to the disk, one copy, and one part of a f
 THREADS = 2
 RING_CHUNKS = 2 * THREADS
 SMALLEST_RING = 2  # chunks: one each way
+PIECE_BYTES = CHUNK_BYTES // 2  # of a copy: what it is cut into
+PIECES_BEGUN = 2  # at once on a way: one is copied, and one is there when that is done
 IN, OUT = 0, 1  # host to device, device to host
 
 
@@ -104,6 +107,79 @@ class Pace:
         time.sleep(max(0.0, due - time.perf_counter()))
 
 
+def pieces_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Cuts copies between flat buffers (uint8) into pieces of at most PIECE_BYTES."""
+    piece, room = list[tuple[Tensor, Tensor]](), PIECE_BYTES
+    for target, source in pairs:
+        done = 0
+        while done < len(source):
+            stop = min(done + room, len(source))
+            piece.append((target[done:stop], source[done:stop]))
+            room, done = room - (stop - done), stop
+            if not room:
+                yield piece
+                piece, room = [], PIECE_BYTES
+    if piece:
+        yield piece
+
+
+class Lane:
+    """A way to or from the device whose copies are cut into pieces, so that an urgent one need not wait.
+
+    Few pieces are begun at once. So an urgent copy waits for those alone, and no longer one gets ahead of it.
+    """
+
+    def __init__(self, way: Way) -> None:
+        self._way, self._turn = way, threading.Condition()
+        self._begun = self._urgent = 0  # pieces; urgent copies that are under way
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], urgent: bool) -> float:
+        """Returns when the bytes are there: the seconds that it took."""
+        taken_s, mine = 0.0, deque[Any]()
+        self._count(urgent=int(urgent))
+        try:
+            for piece in pieces_of(pairs):
+                while not self._may_begin(urgent, wait=not mine):
+                    taken_s += self._finish(mine)
+                mine.append(self._begin(piece))
+        finally:
+            while mine:
+                taken_s += self._finish(mine)
+            self._count(urgent=-int(urgent))
+        return taken_s
+
+    def _may_begin(self, urgent: bool, wait: bool) -> bool:
+        """Takes a turn. `wait`: until there is one, which must not be while the caller's own are not over."""
+
+        def free() -> bool:
+            return self._begun < PIECES_BEGUN and (urgent or not self._urgent)
+
+        with self._turn:
+            if wait:
+                self._turn.wait_for(free)
+            taken = free()
+            self._begun += taken
+            return taken
+
+    def _begin(self, piece: list[tuple[Tensor, Tensor]]) -> Any:
+        try:
+            return self._way.begin(piece)
+        except BaseException:
+            self._count(begun=-1)
+            raise
+
+    def _finish(self, mine: deque[Any]) -> float:
+        try:
+            return self._way.finish(mine.popleft())
+        finally:
+            self._count(begun=-1)
+
+    def _count(self, begun: int = 0, urgent: int = 0) -> None:
+        with self._turn:
+            self._begun, self._urgent = self._begun + begun, self._urgent + urgent
+            self._turn.notify_all()
+
+
 class Ring:
     """Chunks of host memory between host and device; counts what passes them."""
 
@@ -118,7 +194,7 @@ class Ring:
         self.device, self.chunk_bytes = device, min(CHUNK_BYTES, max_chunk_bytes)
         self._passed_bytes, self._copy_s = [0, 0], [0.0, 0.0]  # IN, OUT
         self._paces, self._counting = paces or (Pace(), Pace()), threading.Lock()
-        self._ways = device.way(), device.way()
+        self._lanes = Lane(device.way()), Lane(device.way())
         chunks = list[Tensor]()
         while len(chunks) < min(RING_CHUNKS, lockable_bytes // self.chunk_bytes):
             locked = device.locked(self.chunk_bytes)
@@ -154,33 +230,34 @@ class Ring:
         """Lets go of the chunks; copies must have finished."""
         self._chunks.clear()
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], way: int) -> None:
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], way: int, urgent: bool = False) -> None:
         """Copies to each target from its source past the chunks, where the host's side is page-locked itself.
 
-        Kernels that write the sources must have finished.
+        Kernels that write the sources must have finished. `urgent`: compute waits for it soon, so it goes
+        before copies that are not.
         """
         num_bytes = sum(source.numel() for _, source in pairs)
         with self._paces[way](num_bytes):
-            copy_s = self._ways[way].copy(pairs)
+            copy_s = self._lanes[way].copy(pairs, urgent)
         with self._counting:
             self._passed_bytes[way] += num_bytes
             self._copy_s[way] += max(copy_s, self._paces[way].least_s(num_bytes))
 
     @contextlib.contextmanager
-    def to_device(self, part: Tensor) -> Iterator[Tensor]:
+    def to_device(self, part: Tensor, urgent: bool = False) -> Iterator[Tensor]:
         """Gives a chunk to fill; on leaving, its bytes are copied to `part`, a tensor on the device."""
         with self._chunk(part) as chunk:
             yield chunk
-            self.copy([(part, chunk)], IN)
+            self.copy([(part, chunk)], IN, urgent)
 
     @contextlib.contextmanager
-    def from_device(self, part: Tensor) -> Iterator[Tensor]:
+    def from_device(self, part: Tensor, urgent: bool = False) -> Iterator[Tensor]:
         """Gives a chunk that holds the bytes of `part`, a tensor on the device.
 
         Kernels that write `part` must have finished.
         """
         with self._chunk(part) as chunk:
-            self.copy([(chunk, part)], OUT)
+            self.copy([(chunk, part)], OUT, urgent)
             yield chunk
 
     def parts(self, num_bytes: int) -> Iterator[slice]:

@@ -50,14 +50,16 @@ def num_slots(copied: bool, prefetch: bool, num_blocks: int) -> int:
 
 
 def staging_bytes(
-    slot_bytes: int, resident: bool, prefetch: bool, copied: bool, num_blocks: int
+    slot_bytes: int, resident: bool, prefetch: bool, copied: bool, num_blocks: int, shared_bytes: int = 0
 ) -> tuple[int, int]:
     """Bytes of (device, host) that streaming takes beside the block in compute.
+
+    `shared_bytes`: of the shared part, which passes the ring when it is written.
 
     On unified memory both come out of the same pool.
     """
     slots = 0 if resident else (num_slots(copied, prefetch, num_blocks) - 1) * slot_bytes
-    return slots, ring_bytes(slot_bytes) if copied else 0
+    return slots, ring_bytes(max(slot_bytes, shared_bytes)) if copied else 0
 
 
 class BlockStream:

@@ -22,7 +22,7 @@ from lowmem.units import PAGE, round_up
 
 # Weights that an update reads, changes and writes back at once, by kind of device: what a processor's cache
 # holds, or enough that a card is not kept waiting for the next kernel.
-CHUNK_NUMEL = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024}
+CHUNK_NUMEL = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024, "xpu": 4 * 1024 * 1024}
 
 
 class Pages(NamedTuple):

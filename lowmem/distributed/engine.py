@@ -49,6 +49,8 @@ def engine_refusal(recipe: Recipe, plan: Plan, size: int) -> str:
         return f"optimizer.clip: {found}: found 'block'; allowed: global, or grad_clip null; set it"
     if train.batch_size % size:
         return f"ranks: found {size} for train.batch_size {train.batch_size}; allowed: a divisor of it"
+    if plan.settings.precision == "float16":
+        return f"train.precision: {found}: found float16; allowed: float32, bfloat16; set it"
     if plan.settings.weights != "float32" or recipe.adapter is not None or recipe.model.freezes:
         return f"train.weights: {found}: allowed: float32, and all weights trained; train on one device"
     if recipe.blocks.sweep_steps > 1 or recipe.blocks.grow_at is not None:

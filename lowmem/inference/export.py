@@ -136,11 +136,10 @@ def _write_beside(folder: Path, frozen: FrozenRun, model: HuggingfaceLm | Huggin
     content = {key: value for key, value in read_config(source).items() if key != "torch_dtype"}
     adapted = is_adapted(frozen) and settings.frozen
     dtype = adapted or ("float32" if settings.ema else settings.weights)
-    if dtype in QUANTISED:  # they are made whole
-        dtype = settings.precision
     if isinstance(model, HuggingfaceVit):
         content |= model.content(None if frozen.plan.data is None else frozen.plan.data.class_names)
-    _write(folder / CONFIG, {**content, "architectures": [model.family.model], "dtype": dtype})
+    made: str = settings.precision if dtype in QUANTISED else dtype  # quantised ones are made whole
+    _write(folder / CONFIG, {**content, "architectures": [model.family.model], "dtype": made})
     for name in BESIDE:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -41,10 +41,14 @@ RUNTIME_PROBE_TIMEOUT_S = 300
 
 def training_device(profile: Profile) -> Device:
     """Returns the device to train on. Raises ProfileError if this machine has none of the profile's type."""
-    from lowmem.machine.device import cuda_works, mps_works, open_device
+    from lowmem.machine.device import cuda_works, mps_works, open_device, xpu_works
 
     kind = profile.device.type
-    works = {"cuda": ("a CUDA device", cuda_works), "mps": ("an Apple GPU", mps_works)}
+    works = {
+        "cuda": ("a CUDA device", cuda_works),
+        "mps": ("an Apple GPU", mps_works),
+        "xpu": ("an Intel GPU", xpu_works),
+    }
     if kind in works and not works[kind][1]():
         raise ProfileError(
             f"profile {profile.name}: needs {works[kind][0]} and none is found here; "

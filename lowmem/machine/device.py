@@ -30,9 +30,15 @@ from lowmem.units import PAGE
 Mark = Any  # None, or an event of torch
 CPU_REFUSAL = "DefaultCPUAllocator"  # stands in torch's message about an allocation that failed on a CPU
 # What torch says of a card's memory that has run out, where it raises no OutOfMemoryError.
-CARD_REFUSALS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "MPS backend out of memory")
+CARD_REFUSALS = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "MPS backend out of memory",
+    "XPU out of memory",
+)
 # cuBLAS gives the same bits in every run only with a workspace of a fixed size.
 CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+FP16_SWITCH = "allow_fp16_accumulation"  # of torch.backends.cuda.matmul, for the whole process
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch's name since 2.9, and before
 
 
@@ -45,14 +51,18 @@ class DeviceMemory(NamedTuple):
 
 
 class Way:
-    """Copies in one direction. Any thread may call, and each call returns when its bytes are there."""
+    """Copies in one direction, in the order in which they were begun. Any thread may call."""
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """Copies to each target from its source, and returns the seconds that it took."""
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        """Begins to copy to each target from its source. What it returns must be given to `finish`."""
         began = time.perf_counter()
         for target, source in pairs:
             target.copy_(source)
         return time.perf_counter() - began
+
+    def finish(self, begun: Any) -> float:
+        """Returns when the bytes are there: the seconds that the copies took."""
+        return float(begun)
 
 
 class Later:
@@ -150,8 +160,10 @@ class Device:
         """Sets what `random_state` has returned."""
 
     @contextlib.contextmanager
-    def deterministic(self, wanted: bool) -> Iterator[None]:
-        """Within it, the same run gives the same bits. On a CPU it does anyway."""
+    def kernels(self, deterministic: bool, fp16_accumulation: bool) -> Iterator[None]:
+        """Within it, the same run gives the same bits where it is to be `deterministic`; on a CPU it does
+        anyway. `fp16_accumulation`: matrix products of fp16 may sum in fp16; a CPU's never do.
+        """
         yield
 
     def total_bytes(self) -> int | None:
@@ -167,24 +179,26 @@ class Device:
         return "cpu"
 
 
-class CudaWay(Way):
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+class CardWay(Way):
+    def __init__(self, card: Card) -> None:
+        self._card, self._stream = card, card.stream()
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
-        # `blocking`: the thread sleeps until the event, and leaves its core to compute.
-        event: Any = torch.cuda.Event
-        start, end = (event(enable_timing=True, blocking=True) for _ in range(2))
-        with torch.cuda.stream(self._stream):
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        start, end = self._card.event(timed=True), self._card.event(timed=True)
+        with self._card.on(self._stream):
             start.record()
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
             end.record()
+        return start, end
+
+    def finish(self, begun: Any) -> float:
+        start, end = begun
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000
 
 
-class CudaLater(Later):
+class CardLater(Later):
     def __init__(self, value: Tensor, device: Device) -> None:
         self._there = torch.empty((), dtype=value.dtype, pin_memory=True)
         self._there.copy_(value, non_blocking=True)
@@ -200,11 +214,68 @@ class CudaLater(Later):
         return float(self._there)
 
 
-class Cuda(Device):
+class Card(Device):
+    """A device with memory of its own, which works in the order of its streams."""
+
+    copies = True
+
+    def stream(self) -> Any:
+        """A stream beside that of compute."""
+        raise NotImplementedError
+
+    def event(self, timed: bool = False) -> Any:
+        """The thread that waits for it sleeps, and leaves its core to compute."""
+        raise NotImplementedError
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """Within it the calling thread gives its work to that stream."""
+        raise NotImplementedError
+
+    def compute(self) -> Any:
+        """The stream that the calling thread gives its work to."""
+        raise NotImplementedError
+
+    def mark(self) -> Mark:
+        event = self.event()
+        event.record(self.compute())
+        return event
+
+    def wait(self, mark: Mark) -> None:
+        if mark is not None:
+            self.waits[threading.current_thread().name] += 1
+            mark.synchronize()
+
+    def way(self) -> Way:
+        return CardWay(self)
+
+    def locked(self, num_bytes: int) -> Tensor | None:
+        try:
+            buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:
+            return None
+        return buffer if buffer.data_ptr() % PAGE == 0 else None
+
+    def bring(self, value: Tensor) -> Tensor:
+        # A copy from memory that is not locked would wait for all that the card has been given.
+        return (value if value.is_pinned() else value.pin_memory()).to(self.torch, non_blocking=True)
+
+    def later(self, value: Tensor) -> Later:
+        return CardLater(value, self)
+
+    @contextlib.contextmanager
+    def kernels(self, deterministic: bool, fp16_accumulation: bool) -> Iterator[None]:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(deterministic or before)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+class Cuda(Card):
     """A CUDA card. ROCm's build of torch shows its cards under the same names."""
 
     kind = "cuda"
-    copies = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,25 +286,17 @@ class Cuda(Device):
                 # little more than what is used.
                 os.environ.update(dict.fromkeys(ALLOCATOR_VARIABLES, "expandable_segments:True"))
 
-    def mark(self) -> Mark:
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.torch))
-        return event
+    def stream(self) -> Any:
+        return torch.cuda.Stream(self.torch)  # type: ignore[no-untyped-call]
 
-    def wait(self, mark: Mark) -> None:
-        if mark is not None:
-            self.waits[threading.current_thread().name] += 1
-            mark.synchronize()
+    def event(self, timed: bool = False) -> Any:
+        return torch.cuda.Event(enable_timing=timed, blocking=True)  # type: ignore[no-untyped-call]
 
-    def way(self) -> Way:
-        return CudaWay(self.torch)
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(stream)
 
-    def locked(self, num_bytes: int) -> Tensor | None:
-        try:
-            buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:
-            return None
-        return buffer if buffer.data_ptr() % PAGE == 0 else None
+    def compute(self) -> Any:
+        return torch.cuda.current_stream(self.torch)
 
     def lock(self, buffer: Tensor) -> bool:
         return self._accepted(self._cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0))
@@ -251,13 +314,6 @@ class Cuda(Device):
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self.torch)
         return False
-
-    def bring(self, value: Tensor) -> Tensor:
-        # A copy from memory that is not locked would wait for all that the card has been given.
-        return (value if value.is_pinned() else value.pin_memory()).to(self.torch, non_blocking=True)
-
-    def later(self, value: Tensor) -> Later:
-        return CudaLater(value, self)
 
     def memory(self) -> DeviceMemory:
         found = torch.cuda.memory_stats_as_nested_dict(
@@ -282,13 +338,17 @@ class Cuda(Device):
         torch.cuda.set_rng_state(state, self.torch)
 
     @contextlib.contextmanager
-    def deterministic(self, wanted: bool) -> Iterator[None]:
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(wanted or before)
+    def kernels(self, deterministic: bool, fp16_accumulation: bool) -> Iterator[None]:
+        products = torch.backends.cuda.matmul
+        summed = getattr(products, FP16_SWITCH, None)  # an older torch has no such switch
+        if summed is not None:
+            setattr(products, FP16_SWITCH, fp16_accumulation)
         try:
-            yield
+            with super().kernels(deterministic, fp16_accumulation):
+                yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            if summed is not None:
+                setattr(products, FP16_SWITCH, summed)
 
     def total_bytes(self) -> int:
         return int(torch.cuda.get_device_properties(self.torch).total_memory)
@@ -299,6 +359,52 @@ class Cuda(Device):
 
     def name(self) -> str:
         return str(torch.cuda.get_device_name(self.torch))
+
+
+class Xpu(Card):
+    """An Intel GPU, by `torch.accelerator` where that has a call. Prepared, and never run on one."""
+
+    kind = "xpu"
+    has_float64 = False  # many of them have none
+
+    def stream(self) -> Any:
+        return torch.Stream(self.torch)
+
+    def event(self, timed: bool = False) -> Any:
+        return torch.Event(self.torch, enable_timing=timed, blocking=True)
+
+    def on(self, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        entered: contextlib.AbstractContextManager[Any] = stream
+        return entered
+
+    def compute(self) -> Any:
+        return torch.accelerator.current_stream(self.torch)
+
+    def memory(self) -> DeviceMemory:
+        found = torch.accelerator.memory_stats(self.torch)
+        allocated, reserved = (
+            found.get(f"{name}_bytes.all.current", 0) for name in ("allocated", "reserved")
+        )
+        return DeviceMemory(allocated, reserved, found.get("num_alloc_retries", 0))
+
+    def cap(self, num_bytes: int) -> None:
+        share = min(max(num_bytes, 0) / self.total_bytes(), 1.0)
+        torch.xpu.set_per_process_memory_fraction(share, self.torch)
+
+    def give_back(self) -> None:
+        torch.accelerator.empty_cache()
+
+    def random_state(self) -> Tensor:
+        return torch.xpu.get_rng_state(self.torch)
+
+    def set_random_state(self, state: Tensor) -> None:
+        torch.xpu.set_rng_state(state, self.torch)
+
+    def total_bytes(self) -> int:
+        return int(torch.xpu.get_device_properties(self.torch).total_memory)
+
+    def name(self) -> str:
+        return str(torch.xpu.get_device_name(self.torch))
 
 
 class Mps(Device):
@@ -328,7 +434,7 @@ class Mps(Device):
         return "Apple GPU"
 
 
-KINDS: dict[str, type[Device]] = {"cpu": Device, "cuda": Cuda, "mps": Mps}
+KINDS: dict[str, type[Device]] = {"cpu": Device, "cuda": Cuda, "mps": Mps, "xpu": Xpu}
 
 
 @functools.cache
@@ -350,9 +456,19 @@ def cuda_works() -> bool:
     return torch.cuda.is_available()
 
 
+def has_fp16_accumulation() -> bool:
+    """Whether this torch lets matrix products of fp16 sum in fp16."""
+    return hasattr(torch.backends.cuda.matmul, FP16_SWITCH)
+
+
 def mps_works() -> bool:
     """Whether torch can use an Apple GPU here."""
     return torch.backends.mps.is_available()
+
+
+def xpu_works() -> bool:
+    """Whether torch can use an Intel GPU here."""
+    return torch.xpu.is_available()
 
 
 def cuda_has_begun() -> bool:

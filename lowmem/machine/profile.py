@@ -19,13 +19,14 @@ from lowmem.units import GIB, from_gib
 Gib = Annotated[float, Field(ge=0, le=2**20)]  # up to 1 PiB
 Memory = Annotated[float, Field(ge=2**-10, le=2**20)]  # from 1 MiB on
 Rate = Annotated[float, Field(ge=1e-6, le=1e6)]  # from 1 KiB/s to 1 PiB/s; 10^12 to 10^18 operations/s
-# What process and driver take before the first tensor.
 DETECTED = "detected"  # the name of such a profile
-RUNTIME_FLOOR_GIB = {"cpu": 0.162, "mps": 0.162, "cuda": 0.45}
+CARDS = ("cuda", "xpu")  # types that have memory of their own
+# What process and driver take before the first tensor.
+RUNTIME_FLOOR_GIB = {"cpu": 0.162, "mps": 0.162, "cuda": 0.45, "xpu": 0.45}
 
 
 class DeviceSpec(Section):
-    type: Literal["cuda", "cpu", "mps"]
+    type: Literal["cuda", "cpu", "mps", "xpu"]
     memory_gib: Memory
     reserve_gib: Gib = 0.0  # for the desktop, the system and other processes
     compute_dtype: Literal["float32", "bfloat16", "float16"]
@@ -34,7 +35,7 @@ class DeviceSpec(Section):
     memory_gib_per_s: Rate | None = None  # of the device's memory, read and written
     # taken before the first tensor; None: RUNTIME_FLOOR_GIB of the type
     runtime_gib: Gib | None = None
-    unified: bool | None = None  # one memory for device and host; None: by type (all but cuda)
+    unified: bool | None = None  # one memory for device and host; None: by type (all but cuda and xpu)
 
 
 class HostSpec(Section):
@@ -76,7 +77,7 @@ class Profile(Section):
                     f"{part}.reserve_gib: found {spec.reserve_gib}; "
                     f"allowed: below {part}.memory_gib = {spec.memory_gib}; lower it"
                 )
-        if device.type != "cuda" and device.unified is False:
+        if device.type not in CARDS and device.unified is False:
             raise ValueError(
                 f"device.unified: found false; a {device.type} device computes in the host's memory; "
                 "remove the key"
@@ -89,7 +90,7 @@ class Profile(Section):
             )
         if not self.unified and self.link is None:
             raise ValueError(
-                "key 'link' is missing; a cuda device needs its two rates in GiB/s: "
+                f"key 'link' is missing; a {device.type} device needs its two rates in GiB/s: "
                 "add it, or device.unified: true"
             )
         return self
@@ -97,7 +98,7 @@ class Profile(Section):
     @property
     def unified(self) -> bool:
         """Tells whether device and host are one pool of memory; the two budgets are then the same one."""
-        return self.device.type != "cuda" if self.device.unified is None else self.device.unified
+        return self.device.type not in CARDS if self.device.unified is None else self.device.unified
 
     @property
     def is_detected(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 from lowmem.blocks.optim import has_muon
 from lowmem.errors import ConfigError
+from lowmem.machine.device import has_fp16_accumulation
 from lowmem.machine.profile import Profile
 from lowmem.planning.settings import Settings, Setup
 from lowmem.recipe import Frozen, NoiseConfig, OptimizerName, Precision, Recipe, Tier
@@ -21,6 +22,7 @@ from lowmem.units import MIB
 
 # A visit that writes less than this waits for the write. Waiting takes milliseconds, and after a kill at most
 # one visit is repeated.
+NO_8_BIT = ("mps", "xpu")  # types of device without an 8-bit kernel that has run here
 WRITE_BESIDE_BYTES = 32 * MIB
 TIERS: tuple[Tier, ...] = ("device", "host", "disk")  # fastest first
 
@@ -178,6 +180,16 @@ def _micro_batch_sizes(recipe: Recipe) -> list[int]:
 
 
 def _precision(recipe: Recipe, profile: Profile) -> Precision:
+    if recipe.train.fp16_accumulation and profile.device.type != "cuda":
+        raise ConfigError(
+            f"train.fp16_accumulation: found true; allowed on device type {profile.device.type} (profile "
+            f"{profile.name}): false; leave it out"
+        )
+    if recipe.train.fp16_accumulation and not has_fp16_accumulation():
+        raise ConfigError(
+            "train.fp16_accumulation: found true; allowed where torch has it (2.7 or later): false; "
+            "install a newer torch"
+        )
     if recipe.train.precision != "auto":
         return recipe.train.precision
     if profile.device.compute_dtype == "bfloat16":
@@ -195,14 +207,16 @@ def _frozen(recipe: Recipe, profile: Profile) -> Frozen | None:
     """How frozen weights are kept, where there are some."""
     if recipe.adapter is not None:
         return recipe.adapter.base
-    return _precision(recipe, profile) if recipe.model.freezes else None
+    precision = _precision(recipe, profile)
+    return precision if recipe.model.freezes and precision != "float16" else None
 
 
 def _optimizer(recipe: Recipe, profile: Profile) -> OptimizerName:
     """8-bit state costs no time on CUDA. On a CPU torch's fused fp32 kernel is 13 to 40 times faster."""
-    if recipe.optimizer.name == "adamw8bit" and profile.device.type == "mps":
+    if recipe.optimizer.name == "adamw8bit" and profile.device.type in NO_8_BIT:
         raise ConfigError(
-            f"optimizer.name: found adamw8bit; allowed on device type mps (profile {profile.name}): adamw; "
+            f"optimizer.name: found adamw8bit; allowed on device type {profile.device.type} (profile "
+            f"{profile.name}): adamw; "
             "there is no 8-bit kernel for it: set optimizer.name: adamw"
         )
     if recipe.optimizer.name == "muon" and not has_muon():
@@ -307,8 +321,8 @@ def choices_of(recipe: Recipe, profile: Profile, settings: Settings, noise: Nois
 def _why_optimizer(settings: Settings, profile: Profile) -> str:
     if settings.optimizer == "adamw8bit":
         return "8-bit state costs no time on CUDA"
-    if profile.device.type == "mps":
-        return "there is no 8-bit kernel for device type mps"
+    if profile.device.type in NO_8_BIT:
+        return f"there is no 8-bit kernel for device type {profile.device.type}"
     return "on a CPU 8-bit state costs much time"
 
 

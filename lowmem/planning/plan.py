@@ -33,7 +33,7 @@ from lowmem.planning.traffic import traffic_lines
 from lowmem.recipe import NoiseConfig, Recipe
 from lowmem.reporting.tables import as_html, text_table
 from lowmem.schema import Section, parse
-from lowmem.units import GIB, format_bytes, format_seconds, from_gib
+from lowmem.units import GIB, arithmetic_text, format_bytes, format_seconds, from_gib
 
 COLUMN = 25  # characters of one plan in a table of several
 BAR = 20  # characters
@@ -119,7 +119,7 @@ class Plan(Section):
             f"   ({profile.device.type}, {profile.name})",
             f"host    {_bar(predicted.host_peak_bytes, budget.host_bytes)}{same}",
             f"disk    {_bar(predicted.disk_bytes, budget.disk_bytes)}",
-            f"settings: {_settings_text(self.settings, self.recipe.blocks.sweep_steps)}",
+            f"settings: {_settings_text(self)}",
             *([f"grows: block 0 alone for {grown} steps, then copied to all"] if grown else []),
             *(traffic_lines(predicted.traffic) if predicted.traffic else []),
             *(predicted.time.lines() if predicted.time else [no_time]),
@@ -130,7 +130,13 @@ class Plan(Section):
         ]
 
 
-def _settings_text(settings: Settings, sweep_steps: int) -> str:
+def _arithmetic(plan: Plan) -> str:
+    train, optimizer = plan.recipe.train, plan.recipe.optimizer
+    return arithmetic_text(plan.settings.precision, optimizer.loss_scale, train.fp16_accumulation)
+
+
+def _settings_text(plan: Plan) -> str:
+    settings, sweep_steps = plan.settings, plan.recipe.blocks.sweep_steps
     pieces = "layers" if sweep_steps == 1 else "blocks"
     return ", ".join(
         [
@@ -138,7 +144,7 @@ def _settings_text(settings: Settings, sweep_steps: int) -> str:
             f"tier {settings.tier}",
             *([f"sweeps of {sweep_steps} steps"] if sweep_steps > 1 else []),
             f"micro-batch {settings.micro_batch_size}",
-            settings.precision,
+            _arithmetic(plan),
             f"weights {settings.weights}",
             settings.optimizer,
             f"recompute {'on' if settings.recompute else 'off'}",
@@ -374,7 +380,7 @@ def _column(plan: Plan) -> list[str]:
         format_bytes(predicted.disk_bytes),
         f"{settings.num_blocks}, {settings.tier}",
         f"{settings.micro_batch_size}, {'on' if settings.recompute else 'off'}",
-        f"{settings.precision}, {settings.optimizer}",
+        f"{_arithmetic(plan)}, {settings.optimizer}",
         *_time_cells(predicted.time),
     ]
 

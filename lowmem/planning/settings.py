@@ -27,13 +27,17 @@ from lowmem.models.base import (
     named_shared_parameters,
     num_weights,
 )
-from lowmem.recipe import Frozen, OptimizerName, Precision, Recipe, Tier
+from lowmem.recipe import Frozen, Kept, OptimizerName, Precision, Recipe, Tier
 from lowmem.schema import Section
 
 # of the shared part in a round whose visits begin from the same one: what they begin from, what ranks send
 # and receive, and the sum
 ROUND_COPIES = 4
-COMPUTE_DTYPE: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COMPUTE_DTYPE: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class Settings(Section):
@@ -45,7 +49,7 @@ class Settings(Section):
     resident_layers: int = 0
     micro_batch_size: int
     precision: Precision  # of compute and gradients
-    weights: Precision = "float32"  # of the weights as they are kept
+    weights: Kept = "float32"  # of the weights as they are kept
     frozen: Frozen | None = None  # how frozen weights are kept, where an adapter is trained
     recompute: bool
     optimizer: OptimizerName
@@ -293,6 +297,7 @@ class Setup:
             self.recipe.offload.prefetch,
             copied=KINDS[self.profile.device.type].copies,
             num_blocks=len(moving),
+            shared_bytes=self.shared.total_bytes,
         )
 
     @property

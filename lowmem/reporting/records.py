@@ -45,6 +45,11 @@ class SeenTrain(Seen):
     num_steps: Annotated[int, Field(gt=0, le=10**9)]
     batch_size: Annotated[int, Field(gt=0, le=10**9)]
     seed: int
+    fp16_accumulation: bool = False
+
+
+class SeenOptimizer(Seen):
+    loss_scale: Annotated[float, Field(ge=1, le=2**15)] = 1.0
 
 
 class SeenOffload(Seen):
@@ -56,6 +61,7 @@ class SeenRecipe(Seen):
     model: SeenModel
     blocks: SeenBlocks
     train: SeenTrain
+    optimizer: SeenOptimizer = SeenOptimizer()
     offload: SeenOffload
 
 

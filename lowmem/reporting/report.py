@@ -22,7 +22,7 @@ from lowmem.reporting.records import BASE, read_run
 from lowmem.reporting.tables import as_html, fitted, text_table
 from lowmem.reporting.telemetry import read_records
 from lowmem.schema import parse
-from lowmem.units import counted, format_bytes, format_seconds
+from lowmem.units import arithmetic_text, counted, format_bytes, format_seconds
 
 EXTRA_METRICS = (
     "value_std_error",
@@ -219,12 +219,18 @@ class Report:
                 f"{content['num_parameters'] / 1e6:.2f} million parameters",
                 f"profile {content['profile']['name']}",
                 settings["optimizer"],
-                settings["precision"],
+                self._arithmetic(),
                 f"tier {settings['tier']}",
                 f"micro-batch {settings['micro_batch_size']}",
                 f"recompute {'on' if settings['recompute'] else 'off'}",
             ]
         )
+
+    def _arithmetic(self) -> str:
+        recipe = self.content["recipe"]
+        scale = recipe.get("optimizer", {}).get("loss_scale", 1.0)
+        accumulates = recipe["train"].get("fp16_accumulation", False)
+        return arithmetic_text(self.content["settings"]["precision"], scale, accumulates)
 
     def memory_rows(self) -> list[tuple[str, ...]]:
         """Rows under MEMORY_COLUMNS."""

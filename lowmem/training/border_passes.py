@@ -18,7 +18,7 @@ from lowmem.blocks.order import WHOLE, Course
 from lowmem.machine.device import Device
 from lowmem.objectives.base import Batch, Kept, Objective
 from lowmem.training.attempt import Attempt
-from lowmem.training.roots import backward_from
+from lowmem.training.roots import backward_from, scaled
 
 
 @dataclass
@@ -43,6 +43,7 @@ class BorderPasses:
         """`objective`: bound to the attempt's model. `pieces`: the layers of each."""
         self.model, self.objective, self.borders = attempt.model, objective, borders
         self._monitor, self._pieces = attempt.monitor, pieces
+        self._optimizer = attempt.plan.recipe.optimizer
         # Where rows are kept from step to step, so are the states at their entry.
         self._states = RandomStates(
             borders.rows if borders.kept else len(pieces), borders.parts, attempt.device
@@ -81,7 +82,7 @@ class BorderPasses:
         if last:
             loss = self.objective.leave(out, cond, part.kept, part.batch).mean() / micro_batches
             part.loss = loss.detach()
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled(loss, self._optimizer).backward()  # type: ignore[no-untyped-call]
             del loss
         else:
             backward_from((out, self.borders.get((count, part.index))), (cond, part.cond_grad))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowmem.blocks.order import Visit
 from lowmem.errors import TrainingError
+from lowmem.machine.profile import CARDS
 from lowmem.noise import Interval
 from lowmem.recipe import Recipe
 
@@ -46,7 +47,7 @@ class FiniteWatch:
     @property
     def at_once(self) -> bool:
         """Whether the host may look in every step."""
-        return not self._first.is_cuda
+        return self._first.device.type not in CARDS
 
     def first_step(self) -> int | None:
         """Waits for the device. None: all is finite so far."""
@@ -97,5 +98,8 @@ def _unusual_settings(recipe: Recipe) -> Iterator[str]:
             yield f"{section}.{key} {value:g} (usual: {least:g} to {most:g})"
     if recipe.optimizer.grad_clip is None:
         yield "optimizer.grad_clip null (usual: 1.0)"
+    if recipe.train.precision == "float16":
+        scale = recipe.optimizer.loss_scale
+        yield f"train.precision float16, which ends at 65504, with optimizer.loss_scale {scale:g}: lower it"
     if min(recipe.optimizer.betas) < LEAST_BETA:
         yield f"optimizer.betas {recipe.optimizer.betas} (usual: {LEAST_BETA:g} or more)"

@@ -37,7 +37,7 @@ def open_stream(
     """
     layouts, shared_layout = layouts_of(model, plan.settings)
     profile, device = plan.profile, training_device(plan.profile)
-    ring, paces = _open_ring(plan, device, layouts), _paces(plan, profile.disk_rates)
+    ring, paces = _open_ring(plan, device, [*layouts, shared_layout]), _paces(plan, profile.disk_rates)
     base = base_layout_of(model, plan.settings)
     disk = DiskStore(run, layouts_by_key(layouts, shared_layout, base), files, ring, paces, checked)
     in_ram = plan.settings.tier == "host" and not profile.unified
@@ -66,7 +66,10 @@ def open_borders(plan: Plan, model: BlockModel, device: Device, folder: Path, ri
 
 
 def _open_ring(plan: Plan, device: Device, layouts: list[ArenaLayout]) -> Ring | None:
-    """Makes the ring of page-locked memory; None if compute reads host memory itself."""
+    """Makes the ring of page-locked memory; None if compute reads host memory itself.
+
+    `layouts`: of all that passes it, the shared part on its way out among that.
+    """
     if not device.copies:
         return None
     cap_allocator(plan, device)  # first, because the ring's CUDA streams already count as the run's

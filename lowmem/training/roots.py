@@ -1,4 +1,4 @@
-"""A backward pass that begins at several tensors, each with its gradient."""
+"""What a backward pass begins at: a loss that may be scaled, or several tensors, each with its gradient."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lowmem.recipe import OptimizerConfig
+
+
+def scaled(loss: Tensor, optimizer: OptimizerConfig) -> Tensor:
+    """What backward starts from, so that small gradients do not vanish in fp16. An update divides by it."""
+    return loss if optimizer.loss_scale == 1 else loss * optimizer.loss_scale
 
 
 class _Root(torch.autograd.Function):

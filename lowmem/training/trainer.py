@@ -33,6 +33,7 @@ from lowmem.training.finite import FiniteWatch, not_finite
 from lowmem.training.given_batches import Batches, batches_of, checked_batch
 from lowmem.training.memory_guard import check_available, go_on_smaller
 from lowmem.training.ranks import ALONE, Ranks
+from lowmem.training.roots import scaled
 from lowmem.training.rounds import Rounds
 from lowmem.training.streamed_step import StreamedStep
 from lowmem.training.sweep import Sweep
@@ -83,7 +84,9 @@ class Trainer:
         while True:
             attempt = Attempt(self.run, self.plan, self.model, self.listeners, self.ranks)
             try:
-                with self.device.deterministic(self.recipe.train.deterministic), attempt:
+                train = self.recipe.train
+                kernels = self.device.kernels(train.deterministic, train.fp16_accumulation)
+                with kernels, attempt:
                     state = self._train(attempt, batches)
                 if state.visits_done == self.queue.num_visits:
                     return state
@@ -301,7 +304,7 @@ class Trainer:
                 losses = objective.block_loss(layers, micro, interval, settings.recompute)
             loss = losses.mean() / parts
             attempt.monitor.sample()  # activations are at their most
-            loss.backward()  # type: ignore[no-untyped-call]
+            scaled(loss, self.recipe.optimizer).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total
 

@@ -5,22 +5,29 @@ from __future__ import annotations
 import threading
 import time
 import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lowmem.blocks import staging
 from lowmem.blocks.arena import aligned_buffer
 from lowmem.blocks.staging import (
     CHUNK_BYTES,
+    PIECES_BEGUN,
     RING_CHUNKS,
+    Lane,
     Pace,
     Ring,
     SlotPool,
+    pieces_of,
     ring_bytes,
 )
 from lowmem.blocks.traffic import Traffic
-from lowmem.machine.device import CPU, Device, Mark
+from lowmem.machine.device import CPU, Device, Mark, Way
 from lowmem.units import MIB
 
 CHUNK = 4096
@@ -138,6 +145,62 @@ def test_a_chunk_belongs_to_one_thread_at_a_time() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_copies_are_cut_into_pieces_that_carry_every_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "PIECE_BYTES", 100)
+    sources = [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in (30, 0, 250, 20, 100, 1)]
+    pairs = [(torch.zeros_like(source), source) for source in sources]
+    pieces = list(pieces_of(pairs))
+    assert [sum(len(source) for _, source in piece) for piece in pieces] == [100, 100, 100, 100, 1]
+    for target, source in (pair for piece in pieces for pair in piece):
+        target.add_(source)
+    assert all(torch.equal(target, source) for target, source in pairs)
+
+
+class Held(Way):
+    """Nothing is done before `go`."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = list[int](), threading.Event()
+
+    def begin(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Any:
+        self.begun.append(int(pairs[0][1][0]))
+        return super().begin(pairs)
+
+    def finish(self, begun: Any) -> float:
+        self.go.wait()
+        return super().finish(begun)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_urgent_copy_waits_for_the_pieces_that_are_begun_and_for_no_other(
+    monkeypatch: pytest.MonkeyPatch, blocks: int
+) -> None:
+    """However many threads copy blocks meanwhile, and although it has two pieces itself."""
+    monkeypatch.setattr(staging, "PIECE_BYTES", 10)
+    way = Held()
+    lane, block, urgent = Lane(way), torch.full((80,), 1), torch.full((20,), 2)
+    with ThreadPoolExecutor(blocks + 1) as threads:
+        for _ in range(blocks):
+            threads.submit(lane.copy, [(torch.zeros_like(block), block)], False)
+        while len(way.begun) < PIECES_BEGUN:
+            time.sleep(1e-3)
+        threads.submit(lane.copy, [(torch.zeros_like(urgent), urgent)], True)
+        while not lane._urgent:
+            time.sleep(1e-3)
+        way.go.set()
+    assert way.begun[: PIECES_BEGUN + 2] == [1] * PIECES_BEGUN + [2, 2]
+    assert len(way.begun) == 8 * blocks + 2
+
+
+def test_a_copy_that_fails_gives_its_turn_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "PIECE_BYTES", 10)
+    lane, half = Lane(Way()), torch.zeros(20, dtype=torch.uint8)
+    for _ in range(2 * PIECES_BEGUN):
+        with pytest.raises(RuntimeError):
+            lane.copy([(torch.zeros(5, dtype=torch.uint8), half)], True)
+    assert lane.copy([(torch.ones_like(half), half)], False) >= 0
 
 
 def test_a_pace_is_one_for_all_threads() -> None:

@@ -29,7 +29,7 @@ from lowmem.blocks import stream as stream_module
 from lowmem.blocks.arena import Arena, ArenaLayout, aligned_buffer, device_buffer
 from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
-from lowmem.blocks.staging import RING_CHUNKS, Ring
+from lowmem.blocks.staging import RING_CHUNKS, Ring, ring_bytes
 from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
 from lowmem.blocks.unit import Pages
@@ -204,6 +204,8 @@ def test_a_resident_block_is_there_once_and_no_slot_is_made(
             store_block(stream, visit % NUM_BLOCKS, stream.load(visit % NUM_BLOCKS), visit + 1)
     assert made == [layout.total_bytes for layout in BLOCKS]
     assert staging_bytes(SLOT_BYTES, True, True, copied, NUM_BLOCKS)[0] == 0
+    wider = staging_bytes(SLOT_BYTES, False, True, copied, NUM_BLOCKS, shared_bytes=2 * SLOT_BYTES)[1]
+    assert wider == (ring_bytes(2 * SLOT_BYTES) if copied else 0), "a shared part passes the ring whole"
 
 
 def test_a_prefetched_block_is_read_before_it_is_asked_for(

@@ -133,6 +133,11 @@ def test_batches_precision_and_clipping_are_those_of_the_plan() -> None:
         ({}, 3, "ranks: found 3 for train.batch_size 64; allowed: a divisor of it"),
         ({"optimizer__name": "adamw8bit"}, 2, "found 'adamw8bit'; allowed: adamw"),
         ({"optimizer__grad_clip": 1.0}, 2, "found 'block'; allowed: global"),
+        (
+            {"train__precision": "float16", "optimizer__loss_scale": 2.0},
+            2,
+            "found float16; allowed: float32, bfloat16",
+        ),
         ({"blocks__sweep_steps": 2}, 2, "allowed: no sweep_steps"),
         ({"train__weights": "bfloat16", "train__precision": "bfloat16"}, 2, "train.weights"),
     ],

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import recipe_with
-from gpu_common import SHORT, needs_cuda, record, train, uncounted_activations  # noqa: F401
+from gpu_common import (
+    SHORT,
+    needs_cuda,
+    record,
+    train,
+    train_tokens,
+    uncounted_activations,  # noqa: F401
+)
 
 from lowmem.blocks.arena import Arena, ArenaLayout
 from lowmem.blocks.optim import Step, update
@@ -240,3 +247,45 @@ def test_a_streamed_model_moves_the_bytes_of_the_plan(
             name
         )
     record(f"streamed traffic, tier {tier}, borders {borders}", **content["traffic"])
+
+
+@pytest.mark.usefixtures("uncounted_activations")
+def test_fp16_has_one_digest_at_every_tier_and_is_timed_with_and_without_sums_in_fp16(
+    tmp_path: Path, profile: Profile
+) -> None:
+    float16 = {"precision": "float16", "warmup_steps": 1}
+    summed = {**float16, "fp16_accumulation": True}
+    arms: dict[str, tuple[str, dict[str, Any]]] = {
+        "bfloat16": ("device", {"precision": "bfloat16", "warmup_steps": 1}),
+        "float16": ("device", float16),
+        "streamed": ("host", float16),
+        "summed": ("device", summed),
+        "summed_streamed": ("host", summed),
+    }
+    step_s, loss, digests = {}, {}, {}
+    for name, (tier, changes) in arms.items():
+        optimizer = {"loss_scale": 1024.0} if changes["precision"] == "float16" else {}
+        found = train_tokens(
+            tmp_path / name,
+            profile,
+            3,
+            512,
+            6,
+            1,
+            {"tier": tier},
+            method="end_to_end",
+            train=changes,
+            optimizer=optimizer,
+        )
+        records = read_records(RunDir(tmp_path / name).telemetry_path)
+        times = [event["step_s"] for event in records if event["event"] == "step"]
+        step_s[name], loss[name] = sum(times[2:-1]) / len(times[2:-1]), found["blocks"][0]["loss"]
+        digests[name] = found["digest"]
+    record(
+        "fp16",
+        **{f"{name}_ms": 1000 * value for name, value in step_s.items()},
+        **{f"{name}_loss": value for name, value in loss.items()},
+    )
+    assert digests["float16"] == digests["streamed"] and digests["summed"] == digests["summed_streamed"]
+    assert loss["summed"] == pytest.approx(loss["bfloat16"], rel=0.02)
+    assert not torch.backends.cuda.matmul.allow_fp16_accumulation

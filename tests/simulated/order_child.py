@@ -3,7 +3,8 @@
     python order_child.py SEEDS_AS_IT_IS SEEDS_WITH_A_FAULT
 
 Prints one line of JSON: for each fault, in how many seeds the order of accesses was wrong. Kernels are short,
-so bytes would be right by luck: only the order tells.
+so bytes would be right by luck: only the order tells. It also tells after how many pieces of a block, each
+way, a border was copied that came when a block of eight pieces had begun.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import os
 import random
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,9 +39,10 @@ from lowmem.blocks.run_dir import RunDir
 from lowmem.blocks.staging import Ring
 from lowmem.blocks.store import DiskStore, HostStore
 from lowmem.blocks.stream import BlockStream, block_key
+from lowmem.blocks.sweep_stream import SweepStream
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import UnitStream, Update
-from lowmem.machine.device import Cuda, CudaWay
+from lowmem.machine.device import CardWay, Cuda
 from lowmem.recipe import OptimizerConfig
 
 BLOCKS = 3
@@ -133,6 +138,33 @@ def units(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
         del shared
 
 
+def sweeps(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
+    """Two sweeps of two steps, block by block; the second ends a visit."""
+    with opened_store(in_ram) as (kept, device):
+        moving = SweepStream(kept, LAYOUTS, device, stay, True)
+        last = BLOCKS - 1
+        try:
+            for durable in (False, True):
+                for block in range(last):
+                    weights = moving.load(block, whole=False)
+                    moving.prefetch(block + 1, whole=block + 1 == last)
+                    for _ in range(2):
+                        weights[: LAYOUTS[block].weights_bytes].float().sum()
+                    moving.release(block)
+                for block in range(last, -1, -1):
+                    buffer = moving.load(block, whole=True)
+                    if block:
+                        moving.prefetch(block - 1, whole=True)
+                    for _ in range(2):
+                        buffer.add_(1)
+                    moving.keep(block, 1, durable)
+            for write in moving.take_written().values():
+                write.result()
+        finally:
+            moving.close()
+            kept.close()
+
+
 def use(moving: UnitStream, index: int, following: int) -> None:
     weights = moving.load(index)
     if 0 <= following < UNITS:
@@ -170,6 +202,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "units, disk": lambda: units(False),
     "units, ram": lambda: units(True),
     "units, some stay": lambda: units(False, frozenset({0, 3})),
+    "sweeps, disk": lambda: sweeps(False),
+    "sweeps, ram": lambda: sweeps(True),
+    "sweeps, some stay": lambda: sweeps(False, frozenset({0})),
     "borders, ram": lambda: borders(False),
     "borders, disk": lambda: borders(True),
 }
@@ -182,10 +217,7 @@ def nothing(*_: Any, **__: Any) -> None:
     """In the place of a wait."""
 
 
-def copy_without_wait(self: CudaWay, pairs: Any) -> float:
-    with torch.cuda.stream(self._stream):
-        for target, source in pairs:
-            target.copy_(source, non_blocking=True)
+def finish_without_wait(self: CardWay, begun: Any) -> float:
     return 0.0
 
 
@@ -199,8 +231,6 @@ def give_without_mark(self: Any, slot: Any, mark: Any = None) -> None:
 
 def wait_in(thread: str) -> Callable[..., None]:
     """Only threads of another name wait."""
-    import threading
-
     wait = Cuda.wait
 
     def waits(self: Cuda, mark: Any) -> None:
@@ -217,7 +247,7 @@ def unfinished(self: UnitStream, unit: int) -> None:
 FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "block handed on before its copy's mark": (
         "blocks, disk",
-        lambda: mock.patch.object(CudaWay, "copy", copy_without_wait),
+        lambda: mock.patch.object(CardWay, "finish", finish_without_wait),
     ),
     "border copied without compute's mark": (
         "borders, ram",
@@ -236,15 +266,73 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
         "units, disk",
         lambda: mock.patch.object(Cuda, "wait", wait_in("lowmem-rows")),
     ),
+    "weights of a sweep given back too early": (
+        "sweeps, ram",
+        lambda: mock.patch.object(staging.SlotPool, "give", give_without_mark),
+    ),
+    "no wait before a swept block is written": (
+        "sweeps, disk",
+        lambda: mock.patch.object(Cuda, "wait", wait_in("lowmem-sweep-writer")),
+    ),
     "chunk used again while its copy reads it": (
         "units, disk",
-        lambda: mock.patch.object(CudaWay, "copy", copy_without_wait),
+        lambda: mock.patch.object(CardWay, "finish", finish_without_wait),
     ),
     "resident block read into memory in use": (
         "residents",
         lambda: mock.patch.object(Cuda, "wait_for_compute", nothing),
     ),
 }
+
+
+def pieces_before_a_border() -> list[int]:
+    """Each way: pieces of a block on the copy stream before a border's copy, of which the block has eight.
+
+    The card is held up until the border's copy is asked for.
+    """
+    found = []
+    for way in (staging.IN, staging.OUT):
+        device, begun, held, came = Cuda(), list[str](), threading.Event(), threading.Event()
+        begin, finish = CardWay.begin, CardWay.finish
+
+        def logged(
+            self: CardWay, pairs: Any, begin: Any = begin, begun: Any = begun, came: Any = came
+        ) -> Any:
+            begun.append(threading.current_thread().name)
+            if len(begun) == staging.PIECES_BEGUN:
+                came.set()
+            return begin(self, pairs)
+
+        def late(self: CardWay, copies: Any, finish: Any = finish, held: Any = held) -> float:
+            held.wait()
+            return finish(self, copies)  # type: ignore[no-any-return]
+
+        with mock.patch.multiple(CardWay, begin=logged, finish=late):
+            ring = Ring(device, staging.CHUNK_BYTES, 4 * staging.CHUNK_BYTES)
+            host, there = device.locked(8 * staging.PIECE_BYTES), device.buffer(8 * staging.PIECE_BYTES)
+            assert host is not None
+            pair = (there, host) if way == staging.IN else (host, there)
+            border = device.buffer(1000)
+            with ThreadPoolExecutor(1, "block") as of_block, ThreadPoolExecutor(1, "border") as of_border:
+                done = [of_block.submit(ring.copy, [pair], way)]
+                came.wait()
+                done.append(of_border.submit(copied_as_a_border, ring, border, way))
+                while not ring._lanes[way]._urgent:
+                    time.sleep(1e-3)
+                held.set()
+                for each in done:
+                    each.result()
+        place = next(index for index, name in enumerate(begun) if name.startswith("border"))
+        assert len(begun) == 9, begun
+        found.append(place)
+    return found
+
+
+def copied_as_a_border(ring: Ring, border: torch.Tensor, way: int) -> None:
+    passing = ring.to_device if way == staging.IN else ring.from_device
+    with passing(border, urgent=True) as chunk:
+        if way == staging.IN:
+            chunk.numpy()[:] = 1
 
 
 def wrong(scenario: Callable[[], None], seed: int) -> list[str]:
@@ -256,22 +344,50 @@ def wrong(scenario: Callable[[], None], seed: int) -> list[str]:
     return list(RACES)
 
 
+def races_of(scenario: Callable[[], None], seeds: int) -> list[str]:
+    return [race for seed in range(seeds) for race in wrong(scenario, seed)][:3]
+
+
+def seeds_that_find(fault: str, seeds: int) -> int:
+    name, planted = FAULTS[fault]
+    count = 0
+    for seed in range(seeds):
+        with planted():
+            count += bool(wrong(SCENARIOS[name], seed))
+    return count
+
+
+def apart(call: Callable[[], Any]) -> Any:
+    """What a call returns in a process of its own: clocks grow with every thread there ever was."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.write(writing, json.dumps(call()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        content = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(content)
+
+
 def main() -> None:
     simcuda.install()
     for module in (staging, store):
         module.CHUNK_BYTES = 8192  # type: ignore[attr-defined]
+    staging.PIECE_BYTES = 4096
     unit_module.CHUNK_NUMEL["cuda"] = 4 * GROUP_SIZE
     as_it_is, with_a_fault = int(sys.argv[1]), int(sys.argv[2])
     found: dict[str, Any] = {"clean": {}, "faults": {}}
+    wrong(SCENARIOS["units, disk"], 0)  # here once, and not in every process: what an update imports
     for name, scenario in SCENARIOS.items():
-        races = [race for seed in range(as_it_is) for race in wrong(scenario, seed)]
-        found["clean"][name] = races[:3]
-    for fault, (name, planted) in FAULTS.items():
-        count = 0
-        for seed in range(with_a_fault):
-            with planted():
-                count += bool(wrong(SCENARIOS[name], seed))
-        found["faults"][fault] = count
+        found["clean"][name] = apart(lambda scenario=scenario: races_of(scenario, as_it_is))
+    for fault in FAULTS:
+        found["faults"][fault] = apart(lambda fault=fault: seeds_that_find(fault, with_a_fault))
+    with Card():
+        found["pieces_before_a_border"] = pieces_before_a_border()
     print(json.dumps(found), flush=True)
     os._exit(0)  # the simulated card must not be torn down in any order
 
