@@ -18,6 +18,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from os.path import commonprefix
 
 from lowmem.units import shown
 
@@ -86,14 +87,15 @@ def nearest(name: object, known: Iterable[str]) -> str:
 def _close(name: str, known: list[str]) -> str | None:
     """The known name that begins alike, else the one with the same numbers, else the one of few edits.
 
-    `rtx4060` and `RTX 4060` mean `rtx-4060-laptop-8gb`, which is fewer edits away from other cards.
+    `rtx4060` and `RTX 4060` mean `rtx-4060-laptop-8gb`, which is fewer edits away from other cards. `bf16`
+    means `bfloat16` and not `float16`, which begins with another letter.
     """
     plain, numbers = _plain(name), set(NUMBER.findall(name))
     alike = [other for other in known if plain and _plain(other).startswith(plain)]
     if not alike and numbers:
         alike = [other for other in known if numbers <= set(NUMBER.findall(other))]
     if alike:
-        return min(alike, key=len)
+        return min(alike, key=lambda other: (-len(commonprefix([plain, _plain(other)])), len(other)))
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 

@@ -28,6 +28,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> the module with its 
     "latent_arrays": ("latents", {"path": "folder"}),
     "stdlib_text": ("text", {}),
     "text": ("text", {"path": "file.txt"}),
+    "pointer_chasing": ("pointers", {}),
     "huggingface images": ("huggingface", {"kind": "images", "dataset": "known", "image_size": 8}),
     "huggingface text": ("huggingface", {"kind": "text", "dataset": "known"}),
     "custom": ("config", {}),

@@ -146,8 +146,8 @@ def test_what_does_not_go_together_is_refused_before_anything_is_drawn(runs: Pat
 
     causal, judge = runs / "causal", runs / "judge"
     assert (
-        "found method diffusion_blocks with model causal_lm; allowed: method end_to_end with model causal_lm"
-        in refusal(causal, causal)
+        "found method diffusion_blocks with model causal_lm; "
+        "allowed: method end_to_end or block_coordinate with model causal_lm" in refusal(causal, causal)
     )
     assert "is one of the runs it is to judge" in refusal(judge, runs / "masked" / ".." / "judge")
     longer = altered(runs, tmp_path / "longer", lambda recipe: recipe["train"].update(seq_len=32))

@@ -55,8 +55,8 @@ def child(guard: str, script: str, *arguments: str) -> Any:
 
 def orders(guard: str, as_it_is: int, with_a_fault: int) -> None:
     found = child(guard, "order_child.py", str(as_it_is), str(with_a_fault))
-    assert found["clean"] == dict.fromkeys(found["clean"], []) and len(found["clean"]) == 11
-    assert found["faults"] == dict.fromkeys(found["faults"], with_a_fault) and len(found["faults"]) == 10
+    assert found["clean"] == dict.fromkeys(found["clean"], []) and len(found["clean"]) == 14
+    assert found["faults"] == dict.fromkeys(found["faults"], with_a_fault) and len(found["faults"]) == 12
     assert found["pieces_before_a_border"] == [PIECES_BEGUN, PIECES_BEGUN], "no more than are begun at once"
 
 
@@ -96,10 +96,10 @@ CASES = {
         {**BLOCKS, "train__precision": "bfloat16", "optimizer__name": "adamw8bit"},
     ),
     "exact, fp32": ("causal_lm", EXACT, {"method": "end_to_end", "train__precision": "float32"}),
-    "sweeps, fp32": ("causal_lm", [EXACT[0], EXACT[2], ON_CPU], {**SWEPT, "train__precision": "float32"}),
 }
 RECURRENT = ("recurrent_lm", "diffusion_blocks")  # its core is one denoiser, so it has one block
 MORE_CASES = {
+    "sweeps, fp32": ("causal_lm", [EXACT[0], EXACT[2], ON_CPU], {**SWEPT, "train__precision": "float32"}),
     "exact, bf16 weights, 8-bit": (
         "causal_lm",
         EXACT,
@@ -186,6 +186,7 @@ def test_an_apple_gpus_limits_hold_digits_vit(guard: str, tmp_path: Path) -> Non
     assert found["locks"] == 0 and found["digest"]
 
 
+@pytest.mark.slow
 def test_sums_in_fp16_are_switched_on_for_the_run_alone_and_named_in_its_report(guard: str) -> None:
     common = {"method": "end_to_end", "train__precision": "float16", "optimizer__loss_scale": 1024.0}
     arms = [{**EXACT[0], "train__fp16_accumulation": True}, EXACT[0], EXACT[2]]
@@ -197,6 +198,7 @@ def test_sums_in_fp16_are_switched_on_for_the_run_alone_and_named_in_its_report(
     assert named == [True, False, False] and "float16 with loss scale 1024," in found[1]["summary"]
 
 
+@pytest.mark.slow
 def test_an_intel_gpus_calls_train_in_order_to_one_digest_at_every_tier(guard: str, tmp_path: Path) -> None:
     """By `torch.accelerator` and `torch.xpu` alone: none of CUDA's streams, events or locks is left."""
     tiers = ("device", "disk")

@@ -103,23 +103,23 @@ def residents() -> None:
             moving.close()
 
 
-def units(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
-    """Two exact steps, unit by unit; the second ends a visit."""
+def units(in_ram: bool, stay: frozenset[int] = frozenset(), in_place: bool = False) -> None:
+    """Three exact steps, unit by unit; the last ends a visit."""
     with opened_store(in_ram) as (kept, device):
         every = [
             Unit(block_key(index // 2), LAYOUTS[index // 2], {f"layer{index}.w"}, "cuda")
             for index in range(UNITS)
         ]
-        moving = UnitStream(kept, every, device, stay, True)
+        moving = UnitStream(kept, every, device, stay, True, in_place=in_place)
         grads = torch.zeros(max(unit.numel for unit in every) + GROUP_SIZE, device="cuda")
         shared = torch.zeros(SHARED.total_bytes, dtype=torch.uint8, device="cuda")
         norm = torch.zeros((), device="cuda")
         try:
-            for number, durable in ((1, False), (2, True)):
+            for number, durable in ((1, False), (2, False), (3, True)):
                 for index in range(UNITS - 1):
                     use(moving, index, index + 1)
                 for index in reversed(range(UNITS)):
-                    use(moving, index, index - 1)
+                    use(moving, index, index - 1, update_follows=True)
                     grads.add_(1)
                     step = Step(number, 1e-3, OptimizerConfig())
                     unit = every[index]
@@ -129,7 +129,7 @@ def units(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
                         return grads[first : first + rows.stop - rows.start]
 
                     moving.update(Update(index, given, step, 1, durable, norm, lambda: None))
-                moving.finish()
+            moving.finish()
             for write in moving.take_written().values():
                 write.result()
         finally:
@@ -165,14 +165,14 @@ def sweeps(in_ram: bool, stay: frozenset[int] = frozenset()) -> None:
             kept.close()
 
 
-def use(moving: UnitStream, index: int, following: int) -> None:
+def use(moving: UnitStream, index: int, following: int, update_follows: bool = False) -> None:
     weights = moving.load(index)
     if 0 <= following < UNITS:
         moving.prefetch(following)
     for piece in weights:
         (piece.float() + 1).sum()
     moving.advance()
-    moving.release(index)
+    moving.release(index, update_follows)
 
 
 def borders(on_disk: bool) -> None:
@@ -202,6 +202,9 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "units, disk": lambda: units(False),
     "units, ram": lambda: units(True),
     "units, some stay": lambda: units(False, frozenset({0, 3})),
+    "units in place, disk": lambda: units(False, in_place=True),
+    "units in place, ram": lambda: units(True, in_place=True),
+    "units in place, some stay": lambda: units(False, frozenset({0, 3}), in_place=True),
     "sweeps, disk": lambda: sweeps(False),
     "sweeps, ram": lambda: sweeps(True),
     "sweeps, some stay": lambda: sweeps(False, frozenset({0})),
@@ -244,6 +247,11 @@ def unfinished(self: UnitStream, unit: int) -> None:
     """`load` reads what an update may still be writing."""
 
 
+def given_at_once(self: UnitStream, unit: int, slot: torch.Tensor, write: Any) -> None:
+    """A slot is free before its weights are written."""
+    self._slots.give(slot, self.device.mark())
+
+
 FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "block handed on before its copy's mark": (
         "blocks, disk",
@@ -264,6 +272,14 @@ FAULTS: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "no wait before rows are written": (
         "units, disk",
+        lambda: mock.patch.object(Cuda, "wait", wait_in("lowmem-rows")),
+    ),
+    "updated weights given back before they are written": (
+        "units in place, ram",
+        lambda: mock.patch.object(UnitStream, "_keep", given_at_once),
+    ),
+    "no wait before updated weights are written": (
+        "units in place, disk",
         lambda: mock.patch.object(Cuda, "wait", wait_in("lowmem-rows")),
     ),
     "weights of a sweep given back too early": (

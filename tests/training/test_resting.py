@@ -32,22 +32,29 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ODDS_NUMEL, "cpu", 1024)
 
 
-@pytest.mark.parametrize("tier", ["disk", "host"])
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32": ("causal_lm", {}),
+    "bf16, 8-bit": ("causal_lm", BF16 | {"model__dim": 64}),
+    "masters and average": ("causal_lm", {"train__precision": "bfloat16", "optimizer__ema": 0.9}),
+    "tied, global clip": ("tied", {"optimizer__clip": "global"}),
+    "all layers stay": ("vit", {"offload__resident_layers": 5, "optimizer__name": "adamw8bit"}),
+    "recurrent": ("recurrent_lm", {"optimizer__grad_clip": None}),
+}
+QUICK = {("fp32", "host"), ("tied, global clip", "disk"), ("all layers stay", "disk"), ("recurrent", "host")}
+
+
 @pytest.mark.parametrize(
-    ("name", "changes"),
+    ("case", "tier"),
     [
-        ("causal_lm", {}),
-        ("causal_lm", BF16 | {"model__dim": 64}),
-        ("causal_lm", {"train__precision": "bfloat16", "optimizer__ema": 0.9}),
-        ("tied", {"optimizer__clip": "global"}),
-        ("vit", {"offload__resident_layers": 5, "optimizer__name": "adamw8bit"}),
-        ("recurrent_lm", {"optimizer__grad_clip": None}),
+        pytest.param(case, tier, marks=[] if (case, tier) in QUICK else [pytest.mark.slow])
+        for case in CASES
+        for tier in ("disk", "host")
     ],
-    ids=["fp32", "bf16, 8-bit", "masters and average", "tied, global clip", "all layers stay", "recurrent"],
 )
 def test_it_ends_with_the_digest_and_moves_the_bytes_of_the_plan(
-    tmp_path: Path, name: str, changes: dict[str, Any], tier: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, case: str, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name, changes = CASES[case]
     changes = {"train": short(4), **changes}
     near, _ = trained(tmp_path / "near", name, **{**changes, "offload__tier": "disk"})
     if tier == "host":
