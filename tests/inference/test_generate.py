@@ -60,7 +60,10 @@ def test_text_recipes_train_evaluate_and_write_samples(tmp_path: Path, book: lis
     )
 
 
-@pytest.mark.parametrize("recipe", ["stdlib-recurrent", "stdlib-recurrent-end-to-end"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["stdlib-recurrent", pytest.param("stdlib-recurrent-end-to-end", marks=pytest.mark.slow)],
+)
 def test_recurrent_recipes_train_evaluate_each_number_of_iterations_and_write_samples(
     tmp_path: Path, book: list[str], recipe: str
 ) -> None:

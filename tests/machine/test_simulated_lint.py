@@ -47,6 +47,7 @@ def linted(guard: str, cases: list[tuple[str, dict[str, Any]]], folder: Path) ->
     return child(guard, "lint_child.py", json.dumps(cases), str(folder))
 
 
+@pytest.mark.slow
 def test_nothing_waits_mixes_devices_or_varies_and_each_is_found_where_it_is_planted(
     guard: str,  # noqa: F811
     folder: Path,

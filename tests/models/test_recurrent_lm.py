@@ -176,7 +176,7 @@ def test_it_trains_by_either_method_from_every_tier(tmp_path: Path, method: str)
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("method", ["diffusion_blocks", "end_to_end"])
+@pytest.mark.parametrize("method", [pytest.param("diffusion_blocks", marks=pytest.mark.slow), "end_to_end"])
 def test_greedy_text_goes_on_as_the_training_text_did_and_past_the_length_trained_on(
     tmp_path: Path, method: str
 ) -> None:

@@ -105,6 +105,7 @@ def test_a_share_is_between_0_and_1(share: float) -> None:
         NoiseConfig(sigma_max_share=share)
 
 
+@pytest.mark.slow
 def test_draws_at_sigma_max_make_every_block_a_predictor_of_its_own(tmp_path: Path) -> None:
     """Without them deeper blocks are never asked to predict from noise alone; with them the joint prediction
     is no worse than the chain.

@@ -362,6 +362,7 @@ def test_several_profiles_are_compared_in_one_table_and_one_object(
     assert all(plan["fits"] for plan in plans)
 
 
+@pytest.mark.slow
 def test_the_largest_model_fits_and_one_a_tenth_larger_does_not() -> None:
     small = {
         "train.seq_len": 64,

@@ -131,7 +131,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_unbroken_digest(
     ("run", "moments"),
     [
         (RUN, range(0, 24, 3)),
-        (GROWN, range(7, 26, 6)),
+        pytest.param(GROWN, range(7, 26, 6), marks=pytest.mark.slow),
         *(pytest.param(run, range(24), marks=pytest.mark.slow) for run in (RUN, GROWN)),
     ],
 )
@@ -162,7 +162,9 @@ def test_killed_at_an_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_dig
 
 @pytest.mark.parametrize("kills", [6, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "run", [WHOLE, RESTING, SWEPT, TURNED], ids=["steps", "steps, shared part too", "sweeps", "turns"]
+    "run",
+    [WHOLE, pytest.param(RESTING, marks=pytest.mark.slow), SWEPT, TURNED],
+    ids=["steps", "steps, shared part too", "sweeps", "turns"],
 )
 def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_of_the_others(
     tmp_path: Path, processes: Any, run: dict[str, Any], kills: int

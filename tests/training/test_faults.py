@@ -36,7 +36,9 @@ from lowmem.units import MIB
 ROWS, STEPS, TIMES = 6_000, 2, 50
 
 
-@pytest.mark.parametrize(("through", "num_blocks"), [("slots", 2), ("ring", 3)])
+@pytest.mark.parametrize(
+    ("through", "num_blocks"), [("slots", 2), pytest.param("ring", 3, marks=pytest.mark.slow)]
+)
 def test_copies_that_compute_outruns_still_bring_the_right_bytes_50_times(
     tmp_path: Path, through: str, num_blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

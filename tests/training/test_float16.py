@@ -104,6 +104,7 @@ def test_a_run_in_fp16_that_is_broken_off_ends_with_the_unbroken_digest(tmp_path
     assert digest(Trainer(build, plan, tmp_path / "broken").fit(batches)) == digest(whole) is not None
 
 
+@pytest.mark.slow
 def test_digits_train_and_are_evaluated_in_fp16_and_the_report_says_so(tmp_path: Path) -> None:
     changes = ["train.precision=float16", "optimizer.loss_scale=1024", "train.num_steps=4"]
     short_ = ["blocks.visit_steps=2", "train.warmup_steps=2", "eval.num_batches=1"]

@@ -52,6 +52,7 @@ def report_of(folder: Path, recipe: str, *settings: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.slow
 def test_check_9_blocks_take_less_than_end_to_end_even_with_recompute_and_as_much_as_planned(
     tmp_path: Path,
 ) -> None:

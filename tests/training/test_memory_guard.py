@@ -210,7 +210,7 @@ def test_a_shrunk_run_interrupted_goes_on_with_its_micro_batch(
 @pytest.mark.skipif(
     not hasattr(resource, "RLIMIT_DATA") or sys.platform != "linux", reason="needs RLIMIT_DATA"
 )
-@pytest.mark.parametrize("on_oom", ["stop", "shrink"])
+@pytest.mark.parametrize("on_oom", ["stop", pytest.param("shrink", marks=pytest.mark.slow)])
 def test_an_allocation_that_really_fails_stops_the_command_with_one_line_or_shrinks(
     tmp_path: Path, on_oom: str
 ) -> None:

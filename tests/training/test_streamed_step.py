@@ -50,7 +50,10 @@ from lowmem.training.open_run import layouts_by_key
 # Tiers
 
 
-@pytest.mark.parametrize("name", [*MODELS, "tied"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == "masked_lm" else []) for name in (*MODELS, "tied")],
+)
 def test_every_tier_gives_the_same_digest(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dropout, and two micro-batches but for a tied table (see `exact`)."""
     common = {"train": short(4, 8 if name == "tied" else 4)}
@@ -72,7 +75,7 @@ def test_every_tier_gives_the_same_digest(tmp_path: Path, name: str, monkeypatch
     "optimizer",
     [
         "adamw8bit",
-        "adamw",
+        pytest.param("adamw", marks=pytest.mark.slow),
         pytest.param("muon", marks=pytest.mark.skipif(not has_muon(), reason="torch has none before 2.9")),
     ],
 )
