@@ -4,10 +4,9 @@ and go.
 Row b holds the input of block b, for every micro-batch; one row more holds the gradient of the border that
 the backward pass has reached. Rows after that are kept from step to step. `NearBorders` keeps all of them on
 the device. `AwayBorders` keeps them in host memory, or in a file without a name, and moves them on a thread
-beside compute. The order of a step's calls is
-known before it begins (`order.border_calls`), so what is needed next is fetched early, and what went out last
-is still at hand. What moves is a function of that order alone: the plan counts it with the same code
-(`Window`).
+beside compute. The order of a step's calls is known before it begins (`order.border_calls`), so what is
+needed next is fetched early, and what went out last is still at hand. What moves is a function of that order
+alone: the plan counts it with the same code (`Window`).
 """
 
 from __future__ import annotations

@@ -147,14 +147,13 @@ class UnitStream:
         self._prefetch_on = prefetch
         self._pools = list[SlotPool]()
         moving = [unit for index, unit in enumerate(units) if index not in stay]
-        updated = [*(moving if updates else []), *self._every[len(units) :]]
+        size = chunk_bytes(moving if updates else [], in_place, shared)
         if moving:
             slot_bytes = max(unit.weights_bytes for unit in moving)
             slots = num_weights_slots(prefetch, len(moving))
             self._slots = SlotPool(slots, lambda: device_buffer(device, slot_bytes), device)
             self._pools.append(self._slots)
-        if updated:
-            size = chunk_bytes(moving if updates else [], in_place, shared)
+        if size:
             self._chunks = SlotPool(CHUNKS, lambda: device_buffer(device, size), device)
             self._pools.append(self._chunks)
         if device.copies:

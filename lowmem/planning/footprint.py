@@ -167,9 +167,10 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
         if setup.streams or setup.swept:
             borders = _border_bytes(setup, counter)
         if setup.streams:
-            traffic = streamed_traffic(setup, borders)
             if setup.coordinate:
                 traffic = coordinate_traffic(setup, lambda course: _border_bytes(setup, counter, course))
+            else:
+                traffic = streamed_traffic(setup, borders)
         if has_rates(setup.profile):
             time = predict_time(setup, passes, traffic, frozen)
     device = _device_categories(setup, max(activations), borders, data_bytes)

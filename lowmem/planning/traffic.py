@@ -182,12 +182,9 @@ class VisitTraffic(NamedTuple):
 
 def visit_traffic(setup: Setup, block: int, at_borders: Callable[[Course], BorderBytes]) -> VisitTraffic:
     """`at_borders`: what a step takes and moves at the borders."""
-    on_disk, unified, keys = (
-        setup.settings.tier == "disk",
-        setup.profile.unified,
-        [u.key for u in setup.units],
-    )
+    on_disk, unified = setup.settings.tier == "disk", setup.profile.unified
     layout, shared, units = setup.layouts[block], setup.shared, len(setup.units)
+    keys = [unit.key for unit in setup.units]
     first = keys.index(block_key(block))
 
     def read(course: Course) -> Traffic:
