@@ -31,6 +31,7 @@ from lowmem.planning.duration import Work
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.planning.plan import Plan, make_plan
 from lowmem.recipe import NoiseConfig, Recipe
+from lowmem.reporting.report import digest
 from lowmem.training import attempt as attempt_module
 from lowmem.training.open_run import layouts_by_key
 from lowmem.training.trainer import Trainer
@@ -154,3 +155,11 @@ def uncounted_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 def setting_model(plan: Plan) -> BlockModel:
     name = plan.recipe.model.name
     return Tied() if name == "custom" else MODELS[name][1](plan.recipe.model)
+
+
+def require_one_digest(folder: Path, name: str, **changes: Any) -> None:
+    """A run on the device and one from the disk end with the same bits."""
+    digests = {
+        digest(trained(folder / tier, name, **changes, offload__tier=tier)[0]) for tier in ("device", "disk")
+    }
+    assert len(digests) == 1 and None not in digests

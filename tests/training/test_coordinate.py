@@ -11,6 +11,7 @@ from conftest import first_weights, recipe_with
 from exact_runs import (
     BATCH,
     batches,
+    require_one_digest,
     setting,
     setting_model,
     short,
@@ -108,11 +109,7 @@ def test_both_optimizers_and_precisions_give_the_resident_digest(
         "optimizer__ema": 0.9,
         "model__dim": 64,
     }
-    digests = {
-        digest(trained(tmp_path / tier, "causal_lm", **common, offload__tier=tier)[0])
-        for tier in ("device", "disk")
-    }
-    assert len(digests) == 1 and None not in digests
+    require_one_digest(tmp_path, "causal_lm", **common)
 
 
 # ------------------------------------------------------------------------------------------------------------
