@@ -55,7 +55,7 @@ def child(guard: str, script: str, *arguments: str) -> Any:
 
 def orders(guard: str, as_it_is: int, with_a_fault: int) -> None:
     found = child(guard, "order_child.py", str(as_it_is), str(with_a_fault))
-    assert found["clean"] == dict.fromkeys(found["clean"], []) and len(found["clean"]) == 14
+    assert found["clean"] == dict.fromkeys(found["clean"], []) and len(found["clean"]) == 15
     assert found["faults"] == dict.fromkeys(found["faults"], with_a_fault) and len(found["faults"]) == 12
     assert found["pieces_before_a_border"] == [PIECES_BEGUN, PIECES_BEGUN], "no more than are begun at once"
 

@@ -141,6 +141,7 @@ def carry_clocks() -> None:
 
     executor = concurrent.futures.ThreadPoolExecutor
     submit, shutdown, result = executor.submit, executor.shutdown, concurrent.futures.Future.result
+    add_done_callback = concurrent.futures.Future.add_done_callback
 
     def submit_with_clock(self: Any, call: Callable[..., Any], *given: Any, **more: Any) -> Any:
         me().step()
@@ -174,6 +175,16 @@ def carry_clocks() -> None:
             for clock in getattr(self, "ended", ()):
                 me().learn(clock)
 
+    def callback_with_clock(self: Any, call: Callable[[Any], object]) -> None:
+        def called(future: Any) -> None:
+            # Where the future has ended already, the thread that adds the call makes it.
+            for clock in getattr(future, "ended", ()):
+                me().learn(clock)
+            call(future)
+
+        add_done_callback(self, called)
+
     queue.Queue.put, queue.Queue.get = put_with_clock, get_with_clock  # type: ignore[method-assign]
     executor.submit, executor.shutdown = submit_with_clock, shutdown_with_clocks  # type: ignore[method-assign, assignment]
     concurrent.futures.Future.result = result_with_clock  # type: ignore[method-assign]
+    concurrent.futures.Future.add_done_callback = callback_with_clock  # type: ignore[method-assign]

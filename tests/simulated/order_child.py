@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -195,6 +195,18 @@ def borders(on_disk: bool) -> None:
             away.close()
 
 
+def callbacks_after_the_end(in_ram: bool) -> None:
+    """Units in place, whose writes end before anything asks to be called then."""
+    call_then = Future.add_done_callback
+
+    def late(self: Future[Any], call: Callable[[Future[Any]], object]) -> None:
+        wait([self])
+        call_then(self, call)
+
+    with mock.patch.object(Future, "add_done_callback", late):
+        units(in_ram, in_place=True)
+
+
 SCENARIOS: dict[str, Callable[[], None]] = {
     "blocks, disk": lambda: blocks(False),
     "blocks, ram": lambda: blocks(True),
@@ -204,6 +216,7 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "units, some stay": lambda: units(False, frozenset({0, 3})),
     "units in place, disk": lambda: units(False, in_place=True),
     "units in place, ram": lambda: units(True, in_place=True),
+    "units in place, writes end early": lambda: callbacks_after_the_end(True),
     "units in place, some stay": lambda: units(False, frozenset({0, 3}), in_place=True),
     "sweeps, disk": lambda: sweeps(False),
     "sweeps, ram": lambda: sweeps(True),
