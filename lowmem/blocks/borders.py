@@ -279,7 +279,7 @@ class AwayBorders(Borders):
         away = self._away
         assert away is not None, "a step begins with a put"
         # Made here and not on the thread: its memory belongs to the CUDA stream that computes.
-        target = torch.empty_like(away.like, device=self._device.torch)
+        target = torch.empty(away.shape, dtype=away.dtype, device=self._device.torch)
         self._traffic += Traffic(
             disk_read_bytes=away.slot_bytes if self._file is not None else 0,
         )
@@ -341,7 +341,7 @@ class _Slots:
     """Host memory for tensors like `h`: one slot for every place, or a single one on the way to the file."""
 
     def __init__(self, h: Tensor, count: int) -> None:
-        self.like = torch.empty_like(h, device="meta")
+        self.shape, self.dtype = h.shape, h.dtype
         self.num_bytes = h.numel() * h.element_size()
         self.slot_bytes = round_up(self.num_bytes, PAGE)
         self._count, self._bytes = count, aligned_buffer(count * self.slot_bytes)

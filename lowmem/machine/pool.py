@@ -222,16 +222,41 @@ def _product(args: Any, kwargs: Any) -> Result | None:
 
 
 def _joined(args: Any, kwargs: Any) -> Result | None:
-    """Of `cat`: contiguous tensors of one dtype and as many dimensions."""
+    """Of `cat`: tensors of one dtype and as many dimensions, whose elements lie side by side in the last one.
+    Others may be "channels last", and the result too.
+    """
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     first = tensors[0]
-    if any(t.dtype != first.dtype or t.ndim != first.ndim or not t.is_contiguous() for t in tensors):
+    if first.ndim == 0 or any(t.dtype != first.dtype or t.ndim != first.ndim for t in tensors):
+        return None
+    if any(t.stride(-1) != 1 for t in tensors):
         return None
     if first.device.type != "cpu" or not first.dtype.is_floating_point:
         return None
     shape = list(first.shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
     return tuple(shape), first.dtype
+
+
+def _stacked(args: Any, kwargs: Any) -> Result | None:
+    """Of `stack`: what `cat` takes, and the first of the result's dimensions counts them."""
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    joined = None if dim != 0 else _joined((args[0], 0), {})
+    return None if joined is None else ((len(args[0]), *args[0][0].shape), joined[1])
+
+
+def _alike(place: int) -> Callable[[Any, Any], Result | None]:
+    """The result is like one of the arguments, if that is contiguous and of the others' dtype."""
+
+    def result(args: Any, kwargs: Any) -> Result | None:
+        like = args[place]
+        floating = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
+        fits = like.device.type == "cpu" and like.is_contiguous() and like.is_floating_point()
+        return (
+            (tuple(like.shape), like.dtype) if fits and all(t.dtype == like.dtype for t in floating) else None
+        )
+
+    return result
 
 
 def _copied(args: Any, kwargs: Any) -> Result | None:
@@ -260,9 +285,23 @@ def _ways() -> dict[Any, tuple[Callable[[Any, Any], Result | None], Callable[...
         packet = getattr(aten, name)
         ways[packet.default] = _product, packet.out, "out"
     ways[aten.pow.Tensor_Scalar] = _elementwise, aten.pow.Tensor_Scalar_out, "out"
+    ways[aten.mul.Scalar] = _elementwise, torch.mul, "out"
+    ways[aten.div.Scalar] = _elementwise, torch.div, "out"
+    for name, written in (("_log_softmax", "out"), ("_softmax", "grad_input")):
+        packet, backward = getattr(aten, name), getattr(aten, f"{name}_backward_data")
+        ways[packet.default] = _alike(0), packet.out, "out"
+        ways[backward.default] = _alike(1), backward.out, written
+    ways[aten.nll_loss_backward.default] = _alike(1), aten.nll_loss_backward.grad_input, "grad_input"
     ways[aten.cat.default] = _joined, aten.cat.out, "out"
+    ways[aten.stack.default] = _stacked, aten.stack.out, "out"
     ways[aten.clone.default] = _copied, _copy, "out"
     return ways
 
 
 WAYS = _ways()
+
+
+def lends(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a pool lends memory for the result of an operator, where it is large."""
+    way = WAYS.get(func)
+    return way is not None and way[0](args, kwargs) is not None

@@ -192,12 +192,15 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
 
 
 def _pool_bytes(setup: Setup, passes: list[Pass]) -> int:
-    """The peak of large activations, where a run keeps as much for the next ones."""
+    """What a run may keep of large activations for the next ones: their peak, less the most that no pool
+    lends. So the two together never take more than the peak, which is planned anyway.
+    """
     born = sum(taken.large.born_bytes for taken in passes)
     operations = sum(sum(taken.work.values()) for taken in passes)
     if setup.profile.device.type != "cpu" or not pays(born, operations):
         return 0
-    return max(taken.large.peak_bytes for taken in passes)
+    unlent = max(taken.large.unlent_peak_bytes for taken in passes)
+    return max(taken.large.peak_bytes for taken in passes) - unlent
 
 
 def _by_block(setup: Setup, activations: list[int]) -> list[int]:

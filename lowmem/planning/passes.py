@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from lowmem.blocks.arena import ArenaLayout, bind, parameter_views, unbind
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.errors import ConfigError
 from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
+from lowmem.machine.pool import lends
 from lowmem.models.base import (
     BlockModel,
     named_base_parameters,
@@ -45,9 +47,10 @@ class Large(NamedTuple):
 
     peak_bytes: int = 0
     born_bytes: int = 0
+    unlent_peak_bytes: int = 0  # of those that no pool lends (`machine.pool`)
 
     def plus(self, other: Large, count: int = 1) -> Large:
-        return Large(self.peak_bytes + count * other.peak_bytes, self.born_bytes + count * other.born_bytes)
+        return Large(*(mine + count * more for mine, more in zip(self, other, strict=True)))
 
 
 class Pass(NamedTuple):
@@ -80,7 +83,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live: int = 0
         self.peak: int = 0
         self.large = Large()
-        self._large_live: int = 0
+        self._large_live = Counter[bool]()  # by whether a pool lends them
         self.work = Work()
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in existing:
@@ -91,8 +94,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         leaves = _tensors(out)
+        lent = self._in_heap and lends(func, args, kwargs)
         for leaf in leaves:
-            self._born(leaf.untyped_storage())
+            self._born(leaf.untyped_storage(), lent)
         if func.namespace == "prim":  # it asks what a tensor is, and touches no data
             self.work[0, 0] += 1
         elif not _is_view(func):
@@ -102,7 +106,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.work[_operations(func, args, kwargs, out), num_bytes] += 1
         return out
 
-    def _born(self, storage: torch.UntypedStorage) -> None:
+    def _born(self, storage: torch.UntypedStorage, lent: bool) -> None:
         key = storage._cdata
         if key in self._storages:
             return
@@ -113,14 +117,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def died(_: object) -> None:
             self.live -= nbytes
-            self._large_live -= large
+            self._large_live[lent] -= large
             self._storages.pop(key, None)
 
         self._storages[key] = weakref.ref(storage, died)
         self.live += nbytes
         self.peak = max(self.peak, self.live)
-        self._large_live += large
-        self.large = Large(max(self.large.peak_bytes, self._large_live), self.large.born_bytes + large)
+        self._large_live[lent] += large
+        self.large = Large(
+            max(self.large.peak_bytes, self._large_live.total()),
+            self.large.born_bytes + large,
+            max(self.large.unlent_peak_bytes, self._large_live[False]),
+        )
 
 
 @functools.cache

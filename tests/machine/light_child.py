@@ -28,6 +28,7 @@ SETTINGS = [
     "train.recompute=true",
     "optimizer.name=adamw",
     "offload.tier=disk",
+    "offload.borders=disk",
 ]
 
 

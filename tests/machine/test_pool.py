@@ -59,7 +59,27 @@ def arguments(func: Any, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     if func is aten.pow.Tensor_Scalar:
         return [(x, 2), (turned, 2), (x, 0.5)]
     if func is aten.cat.default:
-        return [([x, x],), ([x, chunk], 1), ([x, row],), ([turned, turned], 0), ([x, x, x], -1)]
+        split = [
+            draw(4, 128, 16, 128, dtype=dtype).transpose(1, 2)[..., part]
+            for part in (slice(64), slice(64, 128))
+        ]
+        last = draw(4, 64, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+        return [
+            *[([x, x],), ([x, chunk], 1), ([x, row],), ([turned, turned], 0), ([x, x, x], -1)],
+            *[(split, 3), (split, 0), ([last, last], 1)],
+        ]
+    if func is aten.stack.default:
+        return [([x, x, x],), ([x, x], 1), ([turned, turned],), ([chunk, x], 0)]
+    if func in (aten.mul.Scalar, aten.div.Scalar):
+        return [(x, 3), (chunk, 0.3), (turned, 7.0)]
+    if func in (aten._log_softmax.default, aten._softmax.default):
+        return [(x, 1, False), (chunk, 1, False), (turned, 1, False), (x, 0, False)]
+    if func in (aten._log_softmax_backward_data.default, aten._softmax_backward_data.default):
+        return [(x, x, 1, dtype), (turned, x, 1, dtype), (x, turned, 1, dtype), (x, x, 0, dtype)]
+    if func is aten.nll_loss_backward.default:
+        wanted, total = torch.arange(ROWS) % COLUMNS, draw(1, dtype=dtype)[0]
+        wanted[::5] = -100
+        return [(total, probs, wanted, None, 1, -100, total) for probs in (x, turned, chunk)]
     return [(x,), (turned,), (chunk,), (x.view(2, -1, COLUMNS),)]
 
 
@@ -84,6 +104,13 @@ def test_an_operator_gives_the_same_bits_and_strides_from_the_pool(func: Any, dt
         assert torch.equal(found, expected)
         del found
     assert lent  # the pool has made some of them
+
+
+def test_numbers_and_tensors_of_other_dimensions_are_joined_as_they_are_without_a_pool() -> None:
+    number, row, nothing = draw(1)[0], draw(1, ROWS), torch.empty(0)
+    with Pool(64 * MIB):
+        assert torch.equal(torch.stack([number, number]), number.repeat(2))
+        assert torch.equal(torch.cat([nothing, row], 1), row)
 
 
 def test_clone_keeps_what_its_memory_format_asks_for() -> None:

@@ -141,7 +141,7 @@ def test_the_peak_of_a_streamed_model_does_not_grow_with_its_depth(tmp_path: Pat
             *size,
             "offload.tier=disk",
             "offload.borders=disk",
-                "offload.resident_layers=0",
+            "offload.resident_layers=0",
         )
         peaks[num_layers] = report["measured"]["device_peak_bytes"]
         assert report["settings"]["tier"] == "disk" and report["predicted"]["by_category"]["borders"] > 0
