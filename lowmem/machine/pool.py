@@ -93,6 +93,17 @@ class Holes:
             self.add(Span(start + num_bytes, start + size))
         return Span(start, start + num_bytes)
 
+    def ending_at(self, place: int) -> Span | None:
+        start = self._start_of.get(place)
+        return None if start is None else Span(start, place)
+
+    def starting_at(self, place: int) -> Span | None:
+        stop = self._stop_of.get(place)
+        return None if stop is None else Span(place, stop)
+
+    def largest_first(self) -> list[Span]:
+        return sorted(map(Span._make, self._stop_of.items()), key=lambda span: span.num_bytes, reverse=True)
+
     def smallest(self) -> Span | None:
         sizes = [(stop - start, start) for start, stop in self._stop_of.items()]
         return None if not sizes else Span(min(sizes)[1], sum(min(sizes)))
@@ -138,16 +149,40 @@ class Pool(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if num_bytes < MMAP_THRESHOLD_BYTES:
             return None
         size = round_up(num_bytes, PAGE)
-        span = self._warm.take(size)
+        span = self._warm.take(size) or self._extended(size) or self._new(size)
         if span is None:
-            self.keep_at_most(self.limit_bytes - size)
-            span = self._cold.take(size)
-            if span is None:
-                return None
-            self.held_bytes += size
+            return None
         lent = _lent(num_bytes).from_buffer(self._space, span.start)  # lives as long as the storage
         lent.give_back = functools.partial(self._take_back, span)
         return torch.frombuffer(lent, dtype=dtype).view(shape)
+
+    def _extended(self, num_bytes: int) -> Span | None:
+        """The largest hole with pages that has room beside it, and as much of that room as is missing."""
+        for hole in self._warm.largest_first():
+            for room in (self._cold.starting_at(hole.stop), self._cold.ending_at(hole.start)):
+                missing = num_bytes - hole.num_bytes
+                if room is None or room.num_bytes < missing:
+                    continue
+                self._warm.remove(hole)
+                self._cold.remove(room)
+                after = room.start == hole.stop
+                new = (
+                    Span(room.start, room.start + missing) if after else Span(room.stop - missing, room.stop)
+                )
+                for rest in (Span(room.start, new.start), Span(new.stop, room.stop)):
+                    if rest.num_bytes:
+                        self._cold.add(rest)
+                self.keep_at_most(self.limit_bytes - missing)
+                self.held_bytes += missing
+                return Span(min(hole.start, new.start), max(hole.stop, new.stop))
+        return None
+
+    def _new(self, num_bytes: int) -> Span | None:
+        self.keep_at_most(self.limit_bytes - num_bytes)
+        span = self._cold.take(num_bytes)
+        if span is not None:
+            self.held_bytes += num_bytes
+        return span
 
     def keep_at_most(self, limit_bytes: int) -> None:
         """Gives pages of free memory back to the system until no more is held, or all is lent."""

@@ -16,6 +16,7 @@ from lowmem.blocks.order import BlockQueue, Course
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
 from lowmem.machine.floor import Library, measured_floor_bytes, measured_library_bytes
+from lowmem.machine.heap import MMAP_THRESHOLD_BYTES
 from lowmem.machine.pool import pays
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
@@ -155,17 +156,11 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
     if counter is not None and setup.coordinate and setup.streams:
         frozen = [counter.frozen(layers, setup.settings) for layers in model.units()]
     workspace = _workspace_bytes(setup)  # while an update uses it, no activation is alive
-    pool_bytes = _pool_bytes(setup, passes)
-    # Where units stream, other units are updated while one computes. What a pool keeps is there in updates
-    # too.
-    together = setup.by_unit or pool_bytes > 0
-    activations = [
-        taken.peak_bytes + workspace if together else max(taken.peak_bytes, workspace) for taken in passes
-    ]
-    borders, traffic, time = BorderBytes(), None, None
+    borders, traffic, time, lent = BorderBytes(), None, None, 0
     if counter is not None:
         if setup.streams or setup.swept:
             borders = _border_bytes(setup, counter)
+            lent = _lent_border_bytes(setup, counter)
         if setup.streams:
             if setup.coordinate:
                 traffic = coordinate_traffic(setup, lambda course: _border_bytes(setup, counter, course))
@@ -173,6 +168,13 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
                 traffic = streamed_traffic(setup, borders)
         if has_rates(setup.profile):
             time = predict_time(setup, passes, traffic, frozen)
+    pool_bytes = _pool_bytes(setup, passes, lent)
+    # Where units stream, other units are updated while one computes. What a pool keeps is there in updates
+    # too.
+    together = setup.by_unit or pool_bytes > 0
+    activations = [
+        taken.peak_bytes + workspace if together else max(taken.peak_bytes, workspace) for taken in passes
+    ]
     device = _device_categories(setup, max(activations), borders, data_bytes)
     host = device if setup.profile.unified else _host_categories(setup, borders, data_bytes)
     device_peak = sum(device.values())
@@ -191,16 +193,25 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
     )
 
 
-def _pool_bytes(setup: Setup, passes: list[Pass]) -> int:
+def _pool_bytes(setup: Setup, passes: list[Pass], lent_borders: int) -> int:
     """What a run may keep of large activations for the next ones: their peak, less the most that no pool
-    lends. So the two together never take more than the peak, which is planned anyway.
+    lends. So the two together never take more than the peak, which is planned anyway. Borders that it lends
+    are planned beside the activations.
     """
     born = sum(taken.large.born_bytes for taken in passes)
     operations = sum(sum(taken.work.values()) for taken in passes)
     if setup.profile.device.type != "cpu" or not pays(born, operations):
         return 0
     unlent = max(taken.large.unlent_peak_bytes for taken in passes)
-    return max(taken.large.peak_bytes for taken in passes) - unlent
+    return max(taken.large.peak_bytes for taken in passes) - unlent + lent_borders
+
+
+def _lent_border_bytes(setup: Setup, counter: PassCounter) -> int:
+    """Of borders that stay on the device: those that passes make, which are all but the input's."""
+    border, _ = counter.waiting(setup.settings)
+    if setup.settings.borders != "device" or border < MMAP_THRESHOLD_BYTES:
+        return 0
+    return (setup.num_pieces + setup.queue.kept_batches) * setup.under_way * border
 
 
 def _by_block(setup: Setup, activations: list[int]) -> list[int]:

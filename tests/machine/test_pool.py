@@ -277,3 +277,46 @@ def test_spans_are_whole_pages() -> None:
     pool = Pool(16 * MIB)
     tensor = pool.empty((MIB + 1,), torch.uint8)
     assert tensor is not None and pool.held_bytes == MIB + PAGE
+
+
+def spans_of(holes: Holes) -> list[Span]:
+    return [Span(start, stop) for start, stop in holes._stop_of.items()]
+
+
+def test_a_hole_that_is_too_small_grows_by_what_is_missing() -> None:
+    pool = Pool(16 * MIB)
+    tensor = filled(pool, 4)
+    place = address(tensor)
+    del tensor
+    larger = filled(pool, 6)
+    assert address(larger) == place and pool.held_bytes == 6 * MIB, "four of them are those of before"
+    del larger
+    kept, above = filled(pool, 1), filled(pool, 5)  # what is free lies beside the second
+    assert address(kept) == place
+    del above
+    assert filled(pool, 9).numel() and pool.held_bytes == 10 * MIB
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 63)), max_size=60))
+def test_what_is_lent_never_overlaps_and_everything_that_is_held_is_counted(
+    calls: list[tuple[bool, int]],
+) -> None:
+    pool = Pool(8 * MIB)
+    lent = list[Tensor]()
+    for takes, number in calls:
+        if takes:
+            tensor = pool.empty(((number % 12 + 4) * MIB // 16,), torch.float32)
+            if tensor is not None:
+                lent.append(tensor.fill_(len(lent)))
+        elif lent:
+            del lent[number % len(lent)]
+        tensor = None
+        places = sorted((address(each), address(each) + each.nbytes) for each in lent)
+        assert all(stop <= start for (_, stop), (start, _) in zip(places, places[1:], strict=False))
+        warm, cold = spans_of(pool._warm), spans_of(pool._cold)
+        num_lent = sum(each.nbytes for each in lent)
+        assert pool.held_bytes == num_lent + sum(span.num_bytes for span in warm)
+        assert pool.held_bytes <= max(pool.limit_bytes, num_lent)
+        assert pool.held_bytes + sum(span.num_bytes for span in cold) == len(pool._space)
+        assert all(bool((each == each[0]).all()) for each in lent)

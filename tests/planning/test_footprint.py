@@ -45,6 +45,39 @@ def test_small_storages_count_with_the_gaps_between_them_in_the_heap_and_large_o
     assert counter.live == 0
 
 
+def test_large_results_that_no_pool_lends_are_counted_apart() -> None:
+    with FakeTensorMode(), LiveBytes(in_heap=True) as counter:
+        x = torch.zeros(MIB // 4)  # not lent, and there all the time
+        doubled = x * 2
+        other = torch.cumsum(doubled, 0)
+        assert counter.large == (3 * MIB, 3 * MIB, 2 * MIB)
+        del doubled, other
+        assert (x * 3 * 4).numel()
+    assert counter.large == (3 * MIB, 5 * MIB, 2 * MIB)
+
+
+def test_a_pool_and_what_it_never_lends_take_no_more_than_is_planned() -> None:
+    """Where borders stay on the device, they are lent too, and planned beside the activations."""
+    plans = {}
+    for borders in ("device", "host"):
+        recipe = recipe_with(
+            method="end_to_end",
+            model__dim=512,
+            train__batch_size=256,
+            blocks__num_blocks=3,
+            offload__tier="disk",
+            offload__resident_layers=0,
+            offload__borders=borders,
+        )
+        build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
+        plans[borders] = make_plan(build, recipe, load_profile("cpu-16gib")).predicted
+    near, away = plans["device"], plans["host"]
+    assert 0 < away.pool_bytes < away.by_category["activations"]
+    lent = near.pool_bytes - away.pool_bytes
+    assert lent > MIB and lent < near.by_category["borders"]
+    assert near.pool_bytes < near.by_category["activations"] + near.by_category["borders"]
+
+
 def test_weights_and_gradients_are_not_counted_as_activations() -> None:
     """One sample through wide layers: what is alive is a few temporary weight gradients, far below the
     weights themselves.
