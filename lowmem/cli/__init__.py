@@ -18,6 +18,7 @@ import typer
 from lowmem.cli import machine, reading, training
 from lowmem.cli.common import app
 from lowmem.errors import BudgetError, LowmemError
+from lowmem.machine.openmp import rest_between_operations
 from lowmem.terminal import complain, flushed, interruptible, open_streams, say, unforeseen
 
 INTERRUPTED = 130
@@ -50,6 +51,7 @@ def lowmem(
 def main() -> NoReturn:
     """Runs the command line and exits with the code of its outcome."""
     atexit.register(gc.freeze)  # nor does the interpreter's end look for garbage among what was imported
+    rest_between_operations()
     open_streams()
     with interruptible():
         code = _outcome()

@@ -153,6 +153,12 @@ def advice_for(shortage: Shortage) -> str:
             f"Free space, {without}or give another --run-dir."
         )
     predicted, settings, profile = shortage.predicted, shortage.settings, shortage.profile
+    if predicted.device_needed_bytes > with_headroom(predicted.run_peak_bytes):
+        return (
+            f"plan: to make it takes {format_bytes(predicted.planning_bytes)}, before the run and more than "
+            f"that; profile {profile.name} allows {format_bytes(shortage.budget.device_bytes)}. Give it as "
+            "much: set device.memory_gib in a profile of your own."
+        )
     evaluation = predicted.evaluation
     if evaluation and evaluation.peak_bytes > predicted.device_peak_bytes:
         need, allowed = evaluation.peak_bytes, shortage.budget.device_bytes

@@ -41,6 +41,9 @@ LIBRARY_BYTES: dict[Library, int] = {
     "transformers": 128 * MIB,
     "peft": 140 * MIB,
 }
+COPIED_BYTES = (
+    68 * MIB
+)  # what a child that makes a plan counts with, and writes of its parent's pages; measured
 CPU_BFLOAT16_BYTES = 20 * MIB  # of kernels that a CPU makes at run time for bf16 products; measured
 # of a process that uses CUDA on the host: libraries and driver; a typical value, not measured here
 HOST_RUNTIME_GIB = 1.2
@@ -72,6 +75,7 @@ class Predicted(Section):
     host_by_category: dict[str, int]
     block_peak_bytes: list[int]  # the device's peak while each block is visited
     pool_bytes: int = 0  # within the activations: what a CPU keeps for the next ones (`machine.pool`)
+    planning_bytes: int = 0  # what making the plan takes, where the run makes it on this memory
     traffic: StreamedTraffic | None = None  # None: the model does not stream within a step
     time: Duration | None = None  # None: the profile lacks a rate
     evaluation: Evaluation | None = None  # None: not planned, as where training does not fit
@@ -83,12 +87,12 @@ class Predicted(Section):
 
     @property
     def device_needed_bytes(self) -> int:
-        return with_headroom(self.run_peak_bytes)
+        return max(with_headroom(self.run_peak_bytes), self.planning_bytes)
 
     @property
     def host_needed_bytes(self) -> int:
         unified = self.host_by_category == self.by_category
-        return with_headroom(self.run_peak_bytes if unified else self.host_peak_bytes)
+        return self.device_needed_bytes if unified else with_headroom(self.host_peak_bytes)
 
     def fits(self, budget: Budget) -> bool:
         """Whether the budget holds the peaks with headroom, and the files."""
@@ -188,6 +192,7 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
         host_by_category=host,
         block_peak_bytes=[without_activations + num_bytes for num_bytes in by_block],
         pool_bytes=pool_bytes,
+        planning_bytes=_planning_bytes(setup),
         traffic=traffic,
         time=time,
     )
@@ -383,6 +388,15 @@ def _cpu_runtime_bytes(setup: Setup) -> int:
         libraries.add("bitsandbytes")
     taken = sum(measured_library_bytes(name) or LIBRARY_BYTES[name] for name in libraries)
     return taken + CPU_BFLOAT16_BYTES * (setup.settings.precision == "bfloat16")
+
+
+def _planning_bytes(setup: Setup) -> int:
+    """What this process and its child take while the child makes the plan (`machine.child`)."""
+    if setup.profile.device.type != "cpu" or compiler_stays():
+        return 0
+    library = setup.recipe.model.library(setup.recipe.adapter is not None) or "compiler"
+    imported = measured_library_bytes(library) or LIBRARY_BYTES[library]
+    return _floor_bytes(setup.profile) + imported + COPIED_BYTES
 
 
 def _host_categories(setup: Setup, borders: BorderBytes, data_bytes: int) -> dict[str, int]:

@@ -26,7 +26,7 @@ from lowmem.planning.advice import Shortage, advice_for
 from lowmem.planning.candidates import candidates_of, choices_of, settled
 from lowmem.planning.duration import Duration
 from lowmem.planning.evaluation import Evaluation, plan_evaluation
-from lowmem.planning.footprint import Budget, Predicted, predict, without_headroom
+from lowmem.planning.footprint import Budget, Predicted, predict, with_headroom, without_headroom
 from lowmem.planning.passes import PassCounter
 from lowmem.planning.settings import Settings, Setup, is_resident, setup_of
 from lowmem.planning.traffic import traffic_lines
@@ -108,7 +108,7 @@ class Plan(Section):
     def _notes(self) -> list[str]:
         budget, predicted, profile = self.budget, self.predicted, self.profile
         grown = self.queue().grow_steps
-        headroom = format_bytes(predicted.device_needed_bytes - predicted.run_peak_bytes)
+        headroom = format_bytes(with_headroom(predicted.run_peak_bytes) - predicted.run_peak_bytes)
         same = "   (the same memory as the device)" if profile.unified else ""
         no_time = (
             f"time: unknown, profile {profile.name} lacks device.peak_tflops or memory_gib_per_s: "
@@ -325,7 +325,7 @@ def _largest_that_fits(candidates: list[Settings], planned: Callable[[Settings],
     if plan.fits or len(candidates) == 1:
         return plan
     activations = plan.predicted.by_category["activations"]
-    room = plan.budget.device_bytes - (plan.predicted.device_needed_bytes - activations)
+    room = plan.budget.device_bytes - (with_headroom(plan.predicted.run_peak_bytes) - activations)
     wanted = plan.settings.micro_batch_size * room / activations
     last = len(candidates) - 1
     index = next((i for i in range(1, last) if candidates[i].micro_batch_size <= wanted), last)

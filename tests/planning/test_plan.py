@@ -216,6 +216,29 @@ def test_a_model_that_needs_a_weight_after_its_update_is_refused_by_the_plan() -
     assert make_plan(lambda: UsesAWeightAgain(recipe.model, (1, 8, 8), 10), recipe, machine(4.0)).fits
 
 
+def test_a_budget_must_hold_the_making_of_the_plan_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small run takes less than the child that plans it: under such a limit it is killed before it begins."""
+    recipe = recipe_with()
+    monkeypatch.setattr(footprint, "compiler_stays", lambda: False)
+    raw = load_profile("cpu-4gib").model_dump(mode="json", by_alias=True)
+
+    def planned_in(num_bytes: int) -> Plan:
+        memory = {"memory_gib": num_bytes / 2**30, "reserve_gib": 0.0}
+        profile = profile_from_dict({**raw, "device": {**raw["device"], **memory}, "host": memory}, "test")
+        data = describe_data(recipe.data, recipe.train.seq_len)
+        return make_plan(model_builder(recipe, data), recipe, profile)
+
+    predicted = planned_in(1 << 32).predicted
+    needed = predicted.planning_bytes
+    assert with_headroom(predicted.run_peak_bytes) < needed == predicted.device_needed_bytes
+    assert planned_in(needed).fits
+    tight = planned_in(needed - 1)
+    with pytest.raises(BudgetError, match="to make it takes .* device.memory_gib"):
+        tight.require_fit()
+    monkeypatch.setattr(footprint, "compiler_stays", lambda: True)  # then what trains holds the same
+    assert planned_in(1 << 32).predicted.planning_bytes == 0
+
+
 def test_a_plan_fits_only_with_room_for_what_its_prediction_may_be_off_by() -> None:
     recipe = recipe_with()
     plan = make_plan(
