@@ -217,7 +217,7 @@ def test_a_model_that_needs_a_weight_after_its_update_is_refused_by_the_plan() -
 
 
 def test_a_budget_must_hold_the_making_of_the_plan_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small run takes less than the child that plans it: under such a limit it is killed before it begins."""
+    """A small run takes less than the child that plans it, which such a limit kills."""
     recipe = recipe_with()
     monkeypatch.setattr(footprint, "compiler_stays", lambda: False)
     raw = load_profile("cpu-4gib").model_dump(mode="json", by_alias=True)
