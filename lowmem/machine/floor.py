@@ -26,7 +26,7 @@ PROBE = ("-m", "lowmem.floor_probe")
 LIMIT_S = 120
 FIELD = "floor_bytes"
 MOST_BYTES = 1 << 34  # a kept figure beyond this was not written by us
-NAME = {"cpu": "runtime-floor.json", "cuda": "runtime-floor-cuda.json"}
+NAME = {"cpu": "runtime-floor", "cuda": "runtime-floor-cuda"}
 # Packages that the figures depend on. A figure of one build is of no use for another.
 PACKAGES = ("torch", "numpy", "pydantic", "psutil", "bitsandbytes", "lowmem")
 LIBRARY_PACKAGES = ("transformers", "tokenizers", "peft", "accelerate")
@@ -51,12 +51,14 @@ def measured_library_bytes(library: Library, cache: Path | None = None) -> int |
     "compiler" is torch's, of which a plan imports a part. transformers brings it. peft brings transformers
     and bitsandbytes: what they bring is counted with them.
     """
-    return _measured(f"runtime-{library}.json", ("cpu", library), _build("cpu", LIBRARY_PACKAGES), cache)
+    return _measured(f"runtime-{library}", ("cpu", library), _build("cpu", LIBRARY_PACKAGES), cache)
 
 
 def _measured(name: str, arguments: tuple[str, ...], build: str, cache: Path | None) -> int | None:
-    """The figure that is kept under this name for this build, or else the probe's, which is kept."""
-    path = (cache or _cache_folder()) / name
+    """The figure that is kept for this build, or else the probe's, which is kept. Each build has a file of its
+    own: two installations would measure again and again if they shared one.
+    """
+    path = (cache or _cache_folder()) / f"{name}-{build[:16]}.json"
     kept = _read(path, build)
     if kept is not None:
         return kept

@@ -46,6 +46,16 @@ def test_a_figure_is_measured_once_and_then_read(tmp_path: Path, asked: list[lis
     assert asked == [["cpu"], ["cpu", "peft"], ["cpu", "compiler"]]
 
 
+def test_two_installations_do_not_forget_each_others_figures(
+    tmp_path: Path, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for executable in ("one", "other", "one", "other"):
+        forget()
+        monkeypatch.setattr(sys, "executable", executable)
+        assert measured_floor_bytes("cpu", tmp_path) == 123 * MIB
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize("damage", ["version", "text", "number", "sign"])
 def test_a_figure_of_another_build_or_a_damaged_one_is_measured_anew(
     tmp_path: Path, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, damage: str
