@@ -41,9 +41,8 @@ LIBRARY_BYTES: dict[Library, int] = {
     "transformers": 128 * MIB,
     "peft": 140 * MIB,
 }
-COPIED_BYTES = (
-    88 * MIB
-)  # a child that makes a plan counts with some, and writes others of its parent's; measured  # what a child that makes a plan counts with, and writes of its parent's pages; measured
+# What a child that makes a plan counts with, and what it writes of its parent's pages; measured.
+COPIED_BYTES = 88 * MIB
 CPU_BFLOAT16_BYTES = 20 * MIB  # of kernels that a CPU makes at run time for bf16 products; measured
 # of a process that uses CUDA on the host: libraries and driver; a typical value, not measured here
 HOST_RUNTIME_GIB = 1.2
