@@ -55,7 +55,7 @@ def measured_library_bytes(library: Library, cache: Path | None = None) -> int |
 
 
 def _measured(name: str, arguments: tuple[str, ...], build: str, cache: Path | None) -> int | None:
-    """The figure that is kept for this build, or else the probe's, which is kept. Each build has its own file:
+    """The figure that is kept for this build, or else the probe's, which is kept. Each build has its file:
     two installations would measure again and again if they shared one.
     """
     path = (cache or _cache_folder()) / f"{name}-{build[:16]}.json"
