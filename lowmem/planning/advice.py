@@ -155,8 +155,8 @@ def advice_for(shortage: Shortage) -> str:
     predicted, settings, profile = shortage.predicted, shortage.settings, shortage.profile
     if predicted.device_needed_bytes > with_headroom(predicted.run_peak_bytes):
         return (
-            f"plan: to make it takes {format_bytes(predicted.planning_bytes)}, before the run and more than "
-            f"that; profile {profile.name} allows {format_bytes(shortage.budget.device_bytes)}. Give it as "
+            f"plan: making the plan takes {format_bytes(predicted.planning_bytes)}, more than the run; "
+            f"profile {profile.name} allows {format_bytes(shortage.budget.device_bytes)}. Give it as "
             "much: set device.memory_gib in a profile of your own."
         )
     evaluation = predicted.evaluation

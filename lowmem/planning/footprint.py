@@ -385,8 +385,7 @@ def _cpu_runtime_bytes(setup: Setup) -> int:
         libraries.add("compiler")
     if setup.settings.optimizer == "adamw8bit" and built_with != "peft":  # which brings it
         libraries.add("bitsandbytes")
-    taken = sum(measured_library_bytes(name) or LIBRARY_BYTES[name] for name in libraries)
-    return taken + CPU_BFLOAT16_BYTES * (setup.settings.precision == "bfloat16")
+    return sum(map(_library_bytes, libraries)) + CPU_BFLOAT16_BYTES * (setup.settings.precision == "bfloat16")
 
 
 def _planning_bytes(setup: Setup) -> int:
@@ -394,8 +393,12 @@ def _planning_bytes(setup: Setup) -> int:
     if setup.profile.device.type != "cpu" or compiler_stays():
         return 0
     library = setup.recipe.model.library(setup.recipe.adapter is not None) or "compiler"
-    imported = measured_library_bytes(library) or LIBRARY_BYTES[library]
-    return _floor_bytes(setup.profile) + imported + COPIED_BYTES
+    return _floor_bytes(setup.profile) + _library_bytes(library) + COPIED_BYTES
+
+
+def _library_bytes(library: Library) -> int:
+    """What a library takes here, or else where it was measured."""
+    return measured_library_bytes(library) or LIBRARY_BYTES[library]
 
 
 def _host_categories(setup: Setup, borders: BorderBytes, data_bytes: int) -> dict[str, int]:

@@ -233,7 +233,7 @@ def test_a_budget_must_hold_the_making_of_the_plan_too(monkeypatch: pytest.Monke
     assert with_headroom(predicted.run_peak_bytes) < needed == predicted.device_needed_bytes
     assert planned_in(needed).fits
     tight = planned_in(needed - 1)
-    with pytest.raises(BudgetError, match="to make it takes .* device.memory_gib"):
+    with pytest.raises(BudgetError, match="making the plan takes .* device.memory_gib"):
         tight.require_fit()
     monkeypatch.setattr(footprint, "compiler_stays", lambda: True)  # then what trains holds the same
     assert planned_in(1 << 32).predicted.planning_bytes == 0
