@@ -11,9 +11,11 @@ from lowmem.blocks.staging import CHUNK_BYTES, RING_CHUNKS
 from lowmem.data.datasets import describe_data
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
-from lowmem.planning.passes import LiveBytes, PassCounter
+from lowmem.planning import footprint
+from lowmem.planning.duration import Work
+from lowmem.planning.passes import Large, LiveBytes, Pass, PassCounter
 from lowmem.planning.plan import make_plan
-from lowmem.planning.settings import layouts_of
+from lowmem.planning.settings import layouts_of, setup_of
 from lowmem.units import MIB
 
 
@@ -70,7 +72,16 @@ def test_a_pool_and_what_it_never_lends_take_no_more_than_is_planned() -> None:
             offload__borders=borders,
         )
         build = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))
-        plans[borders] = make_plan(build, recipe, load_profile("cpu-16gib")).predicted
+        plan = make_plan(build, recipe, load_profile("cpu-16gib"))
+        plans[borders] = plan.predicted
+    with torch.device("meta"):
+        model = build()
+    setup = setup_of(model, recipe, load_profile("cpu-16gib"), plan.settings)
+    passes = [
+        Pass(0, Work({(0, 0): 1}), Work(), Large(*(size * MIB for size in sizes)))
+        for sizes in ((100, 10**6, 20), (70, 10**6, 30))
+    ]
+    assert footprint._pool_bytes(setup, passes, 0) == (100 - 30) * MIB
     near, away = plans["device"], plans["host"]
     assert 0 < away.pool_bytes < away.by_category["activations"]
     lent = near.pool_bytes - away.pool_bytes
