@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLICE_NUMEL = 4 * 1024 * 1024  # weights whose gradient is made at once
+# Weights whose gradient is made at once, at least. A large table has few slices, because each costs a call
+# on the device, and a plan counts every call.
+SLICE_NUMEL, MOST_SLICES = 4 * 1024 * 1024, 32
 
 
 def gathers(weight: Tensor) -> bool:
@@ -39,7 +41,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None]:
         (features,), (grads,), weight = ctx.saved_tensors, given, ctx.weight
-        size = max(SLICE_NUMEL // weight.shape[1], 1)
+        size = max(SLICE_NUMEL // weight.shape[1], -(-len(weight) // MOST_SLICES))
         for part, rows in zip(torch.split(grads, size, 1), weight.grad.split(size), strict=True):
             rows.add_(part.t().mm(features))
         return grads.mm(weight), None
