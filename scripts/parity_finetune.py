@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ SHAPE: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 LAYERS, NUM_BLOCKS = SHAPE["num_hidden_layers"], 3
+ROW = SHAPE["max_position_embeddings"] - 1  # characters: a byte each, mostly, and the end
 STEPS, BATCH_SIZE, SEQ_LEN, WARMUP_STEPS = 1200, 16, SHAPE["max_position_embeddings"], 50
 FIRST_LR, LR = 3e-3, 1e-3  # of the first text, and of the second
 LATER = 8  # batches that one update gathers, or one sweep holds at most
-VISIT = 16  # steps that a block is trained for, before the next
 GATHERED = f"{LATER} batches an update"
 FEWER = [
     f"train.batch_size={LATER * BATCH_SIZE}",
@@ -42,13 +43,20 @@ ARMS = {
 }  # what each sets
 
 
-def recipe_of(model: Path, weights: str, text: Path, lr: float) -> dict[str, Any]:
+def write_rows(text: Path, path: Path) -> None:
+    """A row of JSONL for every `ROW` characters of a text."""
+    letters = text.read_text(encoding="utf-8")
+    rows = (letters[at : at + ROW] for at in range(0, len(letters), ROW))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows if row.strip()))
+
+
+def recipe_of(model: Path, weights: str, rows: Path, lr: float) -> dict[str, Any]:
     return {
         "schema": 1,
         "method": "end_to_end",
         "model": {"name": "huggingface", "path": str(model), "weights": weights},
-        "blocks": {"num_blocks": NUM_BLOCKS, "visit_steps": VISIT},
-        "data": {"name": "text", "path": str(text), "tokenizer": "bytes"},
+        "blocks": {"num_blocks": NUM_BLOCKS},
+        "data": {"name": "chat", "path": str(rows), "tokenizer": str(model)},
         "train": {
             "num_steps": STEPS,
             "batch_size": BATCH_SIZE,
@@ -69,8 +77,10 @@ def write_recipes(folder: Path, texts: tuple[Path, Path]) -> tuple[Path, Path, P
     shape, base = folder / "shape", folder / "base"
     if not (shape / CONFIG).exists():
         make_model(shape, SHAPE)
-    recipes = folder / "first.yaml", folder / "second.yaml"
-    made = (shape, "random", texts[0], FIRST_LR), (base, "pretrained", texts[1], LR)
+    recipes, rows = (folder / "first.yaml", folder / "second.yaml"), (folder / "1.jsonl", folder / "2.jsonl")
+    for text, path in zip(texts, rows, strict=True):
+        write_rows(text, path)
+    made = (shape, "random", rows[0], FIRST_LR), (base, "pretrained", rows[1], LR)
     for path, wanted in zip(recipes, made, strict=True):
         path.write_text(yaml.safe_dump(recipe_of(*wanted), sort_keys=False))
     return recipes[0], folder / "first", base, recipes[1]
