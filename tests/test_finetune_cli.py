@@ -69,6 +69,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(model: Path, rows: Path, t
     rows.write_text('{"question": "?"}\n')
     assert "line 1: found the columns question" in str(refused("finetune", str(model), str(rows), *run))
     assert "goes with a model's folder" in str(refused("plan", "digits-vit", str(rows)))
+    text = "--set", "data={name: stdlib_text}"
+    said = str(refused("finetune", str(model), str(rows), *run, *text))
+    assert "data.name: found 'stdlib_text'; allowed with a decoder from a folder: chat, custom" in said
     (model / "tokenizer.json").unlink()
     assert "no tokenizer.json in it" in str(refused("finetune", str(model), str(rows), *run))
     assert not (tmp_path / "run").exists()

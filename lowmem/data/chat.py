@@ -40,7 +40,7 @@ SHOWN = 5  # line numbers in a message
 
 class ChatData(DataSection):
     name: Literal["chat"]
-    path: str  # of a .jsonl, .csv or .parquet file
+    path: str  # of a .jsonl, .csv, .parquet or .txt file
     tokenizer: str  # of a folder with tokenizer.json and a chat template
     pack: bool = False  # several sequences in a row
     test_fraction: TestFraction = 0.05

@@ -1,8 +1,8 @@
-"""Rows of a file of conversations, questions with answers, or texts: JSON lines, CSV or Parquet.
+"""Rows of a file of conversations, questions with answers, or texts: JSON lines, CSV, Parquet, plain text.
 
-A row is a mapping, and comes with its number: the line of a JSONL file, else the row from 1 on. JSON lines
-are read here, so that a bad one is named. CSV and Parquet are read by the library `datasets`, from the local
-file and without its cache.
+A row is a mapping, and comes with its number: the line of a JSONL or text file, else the row from 1 on. JSON
+lines are read here, so that a bad one is named. CSV and Parquet are read by the library `datasets`, from the
+local file and without its cache. A plain text is one text, which is read a piece at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from lowmem.units import MIB, shown
 
 MOST_LINE_BYTES = 16 * MIB
 READERS = {".csv": "csv", ".parquet": "parquet"}  # by suffix: the library's names
-ALLOWED = ".jsonl (one JSON object in a line), .csv, .parquet"
+ALLOWED = ".jsonl (one JSON object in a line), .csv, .parquet, .txt (one long text)"
+PIECE_BYTES = MIB  # of a text that is tokenised at once; it ends with a line
 # What a row must hold, in the order in which the columns are looked for.
 COLUMNS = (("messages",), ("prompt", "completion"), ("text",))
 
@@ -31,6 +32,8 @@ def rows_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from _json_rows(path, where)
     elif path.suffix in READERS:
         yield from _library_rows(path, where)
+    elif path.suffix == ".txt":
+        yield from _pieces(path, where)
     else:
         raise DataError(f"{where}: found the suffix '{path.suffix}'; allowed: {ALLOWED}; convert the file")
 
@@ -53,6 +56,21 @@ def _json_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 found = type(row).__name__
                 raise DataError(f"{where}, line {number}: found {found}; allowed: an object; mend the line")
             yield number, row
+
+
+def _pieces(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    first = 1
+    with open_file(path, where, "give the path of a file that can be read") as file:
+        while lines := file.readlines(PIECE_BYTES):
+            try:
+                yield first, {"text": b"".join(lines).decode()}
+            except UnicodeDecodeError as problem:
+                line = first + problem.object[: problem.start].count(b"\n")
+                cure = "allowed: text in UTF-8; convert the file"
+                raise DataError(
+                    f"{where}, line {line}: found byte {problem.object[problem.start]:#x}; {cure}"
+                ) from None
+            first += len(lines)
 
 
 def _library_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -12,6 +12,7 @@ from conftest import batches_digest
 from hf_folders import BYTES_VOCAB, CHAT, make_tokenizer
 
 from lowmem.data.chat import IGNORED, ChatData, ChatDataset, packed
+from lowmem.data.chat_rows import rows_of
 from lowmem.data.chat_tokens import ChatTokenizer, Sequence
 from lowmem.data.datasets import DataSpec, describe_data, identify_data, load_data
 from lowmem.errors import DataError
@@ -202,6 +203,23 @@ def test_csv_and_parquet_give_the_batches_of_json_lines(tmp_path: Path, folder: 
     assert len(digests) == 1
 
 
+def test_a_text_file_is_learnt_whole_a_piece_at_a_time(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowmem.data.chat_rows.PIECE_BYTES", 200)
+    lines = [f"line {n} of a book, which is {n * n}\n" for n in range(60)]
+    path = tmp_path / "book.txt"
+    path.write_text("".join(lines))
+    pieces = list(rows_of(path))
+    assert "".join(row["text"] for _, row in pieces) == path.read_text()
+    assert [number for number, _ in pieces][:2] == [1, 1 + pieces[0][1]["text"].count("\n")]
+    data = opened(path, folder)
+    labels = sum(len(_labels(data, step)) for step in range(data.num_train + data.num_test))
+    assert labels == len(path.read_text())  # the first token of a piece is no label, and its end is one
+    path.write_bytes(b"fine\n\xff\n")
+    assert "book.txt, line 2: found byte 0xff; allowed: text in UTF-8" in refusal(path, folder)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Identity, plans, refusals
 
@@ -256,8 +274,8 @@ def test_a_bad_row_is_named_by_its_line(line: str, said: str, tmp_path: Path, fo
 
 
 def test_other_files_and_folders_without_a_tokenizer_are_refused(tmp_path: Path, folder: Path) -> None:
-    path = written(tmp_path / "rows.txt", [{"text": "fine"}])
-    assert "found the suffix '.txt'; allowed: .jsonl" in refusal(path, folder)
+    path = written(tmp_path / "rows.md", [{"text": "fine"}])
+    assert "found the suffix '.md'; allowed: .jsonl" in refusal(path, folder)
     assert "nowhere.jsonl: No such file" in refusal(tmp_path / "nowhere.jsonl", folder)
     path = written(tmp_path / "rows.jsonl", [{"text": "fine"}] * 3)
     assert "no tokenizer.json in it" in refusal(path, tmp_path)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lowmem.models.base import BuildModel
     from lowmem.models.huggingface.model import HuggingfaceLm
 
+WITH_LABELS = ("chat", "custom")  # data whose batches say what is to be learnt
 LOGITS = 2**24  # elements of the logits that are in memory at once, where the recipe does not say
 
 
@@ -45,6 +46,11 @@ class HuggingfaceModel(ModelConfig):
         if content["model_type"] in CLASSIFIERS:
             return self._classifier(content, recipe, spec)
         vocab_size, seq_len = text_of(recipe, spec)
+        if recipe.data.name not in WITH_LABELS:
+            raise ConfigError(
+                f"data.name: found '{recipe.data.name}'; allowed with a decoder from a folder: "
+                f"{', '.join(WITH_LABELS)}; use chat with the model's tokenizer, which reads a .txt file too"
+            )
         known = content.get("vocab_size")
         if isinstance(known, int) and known < vocab_size:
             raise ConfigError(
