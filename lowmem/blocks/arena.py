@@ -285,6 +285,31 @@ def bind(
         _set_parameter(model, name, parameter)
 
 
+def gathered_in(grads: Mapping[str, Tensor], after: Callable[[], None]) -> OnGradient:
+    """For `bind`: gradients gather in `grads`, whatever lies there before. A parameter without a gradient
+    keeps `grad` None, and leaves its place as it is.
+
+    The first gradient is copied. To add it to zeros would read and write twice as much. `after`: is called
+    after each gradient.
+    """
+
+    def gather(name: str, parameter: nn.Parameter) -> None:
+        if parameter.grad is not grads[name]:
+            assert parameter.grad is not None
+            grads[name].copy_(parameter.grad)
+            parameter.grad = grads[name]  # to which autograd adds the next ones
+        after()
+
+    return gather
+
+
+def gaps(layout: HasSlots, numel: int) -> list[slice]:
+    """The elements of flat vectors [numel] that belong to no parameter."""
+    starts = [*(slot.start for slot in layout.slots), numel]
+    ends = [0, *(slot.start + slot.numel for slot in layout.slots)]
+    return [slice(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
+
+
 def unbind(model: nn.Module, layout: HasSlots) -> None:
     """Puts the parameters back on the meta device: no memory, no gradient."""
     for slot in layout.slots:

@@ -15,6 +15,7 @@ import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,11 +70,12 @@ class ChunkRequests:
 
 
 def in_chunks(pool: ThreadPoolExecutor, num_bytes: int, work: Callable[[slice], T]) -> list[T]:
-    """Calls `work` with the place of each chunk, on the pool's threads, and returns the results in order.
+    """Calls `work` with the place of each chunk, and returns the results in order.
 
-    An error is raised only when no thread is at work any more: the caller may then free the buffer.
+    The pool's threads do that, and this one, which would only wait: a hand-over takes time. An error is
+    raised only when no thread is at work any more: the caller may then free the buffer.
     """
-    return _all_done([pool.submit(work, chunk) for chunk in _chunks(num_bytes)])
+    return _all_done(pool, [partial(work, chunk) for chunk in _chunks(num_bytes)])
 
 
 def all_in_chunks(
@@ -81,11 +83,8 @@ def all_in_chunks(
 ) -> None:
     """`in_chunks` over several buffers at once: calls `work` with a part's two values and a chunk's place."""
     _all_done(
-        [
-            pool.submit(work, what, buffer, chunk)
-            for what, buffer in parts
-            for chunk in _chunks(buffer.numel())
-        ]
+        pool,
+        [partial(work, what, buffer, chunk) for what, buffer in parts for chunk in _chunks(buffer.numel())],
     )
 
 
@@ -94,9 +93,11 @@ def _chunks(num_bytes: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, num_bytes, size))
 
 
-def _all_done(futures: list[Future[T]]) -> list[T]:
+def _all_done(pool: ThreadPoolExecutor, calls: list[Callable[[], T]]) -> list[T]:
+    futures: list[Future[T]] = [pool.submit(call) for call in calls[:-1]]
     try:
-        return [future.result() for future in futures]
+        last = [call() for call in calls[-1:]]
+        return [*(future.result() for future in futures), *last]
     finally:
         for future in futures:
             future.cancel()

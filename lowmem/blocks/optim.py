@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowmem.blocks.arena import GROUP_SIZE, Arena, Group
 from lowmem.machine.compiler import without_compiler
+from lowmem.machine.pool import past_pools
 from lowmem.recipe import OptimizerConfig
 from lowmem.schedule import mix_seed
 
@@ -108,6 +109,7 @@ class Rounding:
         return self._odds.view(torch.int16)
 
 
+@past_pools
 def gradient_norm(grads: Tensor) -> Tensor:
     """The L2 norm of `grads` [n] of any dtype: an fp32 scalar on the device."""
     # In slices, because on a CPU the norm of a bf16 tensor widens all of it at once.
@@ -227,7 +229,12 @@ def update_slices(rows: Rows, grads: Tensor, step: Step) -> None:
     if rows.matrix is not None:
         numel = rows.matrix[0] * rows.matrix[1]
         _update_slice(rows.part(0, numel), grads[:numel].contiguous(), step)
-        return
+    else:
+        _update_slices(rows, grads, step)
+
+
+@past_pools
+def _update_slices(rows: Rows, grads: Tensor, step: Step) -> None:
     size = _slice_numel(rows.quantized, grads.device.type)
     for start in range(0, len(grads), size):
         stop = min(start + size, len(grads))

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from torch import Tensor
 
@@ -86,10 +87,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
+    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], more: bool = False) -> None:
         """Writes the bytes that pages are about, and leaves all others in them as they are.
 
-        Calls come one after another. Raises StoreError.
+        Calls come one after another. `more`: the next one is about the same block, and a page that is not
+        full yet may wait for it. Raises StoreError.
         """
 
     @abstractmethod
@@ -124,6 +126,27 @@ class Store(ABC):
         """Ends the store's threads and frees its memory. Removes files that were begun and not ended."""
 
 
+class Edge:
+    """A page of which some bytes are to be written."""
+
+    def __init__(self) -> None:
+        self.page = aligned_buffer(PAGE)
+        self._there = np.zeros(PAGE, dtype=bool)
+
+    def add(self, page: Tensor, part: slice) -> None:
+        """Some bytes of `page` [PAGE]."""
+        self.page.numpy()[part] = page.numpy()[part]
+        self._there[part] = True
+
+    @property
+    def full(self) -> bool:
+        return bool(self._there.all())
+
+    def fill_up(self, page: Tensor) -> None:
+        """Takes from `page` [PAGE] what is not there yet."""
+        np.copyto(self.page.numpy(), page.numpy(), where=~self._there)
+
+
 class DiskStore(Store):
     """Blocks in files of the run folder."""
 
@@ -151,7 +174,8 @@ class DiskStore(Store):
         self._readers = ThreadPoolExecutor(THREADS, "lowmem-reading")
         self._writers = ThreadPoolExecutor(THREADS, "lowmem-writing")
         self._counting = threading.Lock()  # several threads of a stream read and write
-        self._moved, self._taken = Traffic(), TransferTimes()
+        self._moved, self._taken_s = [0, 0], [0.0, 0.0]  # read, written
+        self._edges = dict[str, dict[int, Edge]]()  # of pages that wait for the rest of them, by position
 
     def read(self, key: str, buffer: Tensor) -> None:
         record, header = self.files[key], self._headers[key]
@@ -211,7 +235,7 @@ class DiskStore(Store):
         self._begun[key] = name
         self._verified.add(name)
 
-    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
+    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], more: bool = False) -> None:
         path, skipped = self.run_dir.path / self._begun[key], len(self._headers[key])
         began, whole = time.perf_counter(), list[tuple[Pages, Tensor]]()
         for pages, buffer in parts:
@@ -225,14 +249,9 @@ class DiskStore(Store):
 
         with refusals_of(path, StoreError):  # not removed if it fails: other units are read from it meanwhile
             all_in_chunks(self._writers, whole, write)
-            for pages, buffer in parts:
-                for edge in pages.edges:
-                    self._patch(path, skipped + pages.first, edge, buffer)
-        patched = PAGE * sum(len(pages.edges) for pages, _ in parts)
-        self._count_read(patched)
-        self._count_written(
-            patched + sum(inside.stop - inside.start for inside, _ in whole), time.perf_counter() - began
-        )
+            self._write_edges(key, parts, more)
+        num_bytes = sum(inside.stop - inside.start for inside, _ in whole)
+        self._count_written(num_bytes, time.perf_counter() - began)
 
     def end(self, key: str, visits_done: int) -> FileRecord:
         name, began = self._begun.pop(key), time.perf_counter()
@@ -265,10 +284,14 @@ class DiskStore(Store):
         in_chunks(self._readers, buffer.numel(), copy_chunk)
 
     def traffic(self) -> Traffic:
-        return self._moved if self.ring is None else self._moved + self.ring.traffic()
+        read, written = self._moved
+        moved = Traffic(disk_read_bytes=read, disk_written_bytes=written)
+        return moved if self.ring is None else moved + self.ring.traffic()
 
     def transfer_s(self) -> TransferTimes:
-        return self._taken if self.ring is None else self._taken + self.ring.transfer_s()
+        read_s, written_s = self._taken_s
+        taken = TransferTimes(disk_read_s=read_s, disk_written_s=written_s)
+        return taken if self.ring is None else taken + self.ring.transfer_s()
 
     def facts(self) -> dict[str, Any]:
         ring = {} if self.ring is None else self.ring.facts()
@@ -285,15 +308,16 @@ class DiskStore(Store):
 
     # --------------------------------------------------------------------------------------------------------
 
-    def _count_read(self, num_bytes: int, taken_s: float = 0.0) -> None:
+    def _count(self, way: int, num_bytes: int, taken_s: float) -> None:
         with self._counting:
-            self._moved += Traffic(disk_read_bytes=num_bytes)
-            self._taken += TransferTimes(disk_read_s=taken_s)
+            self._moved[way] += num_bytes
+            self._taken_s[way] += taken_s
+
+    def _count_read(self, num_bytes: int, taken_s: float = 0.0) -> None:
+        self._count(0, num_bytes, taken_s)
 
     def _count_written(self, num_bytes: int, taken_s: float = 0.0) -> None:
-        with self._counting:
-            self._moved += Traffic(disk_written_bytes=num_bytes)
-            self._taken += TransferTimes(disk_written_s=taken_s)
+        self._count(1, num_bytes, taken_s)
 
     def _check(self, key: str) -> None:
         """Looks at a file's size, header and digest before it is read in pages. Raises StoreError."""
@@ -358,16 +382,27 @@ class DiskStore(Store):
         self._count_read(num_bytes, time.perf_counter() - began)
         return whole_digest(digests)
 
-    def _patch(self, path: Path, position: int, edge: slice, buffer: Tensor) -> None:
-        """Writes a part of a page, and leaves the rest of it as it is. `edge`: the part's place in `buffer`,
-        whose first page lies at `position`.
-        """
-        first, page = edge.start // PAGE * PAGE, aligned_buffer(PAGE)
-        with self._from_device(buffer[first : first + PAGE]) as chunk:
-            self._requests.read(path, position + first, page)
-            inside = slice(edge.start - first, edge.stop - first)
-            page.numpy()[inside] = chunk.numpy()[inside]
-            self._requests.write(path, position + first, page)
+    def _write_edges(self, key: str, parts: Sequence[tuple[Pages, Tensor]], more: bool) -> None:
+        """Writes the pages that parts fill together. What else is in the other ones is read before."""
+        path, skipped = self.run_dir.path / self._begun[key], len(self._headers[key])
+        waiting = self._edges.setdefault(key, {})
+        for pages, buffer in parts:
+            for part in pages.edges:
+                first = part.start // PAGE * PAGE
+                edge = waiting.setdefault(skipped + pages.first + first, Edge())
+                with self._from_device(buffer[first : first + PAGE]) as chunk:
+                    edge.add(chunk, slice(part.start - first, part.stop - first))
+        for position, edge in list(waiting.items()):
+            if not edge.full and more:
+                continue
+            if not edge.full:
+                page = aligned_buffer(PAGE)
+                self._requests.read(path, position, page)
+                self._count_read(PAGE)
+                edge.fill_up(page)
+            self._requests.write(path, position, edge.page)
+            self._count_written(PAGE)
+            del waiting[position]
 
     def _unchanged(self, key: str, buffer: Tensor) -> bool:
         """Tells whether the newest file holds exactly these bytes.
@@ -468,7 +503,7 @@ class HostStore(Store):
     def begin(self, key: str, visits_done: int) -> None:
         pass
 
-    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]]) -> None:
+    def write_pages(self, key: str, parts: Sequence[tuple[Pages, Tensor]], more: bool = False) -> None:
         copy = self._copy_of(key)
         pairs = [(copy[pages.start : pages.stop], pages.inside(buffer)) for pages, buffer in parts]
         self._copy(key, pairs, OUT)

@@ -9,7 +9,8 @@ whole pages: `Pages` are the pages that hold some bytes, and tell where in them 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lowmem.blocks.arena import ArenaLayout, Group, ParameterSlot
 from lowmem.blocks.optim import Rows
+from lowmem.machine.pool import past_pools
 from lowmem.units import PAGE, round_up
 
 # Weights that an update reads, changes and writes back at once, by kind of device: what a processor's cache
@@ -70,6 +72,17 @@ class Pages(NamedTuple):
         return self.inside(pages).view(dtype)
 
 
+def edge_pages(written: Iterable[Pages]) -> tuple[int, int]:
+    """Of pages that are written together, those that are not filled by one of them alone: (how many there
+    are, how many of these hold something else as well).
+    """
+    filled = Counter[int]()
+    for pages in written:
+        for edge in pages.edges:
+            filled[(pages.first + edge.start) // PAGE] += edge.stop - edge.start
+    return len(filled), sum(num_bytes < PAGE for num_bytes in filled.values())
+
+
 class Field(NamedTuple):
     """Rows of the weights, or of a field of state."""
 
@@ -112,6 +125,7 @@ class Piece:
             start += field.pages.num_bytes
         return parts
 
+    @past_pools
     def in_buffer(self, buffer: Tensor, weights: Tensor | None = None) -> Rows:
         """The rows for an update, in a buffer that holds all of the piece; or the state alone, where the
         weights are elsewhere.

@@ -23,6 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from lowmem.machine.device import Device, Mark
 
 CHUNKS = 4  # on their way at once: being read, updated, or written back
 GRADIENTS = 2  # vectors of gradients: one that is made, one that is used
+Parts = Callable[[], list[tuple[Pages, Tensor]]]  # says what is to be written
 Given = Callable[[slice], Tensor]  # rows of a block's flat vectors -> their gradients
 
 
@@ -314,11 +316,10 @@ class UnitStream:
     def _staying(self, update: Update, ended: Future[Any]) -> Iterator[Future[Any]]:
         unit = self.units[update.unit]
         for piece, buffer in self._whole(update.unit):
-            rows = piece.in_buffer(buffer)
-            self._change(rows, update)
+            self._change(piece, buffer, None, update)
             if update.durable:
                 self.store.begin(unit.key, update.visits_done)
-                write = self._write_soon(unit.key, piece.parts(buffer))
+                write = self._write_soon(unit.key, partial(piece.parts, buffer))
                 while not write.done():
                     yield write
                 write.result()
@@ -347,13 +348,14 @@ class UnitStream:
                 yield read
             buffer = read.result()
             in_slot = None if weights is None else unit.rows(weights, place, piece.numel)
-            self._change(piece.in_buffer(buffer, in_slot), update)
-            write = self._write_soon(unit.key, piece.parts(buffer, with_weights))
+            self._change(piece, buffer, in_slot, update)
+            parts = partial(piece.parts, buffer, with_weights)
+            write = self._write_soon(unit.key, parts, more=bool(reads))
             write.add_done_callback(_giving(self._chunks, buffer))
             writes.append(write)
         update.done()
         if slot is not None:
-            writes.append(self._write_soon(unit.key, unit.weights_pages(slot)))
+            writes.append(self._write_soon(unit.key, partial(unit.weights_pages, slot)))
             self._keep(update.unit, slot, writes[-1])
         for write in writes:
             while not write.done():
@@ -373,7 +375,9 @@ class UnitStream:
         self._reads[unit] = Future()
         self._reads[unit].set_result(slot)
 
-    def _change(self, rows: optim.Rows, update: Update) -> None:
+    def _change(self, piece: Piece, buffer: Tensor, weights: Tensor | None, update: Update) -> None:
+        """See `Piece.in_buffer`."""
+        rows = piece.in_buffer(buffer, weights)
         grads = update.grads(slice(rows.first, rows.first + len(rows.weights)))
         optim.update_slices(rows, grads, update.step)
         if update.changed is not None:
@@ -406,14 +410,14 @@ class UnitStream:
             raise
         return buffer
 
-    def _write_soon(self, key: str, parts: list[tuple[Pages, Tensor]]) -> Future[None]:
-        """Writes rows as compute leaves them now."""
-        return self._writer.submit(self._write, key, parts, self.device.mark())
+    def _write_soon(self, key: str, parts: Parts, more: bool = False) -> Future[None]:
+        """Writes rows as compute leaves them now. `more`: see `Store.write_pages`."""
+        return self._writer.submit(self._write, key, parts, more, self.device.mark())
 
-    def _write(self, key: str, parts: list[tuple[Pages, Tensor]], mark: Mark) -> None:
+    def _write(self, key: str, parts: Parts, more: bool, mark: Mark) -> None:
         """`mark`: compute has changed the rows by then."""
         self.device.wait(mark)
-        self.store.write_pages(key, parts)
+        self.store.write_pages(key, parts(), more)
 
     def take_written(self) -> dict[str, Future[FileRecord]]:
         """The files of a durable step, by key, for the commit that names them."""

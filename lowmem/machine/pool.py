@@ -18,8 +18,9 @@ import ctypes
 import functools
 import math
 import mmap
+import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,30 @@ def activation_pool(limit_bytes: int) -> contextlib.AbstractContextManager[Pool 
         if limit_bytes:
             return Pool(limit_bytes)
     return contextlib.nullcontext()
+
+
+class _Entered(threading.local):
+    pools = 0  # that this thread has entered
+
+
+_entered = _Entered()
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+
+def past_pools(call: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """For what runs many operators and makes nothing large: they do not pass the pool, which takes longer
+    than some of them.
+    """
+
+    @functools.wraps(call)
+    def without(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        if not _entered.pools:  # and then nobody else's modes are passed by
+            return call(*args, **kwargs)
+        with torch._C._DisableTorchDispatch():
+            return call(*args, **kwargs)
+
+    return without
 
 
 class Span(NamedTuple):
@@ -124,6 +149,15 @@ class Pool(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._warm, self._cold = Holes(), Holes()  # with pages, and without
         self._cold.add(Span(0, size))
         self.held_bytes = 0  # lent or warm
+
+    def __enter__(self) -> Self:
+        _entered.pools += 1
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        super().__exit__(*problem)  # type: ignore[no-untyped-call]
+        _entered.pools -= 1
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from lowmem.blocks.arena import ArenaLayout, bind, parameter_views, unbind
+from lowmem.blocks.arena import ArenaLayout, bind, gathered_in, parameter_views, unbind
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.errors import ConfigError
 from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
@@ -306,11 +306,17 @@ class PassCounter:
 
     @contextlib.contextmanager
     def _bound(
-        self, layers: range, settings: Settings, trained: range | None = None, above: bool = False
+        self,
+        layers: range,
+        settings: Settings,
+        trained: range | None = None,
+        above: bool = False,
+        passing: bool = False,
     ) -> Iterator[tuple[Tensor, ...]]:
         """Binds fake weights of some layers and of the shared part, in the compute dtype, and the gradients
         of those that are trained. `trained`: the only ones of the layers; None: what the settings say.
-        `above`: and nothing of the shared part that the input part uses.
+        `above`: and nothing of the shared part that the input part uses. `passing`: the layers are a unit
+        that streams.
         """
         blocks = list(named_layer_parameters(self._model, layers))
         # Adapters of other layers take no part in a pass.
@@ -335,8 +341,13 @@ class PassCounter:
 
         with FakeTensorMode():
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
-            gathers = updated if settings.during_backward else parameter_views(layout, grads)
+            views = parameter_views(layout, grads)
+            gathers = updated if settings.during_backward else views
             bind(self._model, parameter_views(layout, flat), gathers)
+            if passing:
+                own = {name for name, _ in blocks if name in views}
+                weights = {name: v for name, v in parameter_views(layout, flat).items() if name in own}
+                bind(self._model, weights, gathered_in(views, lambda: None))
             read = torch.zeros(still.numel, dtype=still.weights_dtype)
             bind(self._model, parameter_views(still, read), None)
             for index in layers if trained is not None else ():
@@ -388,7 +399,7 @@ class PassCounter:
     ) -> Pass:
         """`trained`: see `_bound`."""
         objective = self._objective
-        with self._bound(layers, settings, trained) as weights:
+        with self._bound(layers, settings, trained, passing=True) as weights:
             (h, cond, kept), batch = self._enter(settings)
             h, cond = h.detach().requires_grad_(), cond.detach().requires_grad_()
             h_grad, cond_grad = torch.zeros_like(h), torch.zeros_like(cond)

@@ -8,7 +8,8 @@ compute hides all of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
@@ -17,7 +18,7 @@ from lowmem.blocks.order import BlockQueue, Course
 from lowmem.blocks.stream import block_key
 from lowmem.blocks.sweep_stream import page_bytes, weights_pages, whole_pages
 from lowmem.blocks.traffic import Traffic
-from lowmem.blocks.unit import Field, Piece, Unit
+from lowmem.blocks.unit import Field, Unit, edge_pages
 from lowmem.blocks.unit_stream import kept_for_next_step
 from lowmem.planning.settings import Setup, file_bytes
 from lowmem.schema import Section
@@ -95,7 +96,8 @@ def _unit_traffic(setup: Setup) -> Parts:
     for index, unit in enumerate(setup.units):
         if index in setup.stay:
             first += Moved(sum(_fetched(piece.fields, on_disk) for piece in unit.pieces))
-            commit += Moved() if setup.frozen else _written(_fields(unit.pieces), on_disk)
+            for piece in [] if setup.frozen else unit.pieces:
+                commit += _written(piece.fields, on_disk)
             continue
         backward = (2 if setup.two_passes else 1) if index >= setup.lowest else 0
         passes = (index < last) + backward
@@ -117,10 +119,8 @@ def _unit_traffic(setup: Setup) -> Parts:
 
 def _updated(unit: Unit, on_disk: bool, in_place: bool) -> Moved:
     """What the update of a unit moves: chunks of its rows, and its weights apart where those are there."""
-    moved = Moved()
-    for _, chunk in unit.chunks():
-        fields = chunk.held(with_weights=not in_place)
-        moved += Moved(_fetched(fields, on_disk)) + _written(fields, on_disk)
+    fields = [chunk.held(with_weights=not in_place) for _, chunk in unit.chunks()]
+    moved = Moved(sum(_fetched(some, on_disk) for some in fields)) + _written(chain(*fields), on_disk)
     if in_place:
         moved += _written([piece.field("weights") for piece in unit.pieces], on_disk)
     return moved
@@ -246,21 +246,14 @@ class Moved(NamedTuple):
         return Moved(*map(sum, zip(self, other, strict=True)))
 
 
-def _fields(pieces: Sequence[Piece]) -> list[Field]:
-    return [field for piece in pieces for field in piece.fields]
-
-
-def _written(fields: Sequence[Field], on_disk: bool) -> Moved:
-    """Rows that are written."""
-    moved = Moved()
-    for field in fields:
-        pages = field.pages
-        if on_disk:  # pages that hold other rows too are read and written again
-            edges = PAGE * len(pages.edges)
-            moved += Moved(0, pages.whole.stop - pages.whole.start + edges, edges)
-        else:
-            moved += Moved(written=pages.inside_bytes)
-    return moved
+def _written(fields: Iterable[Field], on_disk: bool) -> Moved:
+    """Rows that are written together."""
+    written = [field.pages for field in fields]
+    if not on_disk:
+        return Moved(written=sum(pages.inside_bytes for pages in written))
+    whole = sum(pages.whole.stop - pages.whole.start for pages in written)
+    edges, patched = edge_pages(written)
+    return Moved(0, whole + PAGE * edges, PAGE * patched)
 
 
 def _fetched(fields: Sequence[Field], on_disk: bool) -> int:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks import optim
-from lowmem.blocks.arena import HasSlots, bind, parameter_views
+from lowmem.blocks.arena import HasSlots, bind, gaps, gathered_in, parameter_views
 from lowmem.blocks.borders import Borders
 from lowmem.blocks.order import Course
 from lowmem.blocks.unit import Unit
@@ -157,7 +157,8 @@ class StreamedStep:
             if gathered is None:
                 layout = self.layouts[block] if self._by_block else self.units[unit]
                 gathered = Gathered(block, self._vector(), layout.numel)
-                gathered.flat.zero_()
+                for gap in gaps(layout, layout.numel):  # it may have held other gradients
+                    gathered.flat[gap].zero_()
             gathered.units.append(unit)
             self._backward(unit, unit - 1 if unit else following, gathered, parts)
             self._weights.let_go(unit, updates)
@@ -220,21 +221,24 @@ class StreamedStep:
         weights = self._weights.views(unit)
         if following is not None:
             self.stream.prefetch(following)
-        self._bind(unit, weights, gathered)
+        grads = self._bind(unit, weights, gathered)
         for part in parts:
             self.passes.backward(unit, part, len(parts), self.stream.advance)
+        for name, grad in grads.items():
+            if self.model.get_parameter(name).grad is None:  # the loss does not depend on it
+                grad.zero_()
 
-    def _bind(self, unit: int, weights: dict[str, Tensor], gathered: Gathered | None) -> None:
+    def _bind(self, unit: int, weights: dict[str, Tensor], gathered: Gathered | None) -> dict[str, Tensor]:
+        """Returns where the unit's gradients gather."""
         if gathered is None:
             bind(self.model, weights, None)
-            return
+            return {}
         layout: HasSlots = self.layouts[gathered.block] if self._by_block else self.units[unit]
-        grads = parameter_views(layout, gathered.flat)
-        bind(self.model, weights, {name: grads[name] for name in weights})
-        for name in weights:
-            parameter = self.model.get_parameter(name)
-            # Updates of other units go on while this one computes.
-            parameter.register_post_accumulate_grad_hook(lambda _: self.stream.advance())  # type: ignore[no-untyped-call]
+        views = parameter_views(layout, gathered.flat)
+        grads = {name: views[name] for name in weights}
+        # Updates of other units go on while this one computes.
+        bind(self.model, weights, gathered_in(grads, self.stream.advance))
+        return grads
 
     def _backward_of_input(self, parts: list[Part]) -> None:
         if self._lowest:  # nothing that is trained is in the input part

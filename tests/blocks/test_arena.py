@@ -12,7 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from lowmem.blocks.arena import Arena, ArenaLayout, aligned_buffer, bind, parameter_views, unbind
+from lowmem.blocks.arena import (
+    Arena,
+    ArenaLayout,
+    aligned_buffer,
+    bind,
+    gaps,
+    gathered_in,
+    parameter_views,
+    unbind,
+)
 from lowmem.units import PAGE
 
 SHAPES = [
@@ -161,6 +170,39 @@ def test_bound_gradients_gather_in_the_flat_vector_over_several_backwards() -> N
     for name, view in parameter_views(layout, grads).items():
         assert view.any(), name
         assert torch.equal(view, reference.get_parameter(name).grad), name
+
+
+def test_gradients_gather_over_whatever_lay_there_and_a_parameter_without_one_is_told() -> None:
+    model, reference = small_model().to("meta"), small_model()
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, device="meta")))
+    layout = ArenaLayout([(name, tuple(p.shape)) for name, p in model.named_parameters()], "adamw")
+    weights, grads = torch.zeros(layout.numel), torch.full((layout.numel,), torch.nan)
+    for name, view in parameter_views(layout, weights).items():
+        if name != "unused":
+            view.copy_(reference.get_parameter(name).detach())
+    calls = list[None]()
+    gathers = gathered_in(parameter_views(layout, grads), lambda: calls.append(None))
+    bind(model, parameter_views(layout, weights), gathers)
+    for batch in torch.randn(3, 4, 6):
+        model(batch).square().sum().backward()
+        reference(batch).square().sum().backward()
+    assert len(calls) == 3 * len(list(reference.parameters()))
+    for name, view in parameter_views(layout, grads).items():
+        if name != "unused":
+            assert torch.equal(view, reference.get_parameter(name).grad), name
+    assert model.get_parameter("unused").grad is None
+    assert parameter_views(layout, grads)["unused"].isnan().all()
+
+
+@both_optimizers
+def test_gaps_are_all_that_belongs_to_no_parameter(optimizer: str) -> None:
+    layout = ArenaLayout(SHAPES, optimizer)
+    flat = torch.zeros(layout.numel)
+    for view in parameter_views(layout, flat).values():
+        view.add_(1)
+    for gap in gaps(layout, layout.numel):
+        flat[gap].add_(1)
+    assert flat.eq(1).all()
 
 
 def test_bound_without_gradients_the_model_is_frozen() -> None:

@@ -37,11 +37,12 @@ from lowmem.blocks.block_file import ChunkRequests
 from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import Pace
 from lowmem.blocks.store import DiskStore, HostStore, Store
-from lowmem.blocks.unit import Pages, Unit
+from lowmem.blocks.unit import Pages, Unit, edge_pages
 from lowmem.blocks.unit_stream import CHUNKS, UnitStream, Update, num_weights_slots, spread
 from lowmem.errors import StoreError
 from lowmem.machine.device import CPU, Device, Mark
 from lowmem.recipe import OptimizerConfig
+from lowmem.units import PAGE
 
 NUM_BLOCKS, NUM_LAYERS = 2, 3  # layers of each block
 NUM_UNITS = NUM_BLOCKS * NUM_LAYERS
@@ -235,6 +236,31 @@ def test_the_norm_of_a_durable_step_is_that_of_all_updated_weights(
     assert norm == pytest.approx(float(optim.gradient_norm(whole)), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_page_that_chunks_fill_together_is_written_once_and_not_read_before(
+    tmp_path: Path, kind: str
+) -> None:
+    setting = Setting(tmp_path, kind)
+    with opened(setting) as stream:
+        make_step(setting, stream, 1, durable=False)
+        stream.finish()
+        setting.steps += 1
+        unit, before = setting.units[4], stream.store.traffic()
+        stream.load(4)
+        stream.release(4, update_follows=True)
+        begin_update(setting, stream, 4, 1, False, torch.zeros(()))
+        stream.finish()
+        after = stream.store.traffic()
+    state = [field.pages for _, chunk in unit.chunks() for field in chunk.held(with_weights=False)]
+    weights = [piece.field("weights").pages for piece in unit.pieces]
+    edges, patched = (a + b for a, b in zip(edge_pages(state), edge_pages(weights), strict=True))
+    whole = sum(pages.whole.stop - pages.whole.start for pages in [*state, *weights])
+    assert patched < edges < sum(len(pages.edges) for pages in [*state, *weights])
+    assert after.disk_written_bytes - before.disk_written_bytes == whole + PAGE * edges
+    fetched = unit.weights_bytes + sum(pages.num_bytes for pages in state)
+    assert after.disk_read_bytes - before.disk_read_bytes == fetched + PAGE * patched
+
+
 @every_store
 @every_stay
 def test_a_run_goes_on_from_files_that_units_have_written(
@@ -322,9 +348,9 @@ def test_a_chunks_buffer_is_free_only_when_its_write_has_ended(
     with opened(setting) as stream:
         write, give = stream.store.write_pages, stream._chunks.give
 
-        def slowly(key: str, parts: list[tuple[Pages, Tensor]]) -> None:
+        def slowly(key: str, parts: list[tuple[Pages, Tensor]], more: bool) -> None:
             time.sleep(0.002)
-            write(key, parts)
+            write(key, parts, more)
             written.add(parts[0][1].data_ptr())
 
         def recorded(buffer: Tensor, mark: Mark = None) -> None:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.machine.heap import MMAP_THRESHOLD_BYTES
-from lowmem.machine.pool import WAYS, Holes, Pool, Span, activation_pool, pays
+from lowmem.machine.pool import WAYS, Holes, Pool, Span, activation_pool, past_pools, pays
 from lowmem.models.layers import Layer
 from lowmem.units import MIB, PAGE
 
@@ -208,6 +209,27 @@ def test_it_holds_no_more_than_its_limit_and_what_is_lent() -> None:
     assert resident_bytes(pool) == pool.held_bytes == 8 * MIB
     pool.keep_at_most(0)
     assert resident_bytes(pool) == pool.held_bytes == 0
+
+
+def test_what_passes_pools_borrows_nothing_and_other_modes_see_it() -> None:
+    seen = list[object]()
+
+    class Seeing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    values, pool = torch.ones(MIB), Pool(8 * MIB)
+    doubled = past_pools(lambda: values * 2)
+    with pool:
+        kept = doubled()
+        assert pool.held_bytes == 0
+        lent = values * 2
+        assert pool.held_bytes == 4 * MIB
+    assert torch.equal(kept, lent)
+    with Seeing():  # type: ignore[no-untyped-call]
+        doubled()
+    assert seen == [torch.ops.aten.mul.Tensor]
 
 
 def test_small_results_and_those_that_its_address_space_has_no_room_for_come_from_elsewhere() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from exact_runs import STEPS, setting_model, short, through_ram, trained, uncounted_activations  # noqa: F401
 
+from lowmem.blocks import unit as unit_module
+from lowmem.blocks.arena import GROUP_SIZE
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.optim import has_muon
 from lowmem.blocks.traffic import Traffic
@@ -62,6 +64,20 @@ def test_the_bytes_moved_with_muon_are_those_of_the_plan_and_fewer_than_with_ada
         assert traffic is not None and state.traffic == traffic.moved(steps=3, commits=1)
         moved[name] = traffic.step.disk_written_bytes
     assert 0.6 < moved["muon"] / moved["adamw"] < 0.75
+
+
+def test_the_bytes_of_updates_in_many_chunks_are_those_of_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(unit_module.CHUNK_NUMEL, "cpu", 3 * GROUP_SIZE)
+    for name, changes in {
+        "moves": {"offload__resident_layers": 0},
+        "stays": {"offload__resident_layers": 1},
+        "8-bit": {"optimizer__name": "adamw8bit", "model__dim": 64},
+    }.items():
+        state, plan = trained(tmp_path / name, "causal_lm", offload__tier="disk", train=short(3), **changes)
+        assert plan.predicted.traffic is not None
+        assert state.traffic == plan.predicted.traffic.moved(steps=3, commits=1)
 
 
 @pytest.mark.parametrize("clip", ["block", "global"])
