@@ -40,6 +40,7 @@ from lowmem.models.base import BlockModel
 from lowmem.planning.plan import Plan, check_continues, read_plan
 from lowmem.planning.settings import COMPUTE_DTYPE, base_layout_of, layouts_of, shared_unit, units_of
 from lowmem.reporting.telemetry import Listener, Recorder, read_records
+from lowmem.schedule import learning_rate
 from lowmem.training.first_weights import check_given, create_weights
 from lowmem.training.memory_guard import check_available, require_available, smaller
 from lowmem.training.open_run import bind_base, layouts_by_key, open_borders, open_stream
@@ -126,6 +127,9 @@ class Attempt:
     @property
     def finished(self) -> bool:
         return self.state.visits_done == self.queue.num_visits
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.plan.recipe.train, self.queue.grow_steps)
 
     def __enter__(self) -> Attempt:
         with contextlib.ExitStack() as opened:  # closes what is open if a later step fails

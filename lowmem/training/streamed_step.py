@@ -36,7 +36,6 @@ from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import GRADIENTS, Update, gathers_by_block
 from lowmem.objectives.base import Batch, Objective
 from lowmem.planning.settings import COMPUTE_DTYPE
-from lowmem.schedule import learning_rate
 from lowmem.training.attempt import Attempt
 from lowmem.training.border_passes import BorderPasses, Part, total_loss
 from lowmem.training.finite import FiniteWatch
@@ -74,6 +73,7 @@ class StreamedStep:
         self.shared: Trainable | Resting = attempt.resting or attempt.shared
         self.recipe, self.layouts, self.stream = attempt.plan.recipe, attempt.layouts, attempt.units
         self.units, device = self.stream.units, self.stream.device
+        self._learning_rate = attempt.learning_rate
         self.passes = BorderPasses(attempt, objective, borders, self.model.units())
         # Blocks by key, as the units name them.
         self.block_of = [int(unit.key.rpartition("-")[2]) for unit in self.units]
@@ -98,7 +98,7 @@ class StreamedStep:
         committed under `visits_done`.
         """
         optimizer, factor, last = self.recipe.optimizer, None, len(self.units) - 1
-        lr = learning_rate(step, self.recipe.train)
+        lr = self._learning_rate(step)
         self.passes.begin(self._course)
         self.shared.begin(step + 1, lr, optimizer)
         parts = [self.passes.enter(index, seed, batch) for index, (seed, batch) in enumerate(micro[0])]

@@ -24,7 +24,6 @@ from torch import Tensor
 from lowmem.blocks.arena import unbind
 from lowmem.blocks.borders import Borders
 from lowmem.objectives.base import Batch, Objective
-from lowmem.schedule import learning_rate
 from lowmem.training.attempt import Attempt
 from lowmem.training.border_passes import BorderPasses, Part, total_loss
 from lowmem.training.finite import FiniteWatch
@@ -43,6 +42,7 @@ class Sweep:
         self.recipe, self.layouts, self.stream = attempt.plan.recipe, attempt.layouts, attempt.sweeps
         self.steps_at_once = self.recipe.blocks.sweep_steps
         self._device, self._scratch = attempt.device, attempt.scratch
+        self._learning_rate = attempt.learning_rate
         blocks = self.model.block_slices(len(self.layouts))
         self.passes = BorderPasses(attempt, objective, borders, blocks)
         self._by_input, self._by_output = shared_use(attempt, objective)
@@ -93,7 +93,7 @@ class Sweep:
             self.stream.prefetch(block - 1, whole=True)
         trainable.bind(self.model)
         for step, parts in enumerate(steps, first):
-            trainable.begin(step + 1, learning_rate(step, self.recipe.train), self.recipe.optimizer)
+            trainable.begin(step + 1, self._learning_rate(step), self.recipe.optimizer)
             for part in parts:
                 self.passes.backward(block, part, len(parts), lambda: None)
             self.watch.look(step, trainable.update())
@@ -108,7 +108,7 @@ class Sweep:
     # The shared part
 
     def _begin(self, step: int) -> None:
-        self.shared.begin(step + 1, learning_rate(step, self.recipe.train), self.recipe.optimizer)
+        self.shared.begin(step + 1, self._learning_rate(step), self.recipe.optimizer)
 
     def _train_output(self, step: int) -> None:
         self._begin(step)

@@ -26,7 +26,7 @@ from lowmem.objectives.base import Batch
 from lowmem.planning.plan import Plan
 from lowmem.planning.settings import layouts_of
 from lowmem.reporting.telemetry import Listener
-from lowmem.schedule import learning_rate, mix_seed
+from lowmem.schedule import mix_seed
 from lowmem.training.attempt import Attempt
 from lowmem.training.coordinate import Coordinate
 from lowmem.training.finite import FiniteWatch, not_finite
@@ -223,7 +223,7 @@ class Trainer:
         every, losses = [*trainables, shared], []
         shared_step = self.queue.shared_steps(visit)
         for step in range(visit.first_step, visit.first_step + visit.num_steps):
-            start, lr = time.perf_counter(), learning_rate(step, self.recipe.train)
+            start, lr = time.perf_counter(), attempt.learning_rate(step)
             shared_step += 1
             for trainable in trainables:
                 trainable.begin(step + 1, lr, optimizer)
@@ -282,7 +282,7 @@ class Trainer:
             losses += some
             step_s = (time.perf_counter() - start) / len(steps)
             for step, loss in zip(steps, some, strict=True):
-                attempt.record_step(visit, step, learning_rate(step, self.recipe.train), loss, step_s)
+                attempt.record_step(visit, step, attempt.learning_rate(step), loss, step_s)
         return losses, {}
 
     def _forward_backward(

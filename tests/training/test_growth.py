@@ -112,7 +112,7 @@ def plain(plan: Plan, folder: Path, **changes: Any) -> nn.Module:
             copy_first_block(model, optimizer)
         layers = model.layers if step >= GROWS else model.layers[:2]
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.train)
+            group["lr"] = learning_rate(step, recipe.train, GROWS)
         optimizer.zero_grad()
         for part in range(2):
             micro = {key: value[part * 4 : (part + 1) * 4] for key, value in batches(step).items()}
