@@ -15,6 +15,7 @@ TEXT = ["tokenizers>=0.21"]
 HUGGINGFACE = ["transformers>=5.20", "peft>=0.19", "datasets>=4", *TEXT]
 LOGGERS = ["tensorboard>=2.15"]
 DEV = [
+    "filelock>=3",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "hypothesis>=6",

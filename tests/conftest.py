@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 # A plan is made in a child process, which imports this for some seconds, unless it is here already.
 import torch._dynamo  # noqa: F401
+from filelock import FileLock
 
 from lowmem.blocks.run_dir import RunDir, RunState
 from lowmem.errors import DataError
@@ -150,15 +152,19 @@ def profile() -> Profile:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """digits-vit, three blocks, 150 steps each, from disk."""
+    """digits-vit, three blocks, 150 steps each, from disk. Each process of the suite has its own copy."""
     from lowmem.job import train
 
-    return train(
-        "digits-vit",
-        "cpu-4gib",
-        tmp_path_factory.mktemp("runs") / "blocks",
-        as_overrides(offload__tier="disk"),
-    )
+    overrides, own = as_overrides(offload__tier="disk"), tmp_path_factory.mktemp("runs") / "blocks"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return train("digits-vit", "cpu-4gib", own, overrides)
+    shared = tmp_path_factory.getbasetemp().parent / "trained"
+    with FileLock(shared.with_suffix(".lock")):  # the first process trains, the others wait
+        if not shared.exists():
+            making = shared.with_suffix(".making")
+            shutil.rmtree(making, ignore_errors=True)
+            train("digits-vit", "cpu-4gib", making, overrides).rename(shared)
+    return Path(shutil.copytree(shared, own))
 
 
 @pytest.fixture(scope="session")
