@@ -331,6 +331,9 @@ class OffloadConfig(Section):
     # Layers that stay on the device whole, while the others of a model trained end to end stream.
     # auto: as many as the budget has room for.
     resident_layers: Auto | Annotated[int, Field(ge=0, le=10**6)] = "auto"
+    # More layers, of which the weights alone stay. auto: as many as the budget has room for, before any layer
+    # stays whole; none where resident_layers is a number.
+    resident_weights: Auto | Annotated[int, Field(ge=0, le=10**6)] = "auto"
     # How far several ranks spread a model that is trained end to end (DeepSpeed's ZeRO): 1 optimizer state,
     # 2 gradients too, 3 weights too. auto: 1 where the tier is device, else 3.
     zero_stage: Auto | Literal[1, 2, 3] = "auto"
@@ -610,11 +613,13 @@ def _turns_that_cannot_be(recipe: Recipe) -> str | None:
         )
     if recipe.optimizer.during_backward is True:
         return f"{found} with optimizer.during_backward true; allowed: auto, false; change it"
-    if recipe.offload.resident_layers not in ("auto", 0):
-        return (
-            f"offload.resident_layers: found {recipe.offload.resident_layers}; allowed with method "
-            "block_coordinate, whose visited block stays: auto, 0; leave it out"
-        )
+    for key in ("resident_layers", "resident_weights"):
+        count = getattr(recipe.offload, key)
+        if count not in ("auto", 0):
+            return (
+                f"offload.{key}: found {count}; allowed with method block_coordinate, whose visited block "
+                "stays: auto, 0; leave it out"
+            )
     return None
 
 

@@ -10,7 +10,8 @@ moments. The unit that is updated last is the first that the next step needs: it
 
 So memory follows from the largest unit, whatever a block weighs. An update does not hold up compute: it goes
 on a little whenever compute calls `advance`, as far as its chunks have come, while the next unit computes.
-Units that the plan has room for stay on the device whole. They move only when they are committed. The shared
+Units that the plan has room for stay on the device whole. They move only when they are committed. Of others
+the weights alone may stay: then moments move, and weights when they are committed. The shared
 part may be updated like a unit that moves. Its weights are then on the device all along as well.
 
 Compute calls this from one thread. A thread fetches weights, one fetches chunks, and one writes them back.
@@ -49,6 +50,12 @@ def spread(num_units: int, count: int) -> frozenset[int]:
     return frozenset(index * num_units // count for index in range(count))
 
 
+def spread_over(num_units: int, stay: frozenset[int], count: int) -> frozenset[int]:
+    """`spread` over the units that do not stay: those whose weights alone do."""
+    others = sorted(set(range(num_units)) - stay)
+    return frozenset(others[place] for place in spread(len(others), count))
+
+
 def chunk_bytes(units: Sequence[Unit], in_place: bool, shared: Unit | None = None) -> int:
     """Of the largest chunk of rows that an update moves; `in_place`: of units without their weights."""
     kinds = {unit.shape: unit for unit in units}
@@ -79,17 +86,19 @@ def unit_bytes(
     updates: bool = True,
     in_place: bool = False,
     shared: Unit | None = None,
+    held: frozenset[int] = frozenset(),
 ) -> UnitBytes:
     """The parameters are those of `UnitStream`."""
     kept = [unit for index, unit in enumerate(units) if index in stay]
-    moving = [unit for index, unit in enumerate(units) if index not in stay]
+    moving = [unit for index, unit in enumerate(units) if index not in stay | held]
+    updated = [unit for index, unit in enumerate(units) if index not in stay and updates]
     slot = max((unit.weights_bytes for unit in moving), default=0)
     slots = num_weights_slots(prefetch, len(moving))
     return UnitBytes(
-        weights=sum(unit.weights_bytes for unit in kept) + slot,
+        weights=sum(units[index].weights_bytes for index in stay | held) + slot,
         state=sum(unit.num_bytes - unit.weights_bytes for unit in kept),
         fetched=max(slots - 1, 0) * slot,
-        chunks=CHUNKS * chunk_bytes(moving if updates else [], in_place, shared),
+        chunks=CHUNKS * chunk_bytes(updated, in_place, shared),
     )
 
 
@@ -136,20 +145,24 @@ class UnitStream:
         updates: bool = True,
         in_place: bool = False,
         shared: Unit | None = None,
+        held: frozenset[int] = frozenset(),
         ready: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`stay`: the units that are on the device all the time. `updates`: they will be updated. `in_place`:
+        """`stay`: the units that are on the device all the time. `held`: those whose weights alone are,
+        which takes updates in place. `updates`: they will be updated. `in_place`:
         see `updates_in_place`. `shared`: the shared part, where it is updated here too. It then has the
         number after the last unit's. `ready`: waits until a block can be read, by its key.
         """
         self._ready = ready
-        self.store, self.units, self.device, self.stay = store, units, device, stay
+        assert in_place or not held, "their updates would fetch weights"
+        self.store, self.units, self.device, self.stay, self.held = store, units, device, stay, held
         self.shared, self._every = len(units), [*units, *([] if shared is None else [shared])]
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
         self._prefetch_on = prefetch
         self._pools = list[SlotPool]()
-        moving = [unit for index, unit in enumerate(units) if index not in stay]
-        size = chunk_bytes(moving if updates else [], in_place, shared)
+        moving = [unit for index, unit in enumerate(units) if index not in stay | held]
+        updated = [unit for index, unit in enumerate(units) if index not in stay and updates]
+        size = chunk_bytes(updated, in_place, shared)
         if moving:
             slot_bytes = max(unit.weights_bytes for unit in moving)
             slots = num_weights_slots(prefetch, len(moving))
@@ -165,7 +178,8 @@ class UnitStream:
                 pool.fill()
             device.wait_for_compute()
         self._kept: dict[int, list[Tensor]] = {}  # a buffer for each piece of a unit that stays
-        self._in_place, self._next = in_place, kept_for_next_step(len(units), stay)
+        self._held: dict[int, Tensor] = {}  # weights that stay
+        self._in_place, self._next = in_place, kept_for_next_step(len(units), stay | held)
         self._left: dict[int, Tensor] = {}  # slots with weights that the next update of the unit changes
         self._writing: Future[None] | None = None  # of the weights that wait in a slot for the next step
         self._last = {unit.key: index for index, unit in reversed(list(enumerate(self._every)))}
@@ -192,6 +206,9 @@ class UnitStream:
             if unit in self.stay:
                 self._finish_update(unit)
                 return [piece.in_buffer(kept).weights for piece, kept in self._whole(unit)]
+            if unit in self.held:
+                self._finish_update(unit)
+                return self.units[unit].weights(self._weights_of(unit))
             if unit not in self._reads:
                 self._finish_update(unit)
             if unit not in self._reads:  # the update may have kept the weights
@@ -203,7 +220,7 @@ class UnitStream:
     def prefetch(self, unit: int) -> None:
         """Starts to fetch a unit's weights for the `load` that will come."""
         updated = self._updated.get(unit)
-        there = unit in self.stay or unit in self._reads
+        there = unit in self.stay | self.held or unit in self._reads
         if self._prefetch_on and not there and (updated is None or updated.done()):
             self._reads[unit] = self._start_read(unit)
 
@@ -213,6 +230,10 @@ class UnitStream:
         `update_follows`: the unit's next update is the next thing that happens to it.
         """
         if unit in self.stay:
+            return
+        if unit in self.held:
+            if update_follows:
+                self._left[unit] = self._held[unit]
             return
         slot, mark = self._reads.pop(unit).result(), self.device.mark()
         if update_follows and self._in_place:
@@ -234,6 +255,15 @@ class UnitStream:
             self._slots.give(slot)
             raise
         return slot
+
+    def _weights_of(self, unit: int) -> Tensor:
+        """The weights that stay of a unit; read when they are first asked for."""
+        if unit not in self._held:
+            buffer = device_buffer(self.device, self.units[unit].weights_bytes)
+            self.device.wait_for_compute()  # it may still use what the allocator now gives out as free
+            self.store.read_pages(self.units[unit].key, self.units[unit].weights_pages(buffer), False)
+            self._held[unit] = buffer
+        return self._held[unit]
 
     def _whole(self, unit: int) -> list[tuple[Piece, Tensor]]:
         """The pieces of a unit that stays, each with its buffer; read when they are first asked for."""
@@ -354,9 +384,11 @@ class UnitStream:
             write.add_done_callback(_giving(self._chunks, buffer))
             writes.append(write)
         update.done()
-        if slot is not None:
+        held = update.unit in self.held
+        if slot is not None and (update.durable or not held):
             writes.append(self._write_soon(unit.key, partial(unit.weights_pages, slot)))
-            self._keep(update.unit, slot, writes[-1])
+            if not held:
+                self._keep(update.unit, slot, writes[-1])
         for write in writes:
             while not write.done():
                 yield write
@@ -437,8 +469,17 @@ class UnitStream:
             thread.shutdown(wait=True, cancel_futures=True)
         self._writer.shutdown(wait=True)
         self._failed = self._writing = None
-        for held in (self._waiting, self._kept, self._reads, self._left, self._updated, self._written):
-            held.clear()
+        theirs = (
+            self._waiting,
+            self._kept,
+            self._held,
+            self._reads,
+            self._left,
+            self._updated,
+            self._written,
+        )
+        for every in theirs:
+            every.clear()
         for pool in self._pools:
             pool.clear()
 

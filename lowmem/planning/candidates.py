@@ -50,7 +50,8 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
             f"blocks.num_blocks: found {num_blocks}; "
             f"allowed: at most the model's {num_layers} layers; lower it"
         )
-    stay = recipe.offload.resident_layers  # auto: 0 until the plan knows what its budget leaves
+    # auto: 0 until the plan knows what its budget leaves
+    stay, held = recipe.offload.resident_layers, recipe.offload.resident_weights
     places = _whole_places if recipe.whole else _block_places
     _check_shared(recipe, profile)
     for place in places(recipe, profile, num_layers):
@@ -69,6 +70,7 @@ def candidates_of(recipe: Recipe, profile: Profile, num_layers: int) -> Iterator
                 borders=place.borders,
                 shared=place.shared,
                 resident_layers=0 if stay == "auto" else stay,
+                resident_weights=0 if held == "auto" else held,
                 write_back="wait",  # until `settled`
             )
             for size in _micro_batch_sizes(recipe)

@@ -18,7 +18,7 @@ from pydantic import Field
 from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.run_dir import RunDir
 from lowmem.data.identity import DataIdentity
-from lowmem.errors import BudgetError, ResumeError, StoreError
+from lowmem.errors import BudgetError, ConfigError, ResumeError, StoreError
 from lowmem.machine.child import in_child
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel, BuildModel, check_model, num_weights
@@ -40,6 +40,7 @@ BAR = 20  # characters
 # What of the settings changes no arena: how they pass, and where they rest.
 NO_PLACE = {
     "resident_layers": 0,
+    "resident_weights": 0,
     "micro_batch_size": 1,
     "recompute": False,
     "during_backward": False,
@@ -149,6 +150,11 @@ def _settings_text(plan: Plan) -> str:
             settings.optimizer,
             f"recompute {'on' if settings.recompute else 'off'}",
             *([f"{settings.resident_layers} {pieces} stay"] if settings.resident_layers else []),
+            *(
+                [f"the weights of {settings.resident_weights} layers stay"]
+                if settings.resident_weights
+                else []
+            ),
             *(["shared part's moments rest there"] if settings.shared == "tier" else []),
             f"updates {'during' if settings.during_backward else 'after'} backward",
             f"write-back {settings.write_back}",
@@ -228,7 +234,15 @@ def _made_plan(
 
     plan = _first_that_fits(candidates_of(recipe, profile, model.most_blocks), planned)
     swept = recipe.blocks.sweep_steps > 1
-    plan = _with_more_staying(plan, plan.settings.num_blocks if swept else len(model.units()), planned)
+    num_pieces = plan.settings.num_blocks if swept else len(model.units())
+    setup = replace(setups[plan.settings.model_copy(update=NO_PLACE)], settings=plan.settings)
+    if plan.settings.resident_weights and setup.streams and not setup.in_place:
+        raise ConfigError(
+            f"offload.resident_weights: found {plan.settings.resident_weights}; allowed where layers are "
+            "updated in place: without sweeps and adapters, and with blocks of one layer or "
+            "optimizer.grad_clip null; leave it out"
+        )
+    plan = _with_more_staying(plan, num_pieces, setup.in_place, planned)
     if not plan.fits:
         return plan
     evaluation = _evaluation_of(plan, model, counter, num_test)
@@ -295,22 +309,39 @@ def _first_that_fits(candidates: Iterable[list[Settings]], planned: Callable[...
     return plan if counted else planned(plan.settings)
 
 
-def _with_more_staying(plan: Plan, num_pieces: int, planned: Callable[[Settings], Plan]) -> Plan:
+def _with_more_staying(
+    plan: Plan, num_pieces: int, in_place: bool, planned: Callable[[Settings], Plan]
+) -> Plan:
     """The plan with as many units, or blocks in sweeps, on the device as the budget has room for, where the
     others stream.
+
+    `in_place`: units are updated in place. Then weights stay first, of all units, because a step reads them
+    twice and writes them, and reads and writes moments once.
     """
     recipe, settings = plan.recipe, plan.settings
     streams = recipe.method == "end_to_end" and not is_resident(settings, plan.profile.unified)
-    if not (streams and plan.fits and recipe.offload.resident_layers == "auto"):
+    offload = recipe.offload
+    if not (streams and plan.fits and offload.resident_layers == "auto"):
         return plan
-    least, most = 0, num_pieces
-    while least < most:
-        count = (least + most + 1) // 2
-        more = planned(settings.model_copy(update={"resident_layers": count}))
-        if more.fits:
-            plan, least = more, count
-        else:
-            most = count - 1
+
+    def most(plan: Plan, of: Callable[[int], dict[str, int]]) -> tuple[Plan, int]:
+        """The plan with the largest count that fits, and the count. `of`: what a count sets."""
+        least, last = 0, num_pieces
+        while least < last:
+            count = (least + last + 1) // 2
+            more = planned(settings.model_copy(update=of(count)))
+            if more.fits:
+                plan, least = more, count
+            else:
+                last = count - 1
+        return plan, least
+
+    rest = settings.resident_weights
+    if in_place and offload.resident_weights == "auto":
+        plan, rest = most(plan, lambda count: {"resident_weights": count})
+        if rest < num_pieces:
+            return plan
+    plan, _ = most(plan, lambda count: {"resident_layers": count, "resident_weights": max(rest - count, 0)})
     return plan
 
 

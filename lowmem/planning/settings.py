@@ -17,7 +17,13 @@ from lowmem.blocks.arena import FROZEN, ArenaLayout
 from lowmem.blocks.order import BlockQueue
 from lowmem.blocks.stream import SHARED_KEY, block_key, staging_bytes
 from lowmem.blocks.unit import Unit
-from lowmem.blocks.unit_stream import UnitBytes, spread, unit_bytes, updates_in_place
+from lowmem.blocks.unit_stream import (
+    UnitBytes,
+    spread,
+    spread_over,
+    unit_bytes,
+    updates_in_place,
+)
 from lowmem.machine.device import KINDS
 from lowmem.machine.profile import Profile
 from lowmem.models.base import (
@@ -47,6 +53,7 @@ class Settings(Section):
     # layers (units, see `BlockModel.units`) that stay on the device whole while the others stream; in sweeps
     # blocks
     resident_layers: int = 0
+    resident_weights: int = 0  # more layers, whose weights alone stay
     micro_batch_size: int
     precision: Precision  # of compute and gradients
     weights: Kept = "float32"  # of the weights as they are kept
@@ -184,6 +191,11 @@ class Setup:
         return spread(self.num_pieces, count)
 
     @property
+    def held(self) -> frozenset[int]:
+        """The units whose weights alone stay."""
+        return spread_over(self.num_pieces, self.stay, self.settings.resident_weights)
+
+    @property
     def resting(self) -> Unit | None:
         """The shared part, where its masters and moments rest with the blocks."""
         rests = self.settings.shared == "tier"
@@ -205,7 +217,7 @@ class Setup:
         """What the stream of units takes on the device."""
         prefetch = self.recipe.offload.prefetch
         updates = not self.frozen
-        return unit_bytes(self.units, self.stay, prefetch, updates, self.in_place, self.resting)
+        return unit_bytes(self.units, self.stay, prefetch, updates, self.in_place, self.resting, self.held)
 
     @property
     def swept(self) -> bool:

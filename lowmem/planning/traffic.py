@@ -92,7 +92,8 @@ def _unit_traffic(setup: Setup) -> Parts:
     on_disk = setup.settings.tier == "disk"
     first, step, commit = Moved(), Moved(), Moved()
     last, known = len(setup.units) - 1, dict[object, Moved]()
-    kept = kept_for_next_step(len(setup.units), setup.stay) if setup.in_place else None
+    held = setup.held
+    kept = kept_for_next_step(len(setup.units), setup.stay | held) if setup.in_place else None
     for index, unit in enumerate(setup.units):
         if index in setup.stay:
             first += Moved(sum(_fetched(piece.fields, on_disk) for piece in unit.pieces))
@@ -102,12 +103,19 @@ def _unit_traffic(setup: Setup) -> Parts:
         backward = (2 if setup.two_passes else 1) if index >= setup.lowest else 0
         passes = (index < last) + backward
         fetched = Moved(unit.weights_bytes if on_disk else unit.used_weights_bytes)
+        if index in held:
+            first += fetched
+            commit += _written_weights(unit, on_disk)
+            step += _updated(unit, on_disk, in_place=True)
+            continue
         if index == kept and backward:  # once, and then the weights are there when a step begins
             first, passes = first + fetched, passes - 1
         step += Moved(passes * fetched.read)
         if not setup.frozen:
             if unit.shape not in known:
                 known[unit.shape] = _updated(unit, on_disk, setup.in_place)
+                if setup.in_place:
+                    known[unit.shape] += _written_weights(unit, on_disk)
             step += known[unit.shape]
     if setup.resting is not None:
         chunks = [piece for _, piece in setup.resting.chunks()]
@@ -118,12 +126,13 @@ def _unit_traffic(setup: Setup) -> Parts:
 
 
 def _updated(unit: Unit, on_disk: bool, in_place: bool) -> Moved:
-    """What the update of a unit moves: chunks of its rows, and its weights apart where those are there."""
+    """What the update of a unit moves in chunks of its rows: all of them, or without weights."""
     fields = [chunk.held(with_weights=not in_place) for _, chunk in unit.chunks()]
-    moved = Moved(sum(_fetched(some, on_disk) for some in fields)) + _written(chain(*fields), on_disk)
-    if in_place:
-        moved += _written([piece.field("weights") for piece in unit.pieces], on_disk)
-    return moved
+    return Moved(sum(_fetched(some, on_disk) for some in fields)) + _written(chain(*fields), on_disk)
+
+
+def _written_weights(unit: Unit, on_disk: bool) -> Moved:
+    return _written([piece.field("weights") for piece in unit.pieces], on_disk)
 
 
 def _block_traffic(setup: Setup) -> Parts:
@@ -273,13 +282,15 @@ def hidden_tokens(setup: Setup) -> int | None:
     2. A link carries both directions at once, a disk one after the other.
     """
     profile, rate = setup.profile, setup.profile.device.peak_tflops
-    units = [unit for index, unit in enumerate(setup.units) if index not in setup.stay]
     if setup.swept:
         weights = sum(layout.weights_bytes for layout in setup.moving)
         whole = sum(layout.total_bytes for layout in setup.moving)
     else:
-        weights = sum(unit.weights_bytes for unit in units)
-        whole = sum(unit.num_bytes for unit in units)
+        units = [
+            (unit, index in setup.held) for index, unit in enumerate(setup.units) if index not in setup.stay
+        ]
+        weights = sum(unit.weights_bytes for unit, held in units if not held)
+        whole = sum(unit.num_bytes - held * unit.weights_bytes for unit, held in units)
     fetched, written = whole if setup.swept or setup.in_place else weights + whole, whole
     if setup.frozen:
         fetched, written = weights, 0

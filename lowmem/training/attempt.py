@@ -27,7 +27,7 @@ from lowmem.blocks.seal import BACK
 from lowmem.blocks.stream import BlockStream
 from lowmem.blocks.sweep_stream import SweepStream
 from lowmem.blocks.traffic import Traffic, TransferTimes
-from lowmem.blocks.unit_stream import UnitStream, spread, updates_in_place
+from lowmem.blocks.unit_stream import UnitStream, spread, spread_over, updates_in_place
 from lowmem.blocks.verify import check_contents
 from lowmem.errors import StoreError
 from lowmem.machine.detect import training_device
@@ -284,7 +284,8 @@ class Attempt:
         in_place = updates and updates_in_place(units, plan.recipe.optimizer.grad_clip)
         rests, ready = plan.settings.shared == "tier", self.stream.wait_for
         shared = shared_unit(self.shared_layout, device.kind) if rests else None
-        self.units = UnitStream(store, units, device, stay, prefetch, updates, in_place, shared, ready)
+        held = spread_over(len(units), stay, plan.settings.resident_weights)
+        self.units = UnitStream(store, units, device, stay, prefetch, updates, in_place, shared, held, ready)
         opened.callback(self.units.close)
 
     def take_written(self) -> dict[str, Future[FileRecord]]:

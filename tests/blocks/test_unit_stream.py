@@ -38,7 +38,7 @@ from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
 from lowmem.blocks.staging import Pace
 from lowmem.blocks.store import DiskStore, HostStore, Store
 from lowmem.blocks.unit import Pages, Unit, edge_pages
-from lowmem.blocks.unit_stream import CHUNKS, UnitStream, Update, num_weights_slots, spread
+from lowmem.blocks.unit_stream import CHUNKS, UnitStream, Update, num_weights_slots, spread, spread_over
 from lowmem.errors import StoreError
 from lowmem.machine.device import CPU, Device, Mark
 from lowmem.recipe import OptimizerConfig
@@ -52,6 +52,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "adamw8bit-ema-bf16": {"optimizer": "adamw8bit", "ema": True, "weights_dtype": torch.bfloat16},
 }
 STAYS = {"none": frozenset[int](), "some": spread(NUM_UNITS, 3), "all": frozenset(range(NUM_UNITS))}
+HELD = {"none": frozenset[int](), "some": spread_over(NUM_UNITS, frozenset({0}), 3)}
+HELD["all"] = frozenset(range(NUM_UNITS))
+every_held = pytest.mark.parametrize("held", HELD.values(), ids=HELD)  # weights that stay
 every_store = pytest.mark.parametrize("in_ram", [False, True], ids=["disk", "ram"])
 every_stay = pytest.mark.parametrize("stay", STAYS.values(), ids=STAYS)
 
@@ -134,10 +137,11 @@ def opened(
     prefetch: bool = True,
     paces: tuple[Pace, Pace] | None = None,
     in_place: bool = True,
+    held: frozenset[int] = frozenset(),
 ) -> Iterator[UnitStream]:
     disk = DiskStore(setting.run, setting.layouts, setting.state.files, paces=paces)
     store: Store = HostStore(disk) if in_ram else disk
-    stream = UnitStream(store, setting.units, DEVICE, stay, prefetch, in_place=in_place)
+    stream = UnitStream(store, setting.units, DEVICE, stay, prefetch, in_place=in_place, held=held - stay)
     try:
         yield stream
     finally:
@@ -222,6 +226,23 @@ def test_files_and_digests_are_those_of_whole_arenas_updated_at_once(
                 content = (setting.folder / record.name).read_bytes()
                 assert content == (tmp_path / f"whole-{visit}" / whole.name).read_bytes()
                 assert record.num_bytes == len(content)
+
+
+@every_store
+@every_held
+@pytest.mark.parametrize("stay", [STAYS["none"], frozenset({0, 4})], ids=["none", "two"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_weights_alone_stay_files_are_the_same_and_the_run_goes_on_from_them(
+    tmp_path: Path, in_ram: bool, held: frozenset[int], stay: frozenset[int], kind: str
+) -> None:
+    setting = Setting(tmp_path / "run", kind)
+    for visit in (1, 2):
+        with opened(setting, in_ram, stay, held=held) as stream:
+            for durable in (False, False, True):
+                make_step(setting, stream, visit, durable)
+            commit(setting, stream, visit)
+        expected = setting.written_whole(tmp_path / f"whole-{visit}", visit)
+        assert all(record.digest == expected[key].digest for key, record in setting.state.files.items())
 
 
 @every_stay
@@ -315,11 +336,20 @@ def test_a_unit_loaded_while_it_is_written_has_its_newest_weights(tmp_path: Path
 # Buffers
 
 
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "in chunks"])
+@pytest.mark.parametrize(
+    ("in_place", "held"),
+    [(False, HELD["none"]), *((True, held) for held in HELD.values())],
+    ids=["in chunks", *(f"in place, {name} held" for name in HELD)],
+)
 @pytest.mark.parametrize("prefetch", [True, False])
 @every_stay
 def test_no_more_buffers_are_made_than_the_plan_counts(
-    tmp_path: Path, stay: frozenset[int], prefetch: bool, in_place: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    stay: frozenset[int],
+    prefetch: bool,
+    in_place: bool,
+    held: frozenset[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = list[int]()
 
@@ -328,17 +358,22 @@ def test_no_more_buffers_are_made_than_the_plan_counts(
         return device_buffer(device, num_bytes)
 
     monkeypatch.setattr(unit_stream, "device_buffer", counted)
-    setting = Setting(tmp_path)
-    with opened(setting, stay=stay, prefetch=prefetch, in_place=in_place) as stream:
+    setting, held = Setting(tmp_path), held - stay
+    with opened(setting, stay=stay, prefetch=prefetch, in_place=in_place, held=held) as stream:
         for visit, durable in [(1, False), (1, True), (2, True)]:
             make_step(setting, stream, visit, durable)
-    moving = [unit for index, unit in enumerate(setting.units) if index not in stay]
+    moving = [unit for index, unit in enumerate(setting.units) if index not in stay | held]
+    updated = [unit for index, unit in enumerate(setting.units) if index not in stay]
     expected = [piece.num_bytes() for index in stay for piece in setting.units[index].pieces]
+    expected += [setting.units[index].weights_bytes for index in held]
     if moving:
         slots = num_weights_slots(prefetch, len(moving))
         expected += [max(unit.weights_bytes for unit in moving)] * slots
-        expected += [unit_stream.chunk_bytes(moving, in_place)] * CHUNKS
+    if updated:
+        expected += [unit_stream.chunk_bytes(updated, in_place)] * CHUNKS
     assert sorted(made) == sorted(expected)
+    counted = unit_stream.unit_bytes(setting.units, stay, prefetch, True, in_place, None, held)
+    assert sum(made) == sum(counted)
 
 
 def test_a_chunks_buffer_is_free_only_when_its_write_has_ended(

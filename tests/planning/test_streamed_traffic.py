@@ -16,6 +16,9 @@ from lowmem.planning.settings import setup_of
 from lowmem.planning.traffic import StreamedTraffic, streamed_traffic
 from lowmem.reporting.report import digest, read_report
 
+# Layers are updated in place, each as soon as its gradients are whole.
+ALONE = {"optimizer__grad_clip": None}
+
 
 def moving(number: int) -> Traffic:
     """Another number of bytes each way."""
@@ -73,6 +76,9 @@ def test_the_bytes_of_updates_in_many_chunks_are_those_of_the_plan(
     for name, changes in {
         "moves": {"offload__resident_layers": 0},
         "stays": {"offload__resident_layers": 1},
+        "weights stay": {"offload__resident_weights": 3, **ALONE},
+        "some stay, and weights": {"offload__resident_layers": 2, "offload__resident_weights": 2, **ALONE},
+        "all weights stay": {"offload__resident_weights": 5, **ALONE},
         "8-bit": {"optimizer__name": "adamw8bit", "model__dim": 64},
     }.items():
         state, plan = trained(tmp_path / name, "causal_lm", offload__tier="disk", train=short(3), **changes)
