@@ -33,6 +33,7 @@ from lowmem.inference import image_samples, sampling
 from lowmem.inference.evaluation import images, labels, masked, recurrent, tokens
 from lowmem.inference.frozen_run import FrozenRun
 from lowmem.inference.sampling import Draw
+from lowmem.machine.profile import load_profile
 from lowmem.models.base import BuildModel
 from lowmem.models.dit import Dit
 from lowmem.models.masked_lm import MaskedLm
@@ -40,12 +41,13 @@ from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
 from lowmem.noise import Interval, sample_sigma
 from lowmem.objectives.base import Batch
-from lowmem.planning.plan import Plan
+from lowmem.planning.plan import Plan, make_plan
 from lowmem.planning.settings import layouts_of
 from lowmem.recipe import Recipe
 from lowmem.reporting.report import digest
 from lowmem.schedule import learning_rate, mix_seed
 from lowmem.training.open_run import layouts_by_key
+from lowmem.training.trainer import Trainer
 
 # ------------------------------------------------------------------------------------------------------------
 # Tiers
@@ -70,6 +72,28 @@ def test_every_tier_gives_the_same_digest(tmp_path: Path, name: str, monkeypatch
     through_ram(monkeypatch)
     digests["host"] = digest(trained(tmp_path / "host", name, **common, offload__tier="disk")[0])
     assert len(set(digests.values())) == 1 and None not in digests.values(), digests
+
+
+class WithUnused(Tied):
+    """Some layers hold weights that the loss does not depend on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers[1::2]:
+            layer.unused = nn.Linear(300, 7)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_weights_without_a_gradient_are_updated_with_zeros_as_on_the_device(
+    tmp_path: Path, clip: float | None
+) -> None:
+    digests = set()
+    for tier in ("device", "disk"):
+        changes = {"offload__tier": tier, "optimizer__grad_clip": clip, "train": short(4, BATCH)}
+        recipe, _ = setting("tied", **changes)
+        plan = make_plan(WithUnused, recipe, load_profile("cpu-4gib"))
+        digests.add(digest(Trainer(WithUnused, plan, tmp_path / tier).fit(batches)))
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize(
