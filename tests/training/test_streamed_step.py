@@ -80,7 +80,9 @@ class WithUnused(Tied):
     def __init__(self) -> None:
         super().__init__()
         for layer in self.layers[1::2]:
-            layer.unused = nn.Linear(300, 7)
+            layer.unused = nn.Linear(30, 70)
+            # First, so that they lie where other layers have gradients.
+            layer._modules = {"unused": layer.unused, **layer._modules}
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
