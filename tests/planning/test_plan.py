@@ -453,3 +453,45 @@ def test_an_evaluation_is_planned_without_the_moments_of_the_shared_part() -> No
             _, shared = layouts_of(build(), plan.settings)
         assert plan.predicted.evaluation is not None
         assert plan.predicted.evaluation.by_category["shared_part"] == 4 * shared.numel
+
+
+def test_a_larger_budget_keeps_weights_of_more_layers_and_then_whole_layers_and_moves_less() -> None:
+    recipe = recipe_with(
+        method="end_to_end",
+        model={"name": "vit", "num_layers": 6, "dim": 512, "num_heads": 8, "patch_size": 4},
+        blocks={"num_blocks": 6},
+        offload={"tier": "disk", "borders": "device"},
+        train={"num_steps": 4, "batch_size": 4, "micro_batch_size": 4, "lr": 1e-3},
+    )
+    build = model_builder(recipe, describe_data(recipe.data))
+    raw = load_profile("cpu-4gib").model_dump(mode="json", by_alias=True)
+    kept, moved = list[tuple[int, int]](), list[int]()
+    for gib in (0.46, 0.49, 0.52, 0.55, 0.6, 0.65, 0.7, 0.8):
+        memory = {"memory_gib": gib, "reserve_gib": 0.0}
+        profile = profile_from_dict({**raw, "device": {**raw["device"], **memory}, "host": memory}, "test")
+        plan = make_plan(build, recipe, profile)
+        assert plan.fits and plan.predicted.traffic is not None
+        step = plan.predicted.traffic.step
+        kept.append((plan.settings.resident_layers, plan.settings.resident_weights))
+        moved.append(step.disk_read_bytes + step.disk_written_bytes)
+    assert kept == sorted(kept, key=lambda counts: (counts[0], sum(counts))) and kept[-1] == (6, 0)
+    assert all(sum(counts) == 6 or not counts[0] for counts in kept)
+    assert any(0 < weights < 6 for _, weights in kept[:4]) and any(0 < layers < 6 for layers, _ in kept)
+    assert moved == sorted(moved, reverse=True) and moved[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [
+        ({"blocks__num_blocks": 3}, "blocks of one layer or optimizer.grad_clip null"),
+        ({"blocks__num_blocks": 6, "blocks__sweep_steps": 2}, "without sweeps"),
+    ],
+)
+def test_weights_that_cannot_stay_alone_are_refused_in_one_line(
+    changes: dict[str, Any], allowed: str
+) -> None:
+    common = {"method": "end_to_end", "offload__tier": "disk", "offload__resident_weights": 1}
+    recipe = recipe_with(**common, **changes)
+    with pytest.raises(ConfigError, match="offload.resident_weights: found 1") as caught:
+        make_plan(model_builder(recipe, describe_data(recipe.data)), recipe, load_profile("cpu-4gib"))
+    assert allowed in str(caught.value) and "\n" not in str(caught.value)

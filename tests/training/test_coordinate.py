@@ -301,6 +301,7 @@ def test_a_run_that_stops_between_two_visits_goes_on_to_the_digest(tmp_path: Pat
         ({"blocks__sweep_steps": 2}, "allowed with method block_coordinate: 1"),
         ({"blocks__grow_at": 0.5}, "allowed with method block_coordinate: null"),
         ({"offload__resident_layers": 1}, "offload.resident_layers: found 1"),
+        ({"offload__resident_weights": 1}, "offload.resident_weights: found 1"),
         (
             {"optimizer__during_backward": True, "optimizer__grad_clip": None},
             "optimizer.during_backward true; allowed: auto, false",

@@ -25,10 +25,12 @@ RUN = {
     "optimizer__name": "adamw8bit",
     "offload__tier": "disk",
 }
-# Streamed: layer after layer in every step, beside one that stays.
-WHOLE = {**RUN, "method": "end_to_end", "offload__resident_layers": 1}
+# Streamed: layer after layer in every step, beside one that stays and one whose weights do.
+STAYING = {"offload__resident_layers": 1, "offload__resident_weights": 1}
+WHOLE = {**RUN, "method": "end_to_end", **STAYING}
 RESTING = {**WHOLE, "offload__shared": "tier"}
-SWEPT = {**WHOLE, "blocks__sweep_steps": 2}  # block after block in every two steps, beside one that stays
+# Block after block in every two steps, beside one that stays
+SWEPT = {**WHOLE, "blocks__sweep_steps": 2, "offload__resident_weights": 0}
 # One block after another, trained by the whole model's gradients
 TURNED = {**RUN, "method": "block_coordinate", "blocks__num_blocks": 3, "blocks__visit_batches": 1}
 # The first block alone, then copied to the others in one commit.
