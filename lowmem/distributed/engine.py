@@ -173,19 +173,21 @@ class EngineRun:
                 state["step"].fill_(float(steps))
 
     def _make_state(self) -> None:
-        """Makes the moments of ZeRO 1 and 2 before the first step, and lets parameters find theirs.
+        """Makes the moments before the first step, and lets parameters find theirs.
 
-        DeepSpeed does it after the step of the first group of parameters, and forgets the second group then.
+        DeepSpeed does it in the first step: ZeRO 1 and 2 after that of the first group of parameters, and the
+        second group is forgotten then.
         """
         zero, inner = self.engine.optimizer, self._optimizer()
-        if self.engine.zero_optimization_stage() == 3:
-            return
-        for group in inner.param_groups:
-            for flat in group["params"]:
+        whole = self.engine.zero_optimization_stage() == 3
+        groups = [zero.fp32_partitioned_groups_flat] if whole else [g["params"] for g in inner.param_groups]
+        for flat in (flat for group in groups for flat in group):
+            if flat is not None and not inner.state[flat]:  # None: it is on the disk
                 made = {name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in MOMENTS}
                 inner.state[flat] = {"step": torch.tensor(0.0), **{k: v.detach() for k, v in made.items()}}
-        zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+        if not whole:
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         inner = self.engine.optimizer
