@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -175,7 +176,9 @@ class DiskStore(Store):
         self._writers = ThreadPoolExecutor(THREADS, "lowmem-writing")
         self._counting = threading.Lock()  # several threads of a stream read and write
         self._moved, self._taken_s = [0, 0], [0.0, 0.0]  # read, written
-        self._edges = dict[str, dict[int, Edge]]()  # of pages that wait for the rest of them, by position
+        self._edges = dict[
+            str, defaultdict[int, Edge]
+        ]()  # of pages that wait for the rest of them, by position
 
     def read(self, key: str, buffer: Tensor) -> None:
         record, header = self.files[key], self._headers[key]
@@ -385,13 +388,14 @@ class DiskStore(Store):
     def _write_edges(self, key: str, parts: Sequence[tuple[Pages, Tensor]], more: bool) -> None:
         """Writes the pages that parts fill together. What else is in the other ones is read before."""
         path, skipped = self.run_dir.path / self._begun[key], len(self._headers[key])
-        waiting = self._edges.setdefault(key, {})
+        waiting = self._edges.setdefault(key, defaultdict(Edge))
         for pages, buffer in parts:
             for part in pages.edges:
                 first = part.start // PAGE * PAGE
-                edge = waiting.setdefault(skipped + pages.first + first, Edge())
                 with self._from_device(buffer[first : first + PAGE]) as chunk:
-                    edge.add(chunk, slice(part.start - first, part.stop - first))
+                    waiting[skipped + pages.first + first].add(
+                        chunk, slice(part.start - first, part.stop - first)
+                    )
         for position, edge in list(waiting.items()):
             if not edge.full and more:
                 continue

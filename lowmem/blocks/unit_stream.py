@@ -79,6 +79,14 @@ class UnitBytes(NamedTuple):
     chunks: int  # of rows, for updates
 
 
+def moving_units(
+    units: Sequence[Unit], stay: frozenset[int], held: frozenset[int], updates: bool
+) -> tuple[list[Unit], list[Unit]]:
+    """(units whose weights come and go, units whose moments do). The parameters are those of `UnitStream`."""
+    weights = [unit for index, unit in enumerate(units) if index not in stay | held]
+    return weights, [unit for index, unit in enumerate(units) if index not in stay and updates]
+
+
 def unit_bytes(
     units: Sequence[Unit],
     stay: frozenset[int],
@@ -90,8 +98,7 @@ def unit_bytes(
 ) -> UnitBytes:
     """The parameters are those of `UnitStream`."""
     kept = [unit for index, unit in enumerate(units) if index in stay]
-    moving = [unit for index, unit in enumerate(units) if index not in stay | held]
-    updated = [unit for index, unit in enumerate(units) if index not in stay and updates]
+    moving, updated = moving_units(units, stay, held, updates)
     slot = max((unit.weights_bytes for unit in moving), default=0)
     slots = num_weights_slots(prefetch, len(moving))
     return UnitBytes(
@@ -160,8 +167,7 @@ class UnitStream:
         self.exposed_s = 0.0  # seconds that compute waited for weights or for chunks
         self._prefetch_on = prefetch
         self._pools = list[SlotPool]()
-        moving = [unit for index, unit in enumerate(units) if index not in stay | held]
-        updated = [unit for index, unit in enumerate(units) if index not in stay and updates]
+        moving, updated = moving_units(units, stay, held, updates)
         size = chunk_bytes(updated, in_place, shared)
         if moving:
             slot_bytes = max(unit.weights_bytes for unit in moving)
