@@ -14,16 +14,15 @@ et al., "Muon is scalable for LLM training".
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowmem.blocks.arena import GROUP_SIZE, Arena, Group
-from lowmem.machine.compiler import without_compiler
+from lowmem.blocks import eight_bit
+from lowmem.blocks.arena import GROUP_SIZE, Arena, ArenaLayout, Group
 from lowmem.machine.pool import past_pools
 from lowmem.recipe import OptimizerConfig
 from lowmem.schedule import mix_seed
@@ -31,11 +30,7 @@ from lowmem.schedule import mix_seed
 # Elements updated at once, by kind of device: it bounds the temporaries. On a card it is enough that the host
 # starts kernels faster than they end.
 SLICE_NUMEL = {"cpu": 1024 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024, "xpu": 4 * 1024 * 1024}
-# The same of 8-bit state. On a CPU the kernel's temporaries then stay in its cache, and in the heap: larger
-# ones would be cleared by the system at each slice.
-EIGHT_BIT_SLICE_NUMEL = SLICE_NUMEL | {"cpu": 128 * 1024}
-# Temporaries of the 8-bit kernel for each element, measured on a CPU (about nine fp32 copies). CUDA has none.
-EIGHT_BIT_TEMPORARIES = {"cpu": 38, "cuda": 0, "mps": 0, "xpu": 0}
+EIGHT_BIT_SLICE_NUMEL = SLICE_NUMEL | {"cpu": eight_bit.SLICE_NUMEL}  # the same of 8-bit state
 # Elements whose rounding is drawn at once. The draws depend on it.
 ODDS_NUMEL = {"cpu": 256 * 1024, "cuda": 4 * 1024 * 1024, "mps": 256 * 1024, "xpu": 4 * 1024 * 1024}
 
@@ -53,18 +48,23 @@ def workspace_bytes(
     """The largest temporaries, in bytes, of an update of `numel` elements of one group.
 
     `matrix`: see `Group`. It is updated as a whole: the update in fp32, two copies and two products in bf16.
+    Beside them lie the buffers of `scratch_bytes`.
     """
     numel = numel if matrix else min(numel, _slice_numel(quantized, device_kind))
     kept_in_bf16 = weights_dtype != torch.float32
     updating = 4 * numel * (kept_in_bf16 + (grads_dtype != torch.float32))
     if matrix:
         updating += 8 * numel + 4 * min(matrix) ** 2
-    if quantized:
-        updating += EIGHT_BIT_TEMPORARIES[device_kind] * numel
     if not kept_in_bf16:
         return updating
     odds = ODDS_NUMEL[device_kind]  # kept from one slice to the next, two bytes each
     return 2 * odds + max(updating, 4 * numel + 4 * min(numel, odds))
+
+
+def scratch_bytes(layout: ArenaLayout, device_kind: str) -> int:
+    """Bytes of the buffers that stay on the device once a block of such a layout was updated."""
+    quantized = any(group.quantized for group in layout.groups)
+    return eight_bit.SCRATCH_BYTES if quantized and device_kind == "cpu" else 0
 
 
 def _slice_numel(quantized: bool, device_kind: str) -> int:
@@ -309,8 +309,20 @@ def _muon(state: dict[str, Tensor], weights: Tensor, grads: Tensor, step: Step, 
 def _adamw8bit(
     state: dict[str, Tensor], weights: Tensor, grads: Tensor, step: Step, weight_decay: float
 ) -> None:
-    signed, unsigned = _quantization_maps(weights.device)
-    bitsandbytes_functional().optimizer_update_8bit_blockwise(
+    if weights.device.type == "cpu":
+        eight_bit.adamw(
+            state,
+            weights,
+            grads,
+            number=step.number,
+            lr=step.lr,
+            betas=step.config.betas,
+            eps=step.config.eps,
+            weight_decay=weight_decay,
+        )
+        return
+    signed, unsigned = eight_bit.books(weights.device)
+    eight_bit.bitsandbytes_functional().optimizer_update_8bit_blockwise(
         "adam",
         grads,
         weights,
@@ -329,17 +341,3 @@ def _adamw8bit(
         state["absmax2"],
         weight_decay,
     )
-
-
-@functools.cache
-def bitsandbytes_functional() -> Any:
-    """bitsandbytes.functional, imported at its first use."""
-    with without_compiler():
-        import bitsandbytes.functional
-    return bitsandbytes.functional
-
-
-@functools.cache
-def _quantization_maps(device: torch.device) -> tuple[Tensor, Tensor]:
-    bnb = bitsandbytes_functional()
-    return bnb.create_dynamic_map().to(device), bnb.create_dynamic_map(signed=False).to(device)

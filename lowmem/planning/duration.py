@@ -23,7 +23,7 @@ Work = Counter[tuple[int, int]]
 REACHED = {"cpu": 0.8, "cuda": 0.5, "mps": 0.5, "xpu": 0.5}
 START_S = {"cpu": 6e-6, "cuda": 5e-6, "mps": 5e-6, "xpu": 5e-6}  # to start one operation: a rule of thumb
 # what an 8-bit update takes per weight, beyond its traffic with memory; measured on 2 cores
-EIGHT_BIT_S = {"cpu": 7.4e-9, "cuda": 0.0, "mps": 0.0, "xpu": 0.0}
+EIGHT_BIT_S = {"cpu": 2.1e-9, "cuda": 0.0, "mps": 0.0, "xpu": 0.0}
 
 
 class Duration(Section):

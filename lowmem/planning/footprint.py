@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes, border_bytes
-from lowmem.blocks.optim import workspace_bytes
+from lowmem.blocks.optim import scratch_bytes, workspace_bytes
 from lowmem.blocks.order import BlockQueue, Course
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
@@ -175,8 +175,10 @@ def _predict(model: BlockModel, setup: Setup, counter: PassCounter | None, data_
     # Where units stream, other units are updated while one computes. What a pool keeps is there in updates
     # too.
     together = setup.by_unit or pool_bytes > 0
+    scratch = max(scratch_bytes(layout, setup.profile.device.type) for layout in setup.updated)
     activations = [
-        taken.peak_bytes + workspace if together else max(taken.peak_bytes, workspace) for taken in passes
+        scratch + (taken.peak_bytes + workspace if together else max(taken.peak_bytes, workspace))
+        for taken in passes
     ]
     device = _device_categories(setup, max(activations), borders, data_bytes)
     host = device if setup.profile.unified else _host_categories(setup, borders, data_bytes)

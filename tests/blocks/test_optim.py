@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowmem.blocks import optim
+from lowmem.blocks import eight_bit, optim
 from lowmem.blocks.arena import MIN_8BIT_NUMEL, Arena, ArenaLayout, aligned_buffer, parameter_views
 from lowmem.planning.passes import LiveBytes
 from lowmem.recipe import OptimizerConfig
@@ -80,7 +80,7 @@ def train_stock(
 
 @pytest.fixture(scope="module")
 def stock_8bit() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    optim.bitsandbytes_functional()  # quiets its logger
+    eight_bit.bitsandbytes_functional()  # quiets its logger
     from bitsandbytes.optim import AdamW8bit
 
     start = fresh_arena("adamw8bit")
@@ -113,8 +113,8 @@ def test_flat_8bit_update_is_bit_equal_to_bitsandbytes_per_parameter(
 def test_the_8_bit_kernel_comes_without_torchs_compiler() -> None:
     """It would stay in memory for the whole run. In a process of its own: here it may be imported already."""
     program = (
-        "import sys, torch; compiles = torch.compile; from lowmem.blocks import optim; "
-        "functional = optim.bitsandbytes_functional(); assert torch.compile is compiles; "
+        "import sys, torch; compiles = torch.compile; from lowmem.blocks import eight_bit; "
+        "functional = eight_bit.bitsandbytes_functional(); assert torch.compile is compiles; "
         "maps = functional.create_dynamic_map(); functional.quantize_blockwise(torch.ones(4096), maps); "
         "print(*[name for name in ('bitsandbytes', 'torch._dynamo', 'sympy') if name in sys.modules])"
     )

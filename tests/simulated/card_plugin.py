@@ -10,7 +10,7 @@ import torch
 from happens_before import RACES
 from simcuda import WORLD, Card
 
-from lowmem.blocks.optim import bitsandbytes_functional
+from lowmem.blocks.eight_bit import bitsandbytes_functional
 from lowmem.machine import detect
 from lowmem.machine.profile import load_profile
 

@@ -28,7 +28,7 @@ from simcuda import NOT_DETERMINISTIC, WORLD, Card
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import exact_runs  # noqa: E402
 
-from lowmem.blocks.optim import bitsandbytes_functional  # noqa: E402
+from lowmem.blocks.eight_bit import bitsandbytes_functional  # noqa: E402
 from lowmem.machine.profile import load_profile  # noqa: E402
 from lowmem.planning.duration import Work  # noqa: E402
 from lowmem.planning.passes import Pass, PassCounter  # noqa: E402
