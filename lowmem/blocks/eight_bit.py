@@ -1,7 +1,7 @@
 """AdamW with 8-bit moments on a CPU: bitsandbytes' update bit for bit, in a third of its time.
 
-A moment is stored in groups of 256 elements as codes, and a scale for each group: the largest magnitude in it.
-A code stands for an entry of a book of 256 values in [-1, 1] (Dettmers et al., "8-bit optimizers via
+A moment is stored in groups of 256 elements as codes, with a scale for each group: the largest magnitude in
+it. A code stands for an entry of a book of 256 values in [-1, 1] (Dettmers et al., "8-bit optimizers via
 block-wise quantization", section 2). bitsandbytes finds the code of a value in a table: it divides [-1, 1]
 into 65,535 parts, and each stands for the code that is nearest to its middle. Its CPU kernel does so one
 element at a time. Here torch's vectorized operators do it for a whole slice, in buffers that fit the cache
