@@ -39,7 +39,7 @@ from lowmem.planning.settings import COMPUTE_DTYPE, Settings, frozen_layout
 from lowmem.recipe import Recipe
 
 PROBED = 3  # layers that tell what more of the same take
-PROBED_CHUNKS = 4  # chunks of logits that tell what more of them take
+PROBED_CHUNKS = 3  # chunks of logits that tell what more of them take
 
 
 class Large(NamedTuple):

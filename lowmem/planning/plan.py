@@ -37,6 +37,7 @@ from lowmem.units import GIB, arithmetic_text, format_bytes, format_seconds, fro
 
 COLUMN = 25  # characters of one plan in a table of several
 BAR = 20  # characters
+OFF_LINE = 0.02  # of a budget: how far a peak may lie beside the line between two others
 # What of the settings changes no arena: how they pass, and where they rest.
 NO_PLACE = {
     "resident_layers": 0,
@@ -348,26 +349,24 @@ def _with_more_staying(
 def _largest_that_fits(candidates: list[Settings], planned: Callable[[Settings], Plan]) -> Plan:
     """The plan of the first candidate that fits; where none fits, of the last.
 
-    The candidates differ in the micro-batch alone, largest first. Planning one takes up to two seconds.
-    Activations grow about in proportion to the micro-batch, so the search starts at the size which that
-    predicts to fit, and looks at few others.
+    The candidates differ in the micro-batch alone, largest first. Planning one takes up to two seconds. So
+    both ends are planned, and of those between only the ones that may fit if the peak grows about in
+    proportion to the micro-batch.
     """
-    plan = planned(candidates[0])
-    if plan.fits or len(candidates) == 1:
-        return plan
-    activations = plan.predicted.by_category["activations"]
-    room = plan.budget.device_bytes - (with_headroom(plan.predicted.run_peak_bytes) - activations)
-    wanted = plan.settings.micro_batch_size * room / activations
-    last = len(candidates) - 1
-    index = next((i for i in range(1, last) if candidates[i].micro_batch_size <= wanted), last)
-    plan = planned(candidates[index])
-    while not plan.fits and index < last:
-        index += 1
-        plan = planned(candidates[index])
-    while plan.fits and index > 1 and (larger := planned(candidates[index - 1])).fits:
-        index -= 1
-        plan = larger
-    return plan
+    largest = planned(candidates[0])
+    if largest.fits or len(candidates) == 1:
+        return largest
+    smallest = planned(candidates[-1])
+    if not smallest.fits:
+        return smallest
+    first, last = smallest.settings.micro_batch_size, largest.settings.micro_batch_size
+    at_first, at_last = (with_headroom(plan.predicted.run_peak_bytes) for plan in (smallest, largest))
+    for settings in candidates[1:-1]:
+        share = (settings.micro_batch_size - first) / (last - first)
+        about = at_first + share * (at_last - at_first)
+        if about <= (1 + OFF_LINE) * largest.budget.device_bytes and (plan := planned(settings)).fits:
+            return plan
+    return smallest
 
 
 def _excess(plan: Plan) -> tuple[int, int]:

@@ -274,7 +274,8 @@ class Setup:
     @property
     def snapshot_bytes(self) -> int:
         """Of the copy of the shared part that a commit writes while training goes on."""
-        needed = self.settings.write_back == "beside" or KINDS[self.profile.device.type].copies
+        beside = self.settings.write_back == "beside" and self.queue.num_visits > 1  # the last commit waits
+        needed = beside or KINDS[self.profile.device.type].copies
         return self.shared.total_bytes if needed and self.resting is None else 0
 
     @property

@@ -175,12 +175,13 @@ class Trainer:
         attempt.state = attempt.next_state(visit, mean_loss, self.objective.health())
         attempt.empty_pool()
         start, grows = time.perf_counter(), visit.index + 1 == self.queue.grow_visits
+        last = visit.index + 1 == self.queue.num_visits  # nothing will run beside its commit
         attempt.stream.store(
             buffers,
             attempt.shared_buffer,
             visit.index + 1,
             attempt.committer(attempt.state),
-            wait=attempt.plan.settings.write_back == "wait",
+            wait=last or attempt.plan.settings.write_back == "wait",
             written=attempt.take_written(),
             copies={block: 0 for block in range(1, len(self.layouts))} if grows else None,
         )
