@@ -91,10 +91,11 @@ def _read(path: Path, build: str) -> int | None:
 
 
 def _build(kind: str, more: tuple[str, ...] = ()) -> str:
-    """What a figure depends on: the interpreter, the packages that training imports, and the card."""
+    """What a figure depends on: the interpreter, the packages that training imports, the card, and the probe."""
     from importlib.metadata import PackageNotFoundError, version
 
-    parts = [sys.executable, sys.version, platform.machine(), str(os.cpu_count())]
+    probe = Path(__file__).parents[1].joinpath("floor_probe.py").read_text(encoding="utf-8")
+    parts = [sys.executable, sys.version, platform.machine(), str(os.cpu_count()), probe]
     if kind == "cuda":
         ask = open_nvml()
         parts += [str(ask and ask(call)) for call in ("nvmlDeviceGetName", "nvmlDeviceGetUUID")]

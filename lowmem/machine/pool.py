@@ -26,16 +26,25 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.machine.heap import MMAP_THRESHOLD_BYTES
-from lowmem.units import PAGE, round_up
+from lowmem.units import MIB, PAGE, round_up
 
 # A page that the kernel clears takes as long as this for each byte of it, and an operator that passes through
 # the pool takes so much longer: measured, and rounded against the pool.
 CLEARING_S_PER_BYTE, DISPATCH_S = 0.4e-9, 25e-6
+# Smaller results come from the heap. Above a quarter of a MiB they would leave gaps there between what stays:
+# tens of MiB of them.
+LENT_BYTES = MIB // 4
 SPACE = 8  # address space over memory: room for holes whose pages were given back
 MAP_NORESERVE = 0x4000  # mmap(2): Python names it since 3.13
 aten = torch.ops.aten
-Result = tuple[tuple[int, ...], torch.dtype]
+
+
+class Result(NamedTuple):
+    """Of an operator, where it is known how it lies in memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...] | None = None  # dimensions by falling stride; None: as they are
 
 
 def pays(cleared_bytes: float, num_operations: float) -> bool:
@@ -171,16 +180,22 @@ class Pool(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         result_of, write, name = way
         result = result_of(args, kwargs)
-        out = None if result is None else self.empty(*result)
+        out = None if result is None else self._result(result)
         if out is None:
             return func(*args, **kwargs)
         write(*args, **kwargs, **{name: out})
         return out
 
+    def _result(self, result: Result) -> Tensor | None:
+        if result.order is None:
+            return self.empty(result.shape, result.dtype)
+        out = self.empty(tuple(result.shape[dim] for dim in result.order), result.dtype)
+        return None if out is None else out.permute(sorted(range(out.ndim), key=result.order.__getitem__))
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """A tensor whose memory comes back to the pool when its storage dies. None: the pool has none."""
         num_bytes = math.prod(shape) * dtype.itemsize
-        if num_bytes < MMAP_THRESHOLD_BYTES:
+        if num_bytes < LENT_BYTES:
             return None
         size = round_up(num_bytes, PAGE)
         span = self._warm.take(size) or self._extended(size) or self._new(size)
@@ -268,26 +283,38 @@ def _falls(tensor: Tensor) -> bool:
 
 
 def _elementwise(args: Any, kwargs: Any) -> Result | None:
-    """Of tensors of one dtype, and numbers. The result has the largest one's shape, and is contiguous where
-    all strides fall.
+    """Of tensors of one dtype, and numbers. The result has the largest one's shape, and its dimensions lie in
+    memory as those of all tensors do.
     """
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     largest = max(tensors, key=Tensor.numel)
     if largest.device.type != "cpu" or not largest.is_floating_point():
         return None
+    if largest.numel() * largest.itemsize < LENT_BYTES:
+        return None
+    falls = True
     for tensor in tensors:
-        if tensor.dtype != largest.dtype or not _falls(tensor) or tensor.ndim > largest.ndim:
+        if tensor.dtype != largest.dtype or tensor.ndim > largest.ndim:
             return None
         if any(
             a not in (1, b) for a, b in zip(reversed(tensor.shape), reversed(largest.shape), strict=False)
         ):
             return None
-    return tuple(largest.shape), largest.dtype
+        falls = falls and _falls(tensor)
+    shape = tuple(largest.shape)
+    if falls:
+        return Result(shape, largest.dtype)
+    if 1 in shape:  # then several orders are the same, and torch's choice is not known
+        return None
+    order = tuple(sorted(range(largest.ndim), key=largest.stride, reverse=True))
+    if all(_falls(tensor.expand(shape).permute(order)) for tensor in tensors):
+        return Result(shape, largest.dtype, order)
+    return None
 
 
 def _product(args: Any, kwargs: Any) -> Result | None:
     *_, a, b = args
-    return ((*a.shape[:-1], b.shape[-1]), a.dtype) if a.device.type == "cpu" else None
+    return Result((*a.shape[:-1], b.shape[-1]), a.dtype) if a.device.type == "cpu" else None
 
 
 def _joined(args: Any, kwargs: Any) -> Result | None:
@@ -304,14 +331,14 @@ def _joined(args: Any, kwargs: Any) -> Result | None:
         return None
     shape = list(first.shape)
     shape[dim] = sum(t.shape[dim] for t in tensors)
-    return tuple(shape), first.dtype
+    return Result(tuple(shape), first.dtype)
 
 
 def _stacked(args: Any, kwargs: Any) -> Result | None:
     """Of `stack`: what `cat` takes, and the first of the result's dimensions counts them."""
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
     joined = None if dim != 0 else _joined((args[0], 0), {})
-    return None if joined is None else ((len(args[0]), *args[0][0].shape), joined[1])
+    return None if joined is None else Result((len(args[0]), *args[0][0].shape), joined.dtype)
 
 
 def _alike(place: int) -> Callable[[Any, Any], Result | None]:
@@ -321,9 +348,8 @@ def _alike(place: int) -> Callable[[Any, Any], Result | None]:
         like = args[place]
         floating = [arg for arg in args if isinstance(arg, Tensor) and arg.is_floating_point()]
         fits = like.device.type == "cpu" and like.is_contiguous() and like.is_floating_point()
-        return (
-            (tuple(like.shape), like.dtype) if fits and all(t.dtype == like.dtype for t in floating) else None
-        )
+        fits = fits and all(t.dtype == like.dtype for t in floating)
+        return Result(tuple(like.shape), like.dtype) if fits else None
 
     return result
 
@@ -331,7 +357,7 @@ def _alike(place: int) -> Callable[[Any, Any], Result | None]:
 def _copied(args: Any, kwargs: Any) -> Result | None:
     source = args[0]
     kept = kwargs.get("memory_format") in (None, torch.preserve_format) and not source.is_contiguous()
-    return None if kept or source.device.type != "cpu" else (tuple(source.shape), source.dtype)
+    return None if kept or source.device.type != "cpu" else Result(tuple(source.shape), source.dtype)
 
 
 def _copy(source: Tensor, *, out: Tensor, **_: Any) -> None:

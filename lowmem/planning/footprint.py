@@ -16,8 +16,7 @@ from lowmem.blocks.order import BlockQueue, Course
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
 from lowmem.machine.floor import Library, measured_floor_bytes, measured_library_bytes
-from lowmem.machine.heap import MMAP_THRESHOLD_BYTES
-from lowmem.machine.pool import pays
+from lowmem.machine.pool import LENT_BYTES, pays
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
 from lowmem.planning.duration import Duration, Work, has_rates
@@ -215,7 +214,7 @@ def _pool_bytes(setup: Setup, passes: list[Pass], lent_borders: int) -> int:
 def _lent_border_bytes(setup: Setup, counter: PassCounter) -> int:
     """Of borders that stay on the device: those that passes make, which are all but the input's."""
     border, _ = counter.waiting(setup.settings)
-    if setup.settings.borders != "device" or border < MMAP_THRESHOLD_BYTES:
+    if setup.settings.borders != "device" or border < LENT_BYTES:
         return 0
     return (setup.num_pieces + setup.queue.kept_batches) * setup.under_way * border
 

@@ -26,7 +26,7 @@ from lowmem.blocks.arena import ArenaLayout, bind, gathered_in, parameter_views,
 from lowmem.blocks.optim import workspace_bytes
 from lowmem.errors import ConfigError
 from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
-from lowmem.machine.pool import lends
+from lowmem.machine.pool import LENT_BYTES, lends
 from lowmem.models.base import (
     BlockModel,
     named_base_parameters,
@@ -111,7 +111,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._storages:
             return
         nbytes = storage.nbytes()
-        large = nbytes if self._in_heap and nbytes >= MMAP_THRESHOLD_BYTES else 0
+        least = LENT_BYTES if lent else MMAP_THRESHOLD_BYTES
+        large = nbytes if self._in_heap and nbytes >= least else 0
         if self._in_heap and not large:
             nbytes = round((1 + GAPS) * nbytes)
 

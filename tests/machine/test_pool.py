@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem.machine.heap import MMAP_THRESHOLD_BYTES
-from lowmem.machine.pool import WAYS, Holes, Pool, Span, activation_pool, past_pools, pays
+from lowmem.machine.pool import LENT_BYTES, WAYS, Holes, Pool, Span, activation_pool, past_pools, pays
 from lowmem.models.layers import Layer
 from lowmem.units import MIB, PAGE
 
@@ -37,6 +36,8 @@ def arguments(func: Any, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     row, column = draw(1, COLUMNS, dtype=dtype), draw(ROWS, 1, dtype=dtype)
     chunk = draw(ROWS, 2 * COLUMNS, dtype=dtype)[:, COLUMNS:]
     if func in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
+        heads = draw(4, 256, 8, 128, dtype=dtype).transpose(1, 2)  # of an attention: [4, 8, 256, 128]
+        angles = draw(256, 64, dtype=dtype)
         pairs = [(x, x), (x, row), (column, x), (row, column), (x, turned), (turned, turned), (x, chunk)]
         return [
             *pairs,
@@ -46,6 +47,11 @@ def arguments(func: Any, dtype: torch.dtype) -> list[tuple[Any, ...]]:
             (turned, 2.0),
             (x, draw(1, dtype=dtype)[0]),
             (x, row.double()),
+            (heads[..., :64], angles),
+            (heads[..., :64], heads[..., 64:]),
+            (angles, heads[..., 64:]),
+            (heads, heads.contiguous()),
+            (heads[:1, ..., :64], angles),
             (x, draw(1).double()[0]),
         ]
     if func in (aten.gelu_backward.default, aten.silu_backward.default):
@@ -234,7 +240,7 @@ def test_what_passes_pools_borrows_nothing_and_other_modes_see_it() -> None:
 
 def test_small_results_and_those_that_its_address_space_has_no_room_for_come_from_elsewhere() -> None:
     pool = Pool(2 * MIB)
-    assert pool.empty((MMAP_THRESHOLD_BYTES // 4 - 1,), torch.float32) is None
+    assert pool.empty((LENT_BYTES // 4 - 1,), torch.float32) is None
     assert pool.empty((17 * MIB // 4,), torch.float32) is None
     with pool:
         assert float((torch.ones(17 * MIB // 4) * 2).sum()) == 17 * MIB // 2
