@@ -91,7 +91,7 @@ def _read(path: Path, build: str) -> int | None:
 
 
 def _build(kind: str, more: tuple[str, ...] = ()) -> str:
-    """What a figure depends on: the interpreter, the packages that training imports, the card, and the probe."""
+    """What a figure depends on: the interpreter, its packages, the card, and the probe."""
     from importlib.metadata import PackageNotFoundError, version
 
     probe = Path(__file__).parents[1].joinpath("floor_probe.py").read_text(encoding="utf-8")
