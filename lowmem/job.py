@@ -267,9 +267,11 @@ def train_plan(
     notices += [("warning", {"message": line}) for line in data.warnings]
     build = model_builder(plan.recipe, spec_of(plan))
     trainer = Trainer(build, plan, folder, listeners, notices, ranks)
-    if plan.recipe.model.begins_trained and ranks.leads and not RunDir(folder).exists():
-        trainer.begin()
-        _evaluate(plan, folder, data.unaugmented(), listeners, first=True)
+    if plan.recipe.model.begins_trained:
+        if ranks.leads and not RunDir(folder).exists():
+            trainer.begin()
+            _evaluate(plan, folder, data.unaugmented(), listeners, first=True)
+        ranks.told(True)  # a rank that opened the folder before would hold a lock in it
 
     def batches(step: int) -> Mapping[str, Any]:
         return data.batch(train_config.seed, step, train_config.batch_size)
@@ -281,6 +283,7 @@ def train_plan(
         state = fit_with_engine(ranks, trainer, build, batches)
     else:
         state = trainer.fit(batches)
+    ranks.gathered(True)  # all have left the folder, and given back their locks
     if state is not None and state.metrics is None and ranks.leads:
         _evaluate(plan, folder, data.unaugmented(), listeners)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,38 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on_with_other_ranks(
     assert code == 1 and out == "" and err.startswith("error: rank 1 died; what is committed is kept")
     assert err.count("\n") == 1
     assert trained(recipe, tmp_path / "run", 3) == alone
+
+
+SLOW_TO_LEAVE = """
+import sys, time
+from lowmem.blocks.run_dir import RunDir
+from lowmem.cli import main
+
+release = RunDir.release
+
+def late(run):
+    time.sleep(1.0 if "rank" in run._lock.path.name else 0.0)
+    release(run)
+
+RunDir.release = late
+sys.exit(main())
+"""
+
+
+def test_rank_0_evaluates_when_all_others_have_left_the_folder(recipe: Path, tmp_path: Path) -> None:
+    """Also where nothing is left to train: a run that was killed before its evaluation."""
+    folder = tmp_path / "run"
+    words = [sys.executable, "-c", SLOW_TO_LEAVE, *command(recipe, folder)[3:]]
+    for _ in range(2):
+        with ranks_of([words] * 2) as started:
+            ended = [outcome(process) for process in started]
+        assert [code for code, _, _ in ended] == [0, 0], ended
+        run = RunDir(folder)
+        state = run.read_state()
+        assert state is not None and state.metrics is not None
+        run.acquire()
+        run.commit(state.model_copy(update={"metrics": None}))
+        run.release()
 
 
 @pytest.mark.slow
