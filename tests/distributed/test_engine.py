@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SHORT, recipe_with
 from safetensors.torch import load_file
 from starting import command, outcome, ranks_of, trained, wait_for_visits
 from torch import Tensor
 
 from lowmem.blocks.run_dir import RunDir
-from lowmem.data.datasets import describe_data
+from lowmem.data.datasets import describe_data, load_data
 from lowmem.distributed.engine import engine_config, engine_refusal
+from lowmem.inference.export import export_run
 from lowmem.machine.profile import load_profile
 from lowmem.models import model_builder
 from lowmem.planning.plan import Plan, make_plan
+from lowmem.recipe import recipe_from_dict
 
 RECIPE = """
 schema: 1
@@ -66,6 +69,22 @@ def assert_alike(one: Path, other: Path) -> None:
     assert all(float((value - theirs[name]).abs().max()) < WEIGHT for name, value in ours.items())
 
 
+def exported_losses(run: Path, folder: Path) -> Tensor:
+    """[B] of a batch, by a model that plain torch and safetensors load from what a run exports."""
+    export_run(run, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = {file: load_file(folder / file) for file in set(index["weight_map"].values())}
+    recipe = recipe_from_dict(json.loads((folder / "recipe.json").read_text()), "exported")
+    model = model_builder(recipe, describe_data(recipe.data, recipe.train.seq_len))()
+    model.load_state_dict({name: files[file][name] for name, file in index["weight_map"].items()})
+    model.eval()
+    objective = model.make_objective(recipe.noise)
+    drawn = load_data(recipe.data, recipe.train.seq_len).batch(0, 0, 32)
+    batch = {name: torch.as_tensor(values) for name, values in drawn.items()}
+    with torch.no_grad():
+        return objective.end_to_end_loss(list(model.layers), batch, False)
+
+
 @pytest.mark.parametrize(
     "stage", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
@@ -74,6 +93,10 @@ def test_two_ranks_follow_the_single_process_loss_curve(
 ) -> None:
     trained(recipe, tmp_path / "run", 2, "--set", f"offload.zero_stage={stage}")
     assert_alike(tmp_path / "run", alone)
+    ours, theirs = (
+        exported_losses(run, tmp_path / name) for run, name in ((tmp_path / "run", "ours"), (alone, "theirs"))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
