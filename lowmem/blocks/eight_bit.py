@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from lowmem.machine.compiler import without_compiler
 SLICE_NUMEL = 192 * 1024
 SCRATCH_BYTES = (3 * 4 + 8) * SLICE_NUMEL  # stays once a first update was made
 PARTS = 65535
+_own = threading.local()
 
 
 @functools.cache
@@ -75,9 +77,12 @@ def adamw(
     scratch.to_codes(1, state["state2"], state["absmax2"])
 
 
-@functools.cache
 def _scratch() -> _Scratch:
-    return _Scratch()
+    """This thread's buffers: two trainers may run side by side."""
+    if not hasattr(_own, "scratch"):
+        _own.scratch = _Scratch()
+    found: _Scratch = _own.scratch
+    return found
 
 
 class _Scratch:

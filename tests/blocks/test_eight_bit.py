@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -114,3 +116,9 @@ def test_gradients_that_are_not_finite_stop_no_update() -> None:
             state, torch.ones(numel), torch.full((numel,), value), number=1, lr=1e-3, betas=(0.9, 0.95),
             eps=1e-8, weight_decay=0.0,
         )  # fmt: skip
+
+
+def test_two_threads_do_not_share_buffers() -> None:
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(eight_bit._scratch).result() is not eight_bit._scratch()
+    assert eight_bit._scratch() is eight_bit._scratch()
