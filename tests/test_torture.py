@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks, and looks into /proc")
+@pytest.mark.slow
 def test_a_tortured_run_loses_nothing_and_touches_nothing_foreign(tmp_path: Path) -> None:
     out = tmp_path / "torture.json"
     command = [sys.executable, str(ROOT / "scripts" / "torture"), "--cases", "3", "--out", str(out)]

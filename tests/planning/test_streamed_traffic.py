@@ -69,6 +69,7 @@ def test_the_bytes_moved_with_muon_are_those_of_the_plan_and_fewer_than_with_ada
     assert 0.6 < moved["muon"] / moved["adamw"] < 0.75
 
 
+@pytest.mark.slow
 def test_the_bytes_of_updates_in_many_chunks_are_those_of_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
