@@ -51,7 +51,8 @@ def _of_library(library: str) -> int:
 def _on_cpu() -> int:
     with Monitor(unified=True):
         weights = torch.randn(256, 256, requires_grad=True)
-        torch.randn(512, 1024) @ torch.randn(1024, 4096)  # products keep buffers, larger ones no larger ones
+        # A product keeps the buffers that it packed its operands into. Larger ones need no larger buffers.
+        torch.randn(512, 1024) @ torch.randn(1024, 4096)
         gelu(torch.randn(128, 256) @ weights).sum().backward()  # type: ignore[no-untyped-call]
         assert weights.grad is not None
         moments, step = [torch.zeros_like(weights) for _ in range(2)], [torch.zeros(())]

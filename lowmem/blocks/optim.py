@@ -1,5 +1,5 @@
-"""Updates a block's weights on flat slices with AdamW: bitsandbytes' 8-bit kernel, or torch's fused one; or
-matrix by matrix with torch's Muon.
+"""Updates a block's weights on flat slices with AdamW: torch's fused kernel, or with 8-bit moments
+bitsandbytes' (on a CPU `eight_bit`, which gives its bits); or matrix by matrix with torch's Muon.
 
 The update is a function of slices, and its state consists of fields of the block's arena. So the state
 streams, rests and is saved together with its block. The stock 8-bit `step()` would not do: it synchronises

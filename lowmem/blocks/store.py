@@ -176,9 +176,8 @@ class DiskStore(Store):
         self._writers = ThreadPoolExecutor(THREADS, "lowmem-writing")
         self._counting = threading.Lock()  # several threads of a stream read and write
         self._moved, self._taken_s = [0, 0], [0.0, 0.0]  # read, written
-        self._edges = dict[
-            str, defaultdict[int, Edge]
-        ]()  # of pages that wait for the rest of them, by position
+        # of pages that wait for the rest of them, by position
+        self._edges = dict[str, defaultdict[int, Edge]]()
 
     def read(self, key: str, buffer: Tensor) -> None:
         record, header = self.files[key], self._headers[key]

@@ -31,8 +31,8 @@ from lowmem.units import MIB, PAGE, round_up
 # A page that the kernel clears takes as long as this for each byte of it, and an operator that passes through
 # the pool takes so much longer: measured, and rounded against the pool.
 CLEARING_S_PER_BYTE, DISPATCH_S = 0.4e-9, 25e-6
-# Smaller results come from the heap. Above a quarter of a MiB they would leave gaps there between what stays:
-# tens of MiB of them.
+# Smaller results come from the heap. Larger ones would leave gaps of tens of MiB there, because small tensors
+# that stay are put into the memory that they leave.
 LENT_BYTES = MIB // 4
 SPACE = 8  # address space over memory: room for holes whose pages were given back
 MAP_NORESERVE = 0x4000  # mmap(2): Python names it since 3.13

@@ -23,10 +23,11 @@ from lowmem.models import model_builder
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
 from lowmem.planning import footprint
+from lowmem.planning.candidates import candidates_of
 from lowmem.planning.footprint import with_headroom
 from lowmem.planning.passes import PassCounter
 from lowmem.planning.plan import Plan, check_continues, make_plan
-from lowmem.planning.settings import layouts_of
+from lowmem.planning.settings import layouts_of, setup_of
 from lowmem.units import MIB
 
 
@@ -495,3 +496,22 @@ def test_weights_that_cannot_stay_alone_are_refused_in_one_line(
     with pytest.raises(ConfigError, match="offload.resident_weights: found 1") as caught:
         make_plan(model_builder(recipe, describe_data(recipe.data)), recipe, load_profile("cpu-4gib"))
     assert allowed in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("num_steps", "copies"), [(4, 0), (8, 1)])
+def test_a_run_of_one_visit_is_planned_without_a_copy_of_the_shared_part(num_steps: int, copies: int) -> None:
+    """Its only commit is the last one, which nothing runs beside."""
+    recipe = recipe_with(
+        method="end_to_end",
+        blocks__visit_steps=4,
+        offload__tier="disk",
+        train__num_steps=num_steps,
+        train__warmup_steps=1,
+    )
+    with torch.device("meta"):
+        model = model_builder(recipe, describe_data(recipe.data))()
+    profile = load_profile("cpu-4gib")
+    settings = next(candidates_of(recipe, profile, model.most_blocks))[0]
+    beside = settings.model_copy(update={"write_back": "beside"})
+    setup = setup_of(model, recipe, profile, beside)
+    assert setup.snapshot_bytes == copies * setup.shared.total_bytes
