@@ -26,6 +26,21 @@ from lowmem.machine.detect import detect_profile
 from lowmem.machine.profile import Profile, load_profile
 from lowmem.recipe import Recipe, recipe_from_dict
 
+# Files of tests that take longest. They start first, so that no process is left alone with one at the end.
+LONGEST = (
+    "test_examples.py",
+    "test_crash.py",
+    "test_simulated_card.py",
+    "test_ranks.py",
+    "test_streamed_step.py",
+    "test_typing.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 TINY = {
     "schema": 1,
     "method": "diffusion_blocks",

@@ -8,6 +8,7 @@ whole pages: `Pages` are the pages that hold some bytes, and tell where in them 
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
@@ -174,7 +175,7 @@ class Unit:
             end += piece.numel
         self.numel = end
 
-    @property
+    @functools.cached_property
     def shape(self) -> Hashable:
         """Equal for units that take and move the same bytes: like layers, each a block of its own."""
         fields = tuple((name, start) for name, (_, start) in self.layout.fields.items())
@@ -195,6 +196,14 @@ class Unit:
     def used_weights_bytes(self) -> int:
         """Of what passes use, without the rest of its pages."""
         return sum(piece.field(self._computes).pages.inside_bytes for piece in self.pieces)
+
+    @functools.cached_property
+    def chunk_bytes(self) -> tuple[int, int]:
+        """Of the buffers that hold its largest chunk: (all of it, its state alone)."""
+        pieces = [piece for _, piece in self.chunks()]
+        sizes = ((piece.num_bytes(with_weights) for piece in pieces) for with_weights in (True, False))
+        whole, state = (max(of_chunks, default=0) for of_chunks in sizes)
+        return whole, state
 
     def weights_pages(self, buffer: Tensor) -> list[tuple[Pages, Tensor]]:
         """The pages of each piece's weights in a buffer [weights_bytes]."""

@@ -58,10 +58,10 @@ def spread_over(num_units: int, stay: frozenset[int], count: int) -> frozenset[i
 
 def chunk_bytes(units: Sequence[Unit], in_place: bool, shared: Unit | None = None) -> int:
     """Of the largest chunk of rows that an update moves; `in_place`: of units without their weights."""
-    kinds = {unit.shape: unit for unit in units}
-    sizes = [piece.num_bytes(not in_place) for unit in kinds.values() for _, piece in unit.chunks()]
+    kinds = {unit.shape: unit for unit in reversed(units)}  # of like units always the first: it remembers
+    sizes = [unit.chunk_bytes[in_place] for unit in kinds.values()]
     if shared is not None:
-        sizes += [piece.num_bytes() for _, piece in shared.chunks()]
+        sizes.append(shared.chunk_bytes[False])
     return max(sizes, default=0)
 
 

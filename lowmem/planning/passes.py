@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -38,6 +38,7 @@ from lowmem.planning.duration import Work
 from lowmem.planning.settings import COMPUTE_DTYPE, Settings, frozen_layout
 from lowmem.recipe import Recipe
 
+DEVICE_OF = torch.ops.prim.device.default
 PROBED = 3  # layers that tell what more of the same take
 PROBED_CHUNKS = 3  # chunks of logits that tell what more of them take
 
@@ -92,6 +93,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is DEVICE_OF and isinstance(args[0], FakeTensor):  # most calls, so it is answered here
+            self.work[0, 0] += 1
+            return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         out = func(*args, **kwargs)
         leaves = _tensors(out)
         lent = self._in_heap and lends(func, args, kwargs)
@@ -167,6 +171,14 @@ class PassCounter:
             recipe,
             in_heap,
         )
+        # Of each layer: the shapes of its parameters, and whether they are an adapter's.
+        self._shapes = [
+            tuple(
+                (tuple(parameter.shape), model.is_adapter(f"layers.{index}.{name}"))
+                for name, parameter in layer.named_parameters()
+            )
+            for index, layer in enumerate(model.layers)
+        ]
         self._known: dict[Any, Pass] = {}
         self._known_waiting: dict[Any, tuple[int, int]] = {}
 
@@ -268,13 +280,8 @@ class PassCounter:
         scored: bool = True,
     ) -> Pass:
         """`scored`: the pass makes logits."""
-        shapes = tuple(tuple(tuple(p.shape) for p in self._model.layers[i].parameters()) for i in layers)
-        trained = tuple(
-            self._model.is_adapter(f"layers.{i}.{name}")
-            for i in layers
-            for name, _ in self._model.layers[i].named_parameters()
-        )
-        key = (kind, shapes, trained, settings.micro_batch_size, settings.precision, settings.recompute)
+        shapes = tuple(self._shapes[i] for i in layers)
+        key = (kind, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
         if key not in self._known:
             self._known[key] = self._with_all_chunks(settings, count) if scored else count()
         return self._known[key]

@@ -6,6 +6,7 @@ machine and the arenas of the blocks: every prediction starts from a `Setup`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -195,7 +196,7 @@ class Setup:
         """The units whose weights alone stay."""
         return spread_over(self.num_pieces, self.stay, self.settings.resident_weights)
 
-    @property
+    @functools.cached_property
     def resting(self) -> Unit | None:
         """The shared part, where its masters and moments rest with the blocks."""
         rests = self.settings.shared == "tier"
@@ -212,7 +213,7 @@ class Setup:
         updated = self.by_unit and not self.frozen
         return updated and updates_in_place(self.units, self.recipe.optimizer.grad_clip)
 
-    @property
+    @functools.cached_property
     def unit_bytes(self) -> UnitBytes:
         """What the stream of units takes on the device."""
         prefetch = self.recipe.offload.prefetch

@@ -7,6 +7,7 @@ compute hides all of it.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -91,7 +92,8 @@ def _unit_traffic(setup: Setup) -> Parts:
     """What the units move between the store and the device."""
     on_disk = setup.settings.tier == "disk"
     first, step, commit = Moved(), Moved(), Moved()
-    last, known = len(setup.units) - 1, dict[object, Moved]()
+    last = len(setup.units) - 1
+    like = {unit.shape: unit for unit in reversed(setup.units)}  # of like units always the first
     held = setup.held
     kept = kept_for_next_step(len(setup.units), setup.stay | held) if setup.in_place else None
     for index, unit in enumerate(setup.units):
@@ -106,17 +108,15 @@ def _unit_traffic(setup: Setup) -> Parts:
         if index in held:
             first += fetched
             commit += _written_weights(unit, on_disk)
-            step += _updated(unit, on_disk, in_place=True)
+            step += _updated(like[unit.shape], on_disk, in_place=True)
             continue
         if index == kept and backward:  # once, and then the weights are there when a step begins
             first, passes = first + fetched, passes - 1
         step += Moved(passes * fetched.read)
         if not setup.frozen:
-            if unit.shape not in known:
-                known[unit.shape] = _updated(unit, on_disk, setup.in_place)
-                if setup.in_place:
-                    known[unit.shape] += _written_weights(unit, on_disk)
-            step += known[unit.shape]
+            step += _updated(like[unit.shape], on_disk, setup.in_place)
+            if setup.in_place:
+                step += _written_weights(unit, on_disk)
     if setup.resting is not None:
         chunks = [piece for _, piece in setup.resting.chunks()]
         pages = [piece.field("weights").pages for piece in chunks]
@@ -125,6 +125,7 @@ def _unit_traffic(setup: Setup) -> Parts:
     return first, step, commit
 
 
+@functools.lru_cache(maxsize=16)  # candidates share their units
 def _updated(unit: Unit, on_disk: bool, in_place: bool) -> Moved:
     """What the update of a unit moves in chunks of its rows: all of them, or without weights."""
     fields = [chunk.held(with_weights=not in_place) for _, chunk in unit.chunks()]
