@@ -171,6 +171,11 @@ class ArenaLayout:
         field, first = self.fields["ema"]
         return field.dtype, first, field.numel * field.dtype.itemsize
 
+    @functools.cached_property
+    def header_bytes(self) -> int:
+        """Of the header alone."""
+        return len(self.header())
+
     def header(self) -> bytes:
         """The file's safetensors header, padded with spaces so that the data begin on a page.
 

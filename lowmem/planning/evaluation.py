@@ -119,7 +119,7 @@ def plan_evaluation(
     held = demand.held_bytes * num_samples + demand.fixed_bytes
     left, per_sample = allowed_bytes - sum(base.values()) - held, 0.0
     for size in _sizes(min(config.batch_size, num_samples), demand.row):
-        if size > 1 and size * per_sample > left:
+        if size > 1 and size * (per_sample + demand.walk_bytes) > left:
             continue  # a smaller size takes no less for each sample
         taken = _counted(model, setup, counter, layers, size)
         per_sample, room = taken.peak_bytes / size, left - taken.peak_bytes

@@ -157,7 +157,7 @@ def is_resident(settings: Settings, unified: bool) -> bool:
 
 def file_bytes(layouts: Sequence[ArenaLayout]) -> int:
     """Bytes of the files that hold these arenas."""
-    return sum(layout.total_bytes + len(layout.header()) for layout in layouts)
+    return sum(layout.total_bytes + layout.header_bytes for layout in layouts)
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ def _fetched(fields: Sequence[Field], on_disk: bool) -> int:
 
 
 def _header_bytes(layouts: Sequence[ArenaLayout]) -> int:
-    return sum(len(layout.header()) for layout in layouts)
+    return sum(layout.header_bytes for layout in layouts)
 
 
 def hidden_tokens(setup: Setup) -> int | None:
