@@ -42,7 +42,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None]:
         (features,), (grads,), weight = ctx.saved_tensors, given, ctx.weight
         size = max(SLICE_NUMEL // weight.shape[1], -(-len(weight) // MOST_SLICES))
-        for part, rows in zip(grads.t().split(size), weight.grad.split(size), strict=True):
+        for part, rows in zip(torch.split(grads.t(), size), weight.grad.split(size), strict=True):
             rows.add_(part.mm(features))
         return grads.mm(weight), None
 
