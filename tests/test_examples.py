@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import new_cache
 from hf_folders import BYTES_VOCAB, make_folder, make_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,7 +21,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 def shown(folder: Path, *arguments: str) -> str:
     command, environment = (
         [sys.executable, *arguments],
-        {**ENVIRONMENT, "XDG_CACHE_HOME": str(folder / "cache")},
+        {**ENVIRONMENT, "XDG_CACHE_HOME": new_cache(folder / "cache")},
     )
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr

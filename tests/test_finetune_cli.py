@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import new_cache
 from hf_folders import BYTES_VOCAB, make_folder, make_tokenizer
 from hf_training import uncounted
 from typer.testing import CliRunner
@@ -20,7 +21,7 @@ SETS = [part for pair in SHORT for part in ("--set", pair)]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", new_cache(tmp_path / "cache"))
 
 
 @pytest.fixture

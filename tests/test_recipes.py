@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import new_cache
 
 from lowmem.data.config import DeclaredImages, TextConfig
 from lowmem.data.datasets import describe_data
@@ -92,7 +93,7 @@ MORE: dict[str, dict[str, Any]] = {  # dotted keys that only some of the experim
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", new_cache(tmp_path_factory.mktemp("cache")))
         yield
 
 

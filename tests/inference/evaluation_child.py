@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import first_weights
+from conftest import first_weights, new_cache
 
 from lowmem.inference.evaluate import evaluate_run
 from lowmem.job import plan_recipe
@@ -24,7 +24,9 @@ from lowmem.planning.run_data import spec_of
 
 def main(folder: str, recipe: str, profile: str, *overrides: str) -> None:
     give_back_freed()
-    os.environ["XDG_CACHE_HOME"] = f"{folder}-cache"  # a kept feature network would take less
+    os.environ["XDG_CACHE_HOME"] = new_cache(
+        Path(f"{folder}-cache")
+    )  # a kept feature network would take less
     plan = plan_recipe(recipe, profile, overrides, Path(folder))
     plan.require_fit()
     first_weights(Path(folder), model_builder(plan.recipe, spec_of(plan)), plan)

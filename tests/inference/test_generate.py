@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_short
+from conftest import new_cache, run_short
 
 from lowmem.errors import ConfigError, DataError
 from lowmem.inference.frozen_run import open_run
@@ -26,7 +26,7 @@ QUICK = [
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", new_cache(tmp_path / "cache"))
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import new_cache
 from hf_folders import BYTES_VOCAB, FAMILIES, make_folder, make_tokenizer
 
 from lowmem import job
@@ -42,7 +43,7 @@ SHORT = [
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """To count activations takes longer than the runs do, and every run here fits."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", new_cache(tmp_path / "cache"))
     for name in ("_count", "_count_streamed", "_count_evaluated"):
         monkeypatch.setattr(PassCounter, name, lambda *_: Pass(1, Work(), Work()))
 

@@ -38,7 +38,7 @@ def test_the_result_comes_back_from_another_process(forks: None) -> None:
     assert pid != os.getpid()
     assert value == {"a": [1, 2.5, None], "b": b"\0" * 300_000}
     with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+        os.waitpid(pid, os.WNOHANG)  # it was waited for
 
 
 def test_what_the_call_imports_and_changes_ends_with_the_child(forks: None) -> None:
