@@ -27,6 +27,7 @@ from lowmem.blocks.optim import workspace_bytes
 from lowmem.errors import ConfigError
 from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
 from lowmem.machine.pool import LENT_BYTES, lends
+from lowmem.models.alike import one_for_all, times
 from lowmem.models.base import (
     BlockModel,
     named_base_parameters,
@@ -94,7 +95,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is DEVICE_OF and isinstance(args[0], FakeTensor):  # most calls, so it is answered here
-            self.work[0, 0] += 1
+            self.work[0, 0] += times()
             return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         out = func(*args, **kwargs)
         leaves = _tensors(out)
@@ -102,12 +103,12 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in leaves:
             self._born(leaf.untyped_storage(), lent)
         if func.namespace == "prim":  # it asks what a tensor is, and touches no data
-            self.work[0, 0] += 1
+            self.work[0, 0] += times()
         elif not _is_view(func):
             num_bytes = sum(
                 leaf.numel() * leaf.element_size() for leaf in (*leaves, *_tensors((args, kwargs)))
             )
-            self.work[_operations(func, args, kwargs, out), num_bytes] += 1
+            self.work[_operations(func, args, kwargs, out), num_bytes] += times()
         return out
 
     def _born(self, storage: torch.UntypedStorage, lent: bool) -> None:
@@ -131,7 +132,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._large_live[lent] += large
         self.large = Large(
             max(self.large.peak_bytes, self._large_live.total()),
-            self.large.born_bytes + large,
+            self.large.born_bytes + times() * large,
             max(self.large.unlent_peak_bytes, self._large_live[False]),
         )
 
@@ -347,7 +348,7 @@ class PassCounter:
             parameter.grad = None
             torch.autograd.graph.increment_version(parameter)
 
-        with FakeTensorMode():
+        with FakeTensorMode(), one_for_all():
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
             views = parameter_views(layout, grads)
             gathers = updated if settings.during_backward else views

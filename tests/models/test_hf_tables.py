@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowmem.models import alike
 from lowmem.models.huggingface import tables
 from lowmem.models.huggingface.tables import looked_up, product
 from lowmem.objectives.base import in_chunks
+from lowmem.planning import passes
 from lowmem.planning.passes import LiveBytes
 
 VOCAB, DIM, TOKENS = 96, 32, 40
@@ -112,3 +115,31 @@ def test_without_gradients_nothing_is_gathered() -> None:
         assert torch.equal(rows, table(tokens)) and rows.grad_fn is None
     table.weight.requires_grad_(False)
     assert looked_up(table, tokens).grad_fn is None and product(rows[0], table.weight).grad_fn is None
+
+
+@pytest.mark.parametrize("rows", [16, 20, 95, 96, 200])
+def test_one_slice_stands_for_all_of_a_size_where_a_pass_is_counted(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(tables, "SLICE_NUMEL", rows * DIM)
+    for least in ("MMAP_THRESHOLD_BYTES", "LENT_BYTES"):
+        monkeypatch.setattr(passes, least, 1)  # so that all of them count as large
+    found = []
+    for counted in (contextlib.nullcontext, alike.one_for_all):
+        table = table_of(torch.float32)
+        table.weight.grad = torch.zeros_like(table.weight)
+        features = torch.ones(TOKENS, DIM, requires_grad=True)
+        with counted(), LiveBytes(table.weight, features, table.weight.grad, in_heap=True) as taken:
+            loss_of(table, features, product).backward()  # type: ignore[no-untyped-call]
+        found.append((taken.peak, taken.work, taken.large))
+    assert found[0] == found[1]
+    assert alike.times() == 1
+
+
+def test_the_parts_are_those_of_a_range_and_each_size_comes_once_where_they_are_counted() -> None:
+    for total, size in ((7, 3), (6, 3), (3, 3), (2, 3), (5, 1)):
+        assert list(alike.starts(total, size)) == list(range(0, total, size))
+        with alike.one_for_all():
+            counted = [(alike.times(), min(size, total - start)) for start in alike.starts(total, size)]
+        assert sum(often * part for often, part in counted) == total
+        assert len({part for _, part in counted}) == len(counted)

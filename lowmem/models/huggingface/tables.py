@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowmem.models.alike import starts
+
 # Weights whose gradient is made at once, at least. A large table has few slices, because each costs a call
-# on the device, and a plan counts every call.
+# on the device.
 SLICE_NUMEL, MOST_SLICES = 4 * 1024 * 1024, 32
 
 
@@ -42,8 +44,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor) -> tuple[Tensor, None]:
         (features,), (grads,), weight = ctx.saved_tensors, given, ctx.weight
         size = max(SLICE_NUMEL // weight.shape[1], -(-len(weight) // MOST_SLICES))
-        for part, rows in zip(torch.split(grads.t(), size), weight.grad.split(size), strict=True):
-            rows.add_(part.mm(features))
+        by_row = grads.t()
+        for start in starts(len(weight), size):
+            rows = slice(start, start + size)
+            weight.grad[rows].add_(by_row[rows].mm(features))
         return grads.mm(weight), None
 
 
