@@ -121,12 +121,13 @@ def plan_evaluation(
     for size in _sizes(min(config.batch_size, num_samples), demand.row):
         if size > 1 and size * (per_sample + demand.walk_bytes) > left:
             continue  # a smaller size takes no less for each sample
-        taken = _counted(model, setup, counter, layers, size)
-        per_sample, room = taken.peak_bytes / size, left - taken.peak_bytes
+        peak_bytes = _counted(model, setup, counter, layers, size).peak_bytes
+        per_sample, room = peak_bytes / size, left - peak_bytes
         most_walked = num_samples if not setup.whole else min(num_samples, TOGETHER * config.batch_size)
         walk = min(most_walked, max(room, 0) // max(demand.walk_bytes, 1) // size * size)
         if walk >= size or size == 1:
             break
+    taken = _with_work(model, setup, counter, layers, size)
     walk = max(walk, size)
     kept = held + demand.walk_bytes * walk
     categories = {**base, "activations": max(taken.peak_bytes + kept, demand.least_bytes)}
@@ -146,18 +147,30 @@ def plan_evaluation(
 
 
 def _counted(model: BlockModel, setup: Setup, counter: PassCounter, layers: range, size: int) -> Pass:
-    """The largest call, over `layers`.
+    """The largest call, with the peak of all `layers` and the work of those that are counted.
 
     Without gradients a layer's activations are gone when the next one computes. So of a deep model that
     streams layer by layer, the first two layers tell the rest.
     """
+    first = range(2) if _first_tell(model, setup, layers) else layers
+    return counter.evaluated(first, setup.settings, size)
+
+
+def _with_work(model: BlockModel, setup: Setup, counter: PassCounter, layers: range, size: int) -> Pass:
+    """The same with the work of all `layers`."""
+    taken = _counted(model, setup, counter, layers, size)
+    if not _first_tell(model, setup, layers):
+        return taken
+    one = counter.evaluated(range(1), setup.settings, size)
+    more = {kind: count * (len(layers) - 1) for kind, count in (taken.work - one.work).items()}
+    return taken._replace(work=one.work + Work(more))
+
+
+def _first_tell(model: BlockModel, setup: Setup, layers: range) -> bool:
+    """Whether the first two layers tell what all take."""
     shapes = {tuple(p.shape for p in layer.parameters()) for layer in model.layers}
     alike = model.layers_alike or (setup.streams and len(shapes) == 1)
-    if not alike or len(model.units()) != len(layers) or len(layers) <= 2:
-        return counter.evaluated(layers, setup.settings, size)
-    one, two = (counter.evaluated(range(count), setup.settings, size) for count in (1, 2))
-    more = {kind: count * (len(layers) - 1) for kind, count in (two.work - one.work).items()}
-    return two._replace(work=one.work + Work(more))
+    return alike and len(model.units()) == len(layers) and len(layers) > 2
 
 
 def _sizes(most: int, row: int) -> Iterator[int]:
