@@ -40,5 +40,6 @@ def make_model(folder: Path, shape: dict[str, Any]) -> int:
 
 
 def make_rows(path: Path) -> None:
-    rows = ({"text": " ".join(str(n * k % 97) for k in range(60))} for n in range(1, 41))
+    """Texts of more than 330 bytes, so that rows of 256 tokens are full."""
+    rows = ({"text": " ".join(str(n * k % 97) for k in range(120))} for n in range(1, 41))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
