@@ -23,6 +23,8 @@ SHARE = 0.8  # of the steps: when a model grows
 # What sweeps, and block coordinate with as many operations, keep of end to end's gain in fine-tuning.
 KEPT = {4: "99 %", 8: "97 %"}
 KEPT_BY_TURNS = "95 %"
+MUON_SWEEPS, GROWTH = "sweeps of 4, Muon", f"growth at {SHARE:g}"
+FROM_SCRATCH = (MUON_SWEEPS, GROWTH)  # the best first
 
 
 class Way(NamedTuple):
@@ -42,9 +44,14 @@ WAYS = (
         for k, kept in KEPT.items()
     ),
     Way(
+        MUON_SWEEPS,
+        ["blocks.sweep_steps=4", "optimizer.name=muon"],
+        "gradients 3 steps old; from scratch near exact",
+    ),
+    Way(
         "block coordinate", ["method=block_coordinate"], f"one block at a time; tuning keeps {KEPT_BY_TURNS}"
     ),
-    Way(f"growth at {SHARE:g}", [f"blocks.grow_at={SHARE:g}"], "exact after growth; as good from scratch"),
+    Way(GROWTH, [f"blocks.grow_at={SHARE:g}"], "exact after growth; for tasks of little depth"),
     Way("blocks", ["method=diffusion_blocks"], "the depth of one block"),
 )
 
@@ -144,11 +151,18 @@ def recommended(plans: Sequence[MethodPlan]) -> tuple[MethodPlan, str] | None:
     if not others:
         return (exact, "no other fits") if exact.fits else None
     trained = plans[0].plan is not None and plans[0].plan.recipe.model.begins_trained
-    order = [*(each for each in others if ("growth" in each.way.name) != trained), *others]
+    order = sorted(others, key=lambda each: _rank(each.way.name, trained))
     why = "a trained model loses little by stale gradients" if trained else "depth for the least traffic"
     if order[0].way.name == "blocks":
         return order[0], "no other fits"
     return order[0], why
+
+
+def _rank(name: str, trained: bool) -> int:
+    """The first is the best of those that fit. Growth begins with one block and forgets what others learnt."""
+    if trained:
+        return int(name == GROWTH)
+    return FROM_SCRATCH.index(name) if name in FROM_SCRATCH else len(FROM_SCRATCH)
 
 
 def methods_table(plans: Sequence[MethodPlan]) -> str:

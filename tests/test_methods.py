@@ -17,6 +17,7 @@ from lowmem.planning.duration import Duration, Work
 from lowmem.planning.passes import Pass, PassCounter
 from lowmem.units import MIB
 
+SWEEPS = ["sweeps of 4", "sweeps of 8", "sweeps of 4, Muon"]
 CHANGES = ["model.num_layers=6", "data.name=digits", "train.num_steps=100"]
 
 
@@ -39,23 +40,25 @@ def plans(uncounted_activations: None) -> list[MethodPlan]:
 
 def test_every_method_is_planned_from_any_recipe_of_the_model(plans: list[MethodPlan]) -> None:
     names = [each.way.name for each in plans]
-    assert names == ["exact", "sweeps of 4", "sweeps of 8", "block coordinate", "growth at 0.8", "blocks"]
+    assert names == ["exact", *SWEEPS, "block coordinate", "growth at 0.8", "blocks"]
     assert all(each.plan is not None and each.fits for each in plans)
     recipes = [each.plan.recipe for each in plans if each.plan is not None]
     assert [recipe.method for recipe in recipes] == [
-        *["end_to_end"] * 3,
+        *["end_to_end"] * 4,
         "block_coordinate",
         "end_to_end",
         "diffusion_blocks",
     ]
-    assert [recipe.blocks.sweep_steps for recipe in recipes] == [1, 4, 8, 1, 1, 1]
-    assert [recipe.train.num_steps for recipe in recipes] == [100, 100, 104, 100, 100, 100], "in whole sweeps"
+    assert [recipe.blocks.sweep_steps for recipe in recipes] == [1, 4, 8, 4, 1, 1, 1]
+    assert [recipe.optimizer.name for recipe in recipes].count("muon") == 1
+    assert [recipe.train.num_steps for recipe in recipes] == [100, 100, 104, 100, 100, 100, 100]
 
 
 def test_what_moves_falls_with_the_steps_of_a_sweep_and_with_growth(plans: list[MethodPlan]) -> None:
-    exact, four, eight, turns, growth, blocks = (each.moved_bytes_per_step for each in plans)
+    exact, four, eight, muon, turns, growth, blocks = (each.moved_bytes_per_step for each in plans)
     assert exact is not None and four is not None and eight is not None and growth is not None
     assert four < exact / 3.9 and eight < exact / 7.8 and 0 < growth < exact / 1.9
+    assert muon is not None and muon < exact / 3, "of so small a matrix most is the rest of its pages"
     assert turns is not None and turns < exact / 4, "weights alone, and one block a visit"
     assert blocks is None, "blocks move visit by visit"
     table = methods_table(plans)
@@ -78,21 +81,36 @@ def waiting(plan: MethodPlan, share: float) -> MethodPlan:
     return plan._replace(plan=plan.plan.model_copy(update={"predicted": predicted}))
 
 
-def test_the_exact_step_is_recommended_until_it_waits_and_growth_where_it_does(
+def test_the_exact_step_is_recommended_until_it_waits_and_then_the_best_that_fits(
     plans: list[MethodPlan],
 ) -> None:
     hidden = recommended([waiting(plans[0], 0.05), *plans[1:]])
     assert hidden is not None and hidden[0].way.name == "exact"
     exposed = recommended([waiting(plans[0], 0.5), *plans[1:]])
-    assert exposed is not None and exposed[0].way.name == "growth at 0.8"
+    assert exposed is not None and exposed[0].way.name == "sweeps of 4, Muon"
+    without = [each._replace(plan=None) if "Muon" in each.way.name else each for each in plans[1:]]
+    grown = recommended([waiting(plans[0], 0.5), *without])
+    assert grown is not None and grown[0].way.name == "growth at 0.8"
     none_fits = recommended([each._replace(plan=None) for each in plans])
     assert none_fits is None
+
+
+def test_a_trained_model_is_swept_and_does_not_grow(
+    plans: list[MethodPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert plans[0].plan is not None
+    monkeypatch.setattr(type(plans[0].plan.recipe.model), "begins_trained", True)
+    exact = waiting(plans[0], 0.5)
+    found = recommended([exact, *plans[1:]])
+    assert found is not None and found[0].way.name == "sweeps of 4"
+    growth_alone = recommended([exact, plans[5]])
+    assert growth_alone is not None and growth_alone[0].way.name == "growth at 0.8"
 
 
 def test_a_method_that_cannot_be_says_why_and_the_others_are_planned() -> None:
     found = plan_methods("digits-vit", "cpu-4gib", [*CHANGES, "optimizer.clip=global", "method=end_to_end"])
     problems = {each.way.name: each.problem for each in found if each.problem}
-    assert set(problems) == {"sweeps of 4", "sweeps of 8", "block coordinate", "blocks"}
+    assert set(problems) == {*SWEEPS, "block coordinate", "blocks"}
     assert "optimizer.clip" in problems["sweeps of 4"] and "\n" not in "".join(problems.values())
 
 
