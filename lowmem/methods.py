@@ -159,7 +159,7 @@ def recommended(plans: Sequence[MethodPlan]) -> tuple[MethodPlan, str] | None:
 
 
 def _rank(name: str, trained: bool) -> int:
-    """The first is the best of those that fit. Growth begins with one block and forgets what others learnt."""
+    """Less for a better one. Growth begins with one block, so it would forget what a model has learnt."""
     if trained:
         return int(name == GROWTH)
     return FROM_SCRATCH.index(name) if name in FROM_SCRATCH else len(FROM_SCRATCH)
