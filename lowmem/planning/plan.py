@@ -37,6 +37,7 @@ from lowmem.units import GIB, arithmetic_text, format_bytes, format_seconds, fro
 
 COLUMN = 25  # characters of one plan in a table of several
 BAR = 20  # characters
+TIGHT = 0.9  # of a budget: what is taken without activations where they will hardly have room
 OFF_LINE = 0.02  # of a budget: how far a peak may lie beside the line between two others
 # What of the settings changes no arena: how they pass, and where they rest.
 NO_PLACE = {
@@ -301,7 +302,8 @@ def _first_that_fits(candidates: Iterable[list[Settings]], planned: Callable[...
         plan = planned(sizes[-1], counted=False)
         counted = plan.fits
         if counted:
-            plan = _largest_that_fits(sizes, planned)
+            tight = plan.predicted.device_needed_bytes > TIGHT * plan.budget.device_bytes
+            plan = _largest_that_fits(sizes, planned, tight)
             if plan.fits:
                 return plan
         refused.append((plan, counted))
@@ -346,17 +348,23 @@ def _with_more_staying(
     return plan
 
 
-def _largest_that_fits(candidates: list[Settings], planned: Callable[[Settings], Plan]) -> Plan:
+def _largest_that_fits(
+    candidates: list[Settings], planned: Callable[[Settings], Plan], tight: bool = False
+) -> Plan:
     """The plan of the first candidate that fits; where none fits, of the last.
 
     The candidates differ in the micro-batch alone, largest first. Planning one takes up to two seconds. So
     both ends are planned, and of those between only the ones that may fit if the peak grows about in
-    proportion to the micro-batch.
+    proportion to the micro-batch. `tight`: hardly anything is left for activations, so the smallest is
+    planned first, and where it does not fit no other.
     """
+    smallest = planned(candidates[-1]) if tight else None
+    if smallest is not None and not smallest.fits:
+        return smallest
     largest = planned(candidates[0])
     if largest.fits or len(candidates) == 1:
         return largest
-    smallest = planned(candidates[-1])
+    smallest = smallest or planned(candidates[-1])
     if not smallest.fits:
         return smallest
     first, last = smallest.settings.micro_batch_size, largest.settings.micro_batch_size

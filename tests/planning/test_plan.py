@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,12 +24,13 @@ from lowmem.models import model_builder
 from lowmem.models.recurrent_lm import RecurrentLm
 from lowmem.models.vit import Vit
 from lowmem.planning import footprint
+from lowmem.planning import plan as plan_module
 from lowmem.planning.candidates import candidates_of
 from lowmem.planning.footprint import with_headroom
 from lowmem.planning.passes import PassCounter
 from lowmem.planning.plan import Plan, check_continues, make_plan
 from lowmem.planning.settings import layouts_of, setup_of
-from lowmem.units import MIB
+from lowmem.units import GIB, MIB
 
 
 def machine(memory_gib: float) -> Profile:
@@ -515,3 +517,29 @@ def test_a_run_of_one_visit_is_planned_without_a_copy_of_the_shared_part(num_ste
     beside = settings.model_copy(update={"write_back": "beside"})
     setup = setup_of(model, recipe, profile, beside)
     assert setup.snapshot_bytes == copies * setup.shared.total_bytes
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, 4, 8])
+def test_where_little_room_is_left_the_same_is_found_and_the_largest_is_not_planned_in_vain(
+    most: int,
+) -> None:
+    """`most`: the largest micro-batch that fits."""
+    sizes = [SimpleNamespace(micro_batch_size=size) for size in (8, 4, 2, 1)]
+    found, calls = list[int](), list[int]()
+    for tight in (False, True):
+
+        def planned(settings: Any) -> Any:
+            size = settings.micro_batch_size
+            calls.append(size)
+            predicted = SimpleNamespace(run_peak_bytes=GIB * size)
+            budget = SimpleNamespace(device_bytes=with_headroom(GIB * most))
+            return SimpleNamespace(settings=settings, fits=size <= most, predicted=predicted, budget=budget)
+
+        calls.clear()
+        plan = plan_module._largest_that_fits(sizes, planned, tight)  # type: ignore[arg-type]
+        found.append(plan.settings.micro_batch_size)
+    assert found == [found[0]] * 2 and found[0] == max(
+        [size for size in (1, 2, 4, 8) if size <= most], default=1
+    )
+    assert (calls == [1]) == (most == 0)
+    assert len(calls) == len(set(calls))
