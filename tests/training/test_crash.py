@@ -162,7 +162,7 @@ def test_killed_at_an_fsync_of_the_first_visits_a_run_ends_with_the_unbroken_dig
     assert deaths == len(moments)
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "run",
     [WHOLE, pytest.param(RESTING, marks=pytest.mark.slow), SWEPT, TURNED],
