@@ -51,14 +51,16 @@ def test_every_method_is_planned_from_any_recipe_of_the_model(plans: list[Method
     ]
     assert [recipe.blocks.sweep_steps for recipe in recipes] == [1, 4, 8, 4, 1, 1, 1]
     assert [recipe.optimizer.name for recipe in recipes].count("muon") == 1
-    assert [recipe.train.num_steps for recipe in recipes] == [100, 100, 104, 100, 100, 100, 100]
+    assert [recipe.train.num_steps for recipe in recipes] == [100, 100, 104, 100, 100, 100, 100], (
+        "in whole sweeps"
+    )
 
 
 def test_what_moves_falls_with_the_steps_of_a_sweep_and_with_growth(plans: list[MethodPlan]) -> None:
     exact, four, eight, muon, turns, growth, blocks = (each.moved_bytes_per_step for each in plans)
     assert exact is not None and four is not None and eight is not None and growth is not None
     assert four < exact / 3.9 and eight < exact / 7.8 and 0 < growth < exact / 1.9
-    assert muon is not None and muon < exact / 3, "of so small a matrix most is the rest of its pages"
+    assert muon is not None and muon < exact / 3, "its matrices are so small that pages are rounded up"
     assert turns is not None and turns < exact / 4, "weights alone, and one block a visit"
     assert blocks is None, "blocks move visit by visit"
     table = methods_table(plans)

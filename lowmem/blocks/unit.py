@@ -73,6 +73,11 @@ class Pages(NamedTuple):
         return self.inside(pages).view(dtype)
 
 
+def first_alike(units: Sequence[Unit]) -> dict[Hashable, Unit]:
+    """By shape, the first unit of it: what is computed of one stands for all, and is kept with it."""
+    return {unit.shape: unit for unit in reversed(units)}
+
+
 def edge_pages(written: Iterable[Pages]) -> tuple[int, int]:
     """Of pages that are written together, those that are not filled by one of them alone: (how many there
     are, how many of these hold something else as well).

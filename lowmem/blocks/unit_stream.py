@@ -35,7 +35,7 @@ from lowmem.blocks.arena import device_buffer
 from lowmem.blocks.run_dir import FileRecord
 from lowmem.blocks.staging import SlotPool
 from lowmem.blocks.store import Store
-from lowmem.blocks.unit import Pages, Piece, Unit
+from lowmem.blocks.unit import Pages, Piece, Unit, first_alike
 from lowmem.machine.device import Device, Mark
 
 CHUNKS = 4  # on their way at once: being read, updated, or written back
@@ -58,10 +58,11 @@ def spread_over(num_units: int, stay: frozenset[int], count: int) -> frozenset[i
 
 def chunk_bytes(units: Sequence[Unit], in_place: bool, shared: Unit | None = None) -> int:
     """Of the largest chunk of rows that an update moves; `in_place`: of units without their weights."""
-    kinds = {unit.shape: unit for unit in reversed(units)}  # of like units always the first: it remembers
-    sizes = [unit.chunk_bytes[in_place] for unit in kinds.values()]
+    chunks = [unit.chunk_bytes for unit in first_alike(units).values()]
+    sizes = [state if in_place else whole for whole, state in chunks]
     if shared is not None:
-        sizes.append(shared.chunk_bytes[False])
+        whole, _ = shared.chunk_bytes
+        sizes.append(whole)
     return max(sizes, default=0)
 
 

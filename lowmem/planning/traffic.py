@@ -19,7 +19,7 @@ from lowmem.blocks.order import BlockQueue, Course
 from lowmem.blocks.stream import block_key
 from lowmem.blocks.sweep_stream import page_bytes, weights_pages, whole_pages
 from lowmem.blocks.traffic import Traffic
-from lowmem.blocks.unit import Field, Unit, edge_pages
+from lowmem.blocks.unit import Field, Unit, edge_pages, first_alike
 from lowmem.blocks.unit_stream import kept_for_next_step
 from lowmem.planning.settings import Setup, file_bytes
 from lowmem.schema import Section
@@ -93,7 +93,7 @@ def _unit_traffic(setup: Setup) -> Parts:
     on_disk = setup.settings.tier == "disk"
     first, step, commit = Moved(), Moved(), Moved()
     last = len(setup.units) - 1
-    like = {unit.shape: unit for unit in reversed(setup.units)}  # of like units always the first
+    like = first_alike(setup.units)
     held = setup.held
     kept = kept_for_next_step(len(setup.units), setup.stay | held) if setup.in_place else None
     for index, unit in enumerate(setup.units):
