@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem.noise import Interval, block_interval, loss_weight, settled_noise
+from lowmem.objectives.alike import starts
 from lowmem.objectives.recompute import recomputed
 from lowmem.recipe import NoiseConfig
 
@@ -154,11 +156,14 @@ def in_chunks(loss: Callable[..., Tensor], size: int, first: Tensor, *others: Te
     None is handed on as it is. `loss` must draw nothing at random.
     """
     out = []
-    for start in range(0, len(first), size):
+    # With gradients something of every part stays until backward, so one cannot stand for the others.
+    begins = range(0, len(first), size) if torch.is_grad_enabled() else starts(len(first), size)
+    for start in begins:
         rows = slice(start, start + size)
         part = (first[rows], *(None if other is None else other[rows] for other in others))
         out.append(recomputed(loss, *part, draws=False))
-    return torch.cat(out)
+    losses = torch.cat(out)
+    return losses if len(losses) == len(first) else F.pad(losses, (0, len(first) - len(losses)))
 
 
 def weighted(loss: Tensor, weight: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,13 +27,13 @@ from lowmem.blocks.optim import workspace_bytes
 from lowmem.errors import ConfigError
 from lowmem.machine.heap import GAPS, MMAP_THRESHOLD_BYTES
 from lowmem.machine.pool import LENT_BYTES, lends
-from lowmem.models.alike import one_for_all, times
 from lowmem.models.base import (
     BlockModel,
     named_base_parameters,
     named_layer_parameters,
     named_shared_parameters,
 )
+from lowmem.objectives.alike import one_for_all, times
 from lowmem.objectives.base import Batch, Entered, Objective
 from lowmem.planning.duration import Work
 from lowmem.planning.settings import COMPUTE_DTYPE, Settings, frozen_layout
@@ -180,6 +180,7 @@ class PassCounter:
             )
             for index, layer in enumerate(model.layers)
         ]
+        self._shared = _shapes(named_shared_parameters(model))
         self._known: dict[Any, Pass] = {}
         self._known_waiting: dict[Any, tuple[int, int]] = {}
 
@@ -260,7 +261,8 @@ class PassCounter:
     def evaluated(self, layers: range, settings: Settings, size: int) -> Pass:
         """The largest call of an evaluation, on `size` samples."""
         sized = settings.model_copy(update={"micro_batch_size": size, "during_backward": False})
-        return self._remembered(("evaluated",), layers, sized, lambda: self._count_evaluated(layers, sized))
+        count = partial(self._count_evaluated, layers, sized)
+        return self._remembered(("evaluated",), layers, sized, count, scored=False)
 
     @torch.no_grad()
     def _count_evaluated(self, layers: range, settings: Settings) -> Pass:
@@ -280,7 +282,7 @@ class PassCounter:
         count: Callable[[], Pass],
         scored: bool = True,
     ) -> Pass:
-        """`scored`: the pass makes logits."""
+        """`scored`: the pass makes logits, of which backward makes every chunk again."""
         shapes = tuple(self._shapes[i] for i in layers)
         key = (kind, shapes, settings.micro_batch_size, settings.precision, settings.recompute)
         if key not in self._known:
@@ -327,18 +329,14 @@ class PassCounter:
         `above`: and nothing of the shared part that the input part uses. `passing`: the layers are a unit
         that streams.
         """
-        blocks = list(named_layer_parameters(self._model, layers))
+        blocks = _shapes(named_layer_parameters(self._model, layers))
         # Adapters of other layers take no part in a pass.
-        others = tuple(f"layers.{index}." for index in range(len(self._model.layers)) if index not in layers)
-        shared = [
-            (name, parameter)
-            for name, parameter in named_shared_parameters(self._model)
-            if not name.startswith(others)
-        ]
-        frozen = [*blocks, *named_base_parameters(self._model)] if settings.frozen else []
-        layout = self._laid_out(shared if settings.frozen else [*blocks, *shared], settings)
+        elsewhere = tuple(f"layers.{i}." for i in range(len(self._model.layers)) if i not in layers)
+        shared = [(name, shape) for name, shape in self._shared if not name.startswith(elsewhere)]
+        base = _shapes(named_base_parameters(self._model))
+        layout = ArenaLayout(shared if settings.frozen else [*blocks, *shared], settings.optimizer)
         slots, dtype = {slot.name: slot for slot in layout.slots}, COMPUTE_DTYPE[settings.precision]
-        still = frozen_layout(self._model, [(name, tuple(p.shape)) for name, p in frozen], dtype)
+        still = frozen_layout(self._model, [*blocks, *base] if settings.frozen else [], dtype)
 
         def updated(name: str, parameter: nn.Parameter) -> None:
             slot, kept_as = slots[name], COMPUTE_DTYPE[settings.weights]
@@ -350,13 +348,12 @@ class PassCounter:
 
         with FakeTensorMode(), one_for_all():
             flat, grads = (torch.zeros(layout.numel, dtype=dtype) for _ in range(2))
-            views = parameter_views(layout, grads)
-            gathers = updated if settings.during_backward else views
-            bind(self._model, parameter_views(layout, flat), gathers)
-            if passing:
-                own = {name for name, _ in blocks if name in views}
-                weights = {name: v for name, v in parameter_views(layout, flat).items() if name in own}
-                bind(self._model, weights, gathered_in(views, lambda: None))
+            weights, views = parameter_views(layout, flat), parameter_views(layout, grads)
+            own = {name for name, _ in blocks if name in weights} if passing else set()
+            others = {name: view for name, view in weights.items() if name not in own}
+            bind(self._model, others, updated if settings.during_backward else views)
+            gathers = gathered_in(views, lambda: None)
+            bind(self._model, {name: weights[name] for name in own}, gathers)
             read = torch.zeros(still.numel, dtype=still.weights_dtype)
             bind(self._model, parameter_views(still, read), None)
             for index in layers if trained is not None else ():
@@ -366,9 +363,6 @@ class PassCounter:
             yield flat, grads, read
             unbind(self._model, layout)
             unbind(self._model, still)
-
-    def _laid_out(self, parameters: list[tuple[str, nn.Parameter]], settings: Settings) -> ArenaLayout:
-        return ArenaLayout([(name, tuple(p.shape)) for name, p in parameters], settings.optimizer)
 
     @torch.no_grad()
     def _enter(self, settings: Settings) -> tuple[Entered, Batch]:
@@ -426,6 +420,10 @@ class PassCounter:
                     roots = [root for root in objective.enter(batch)[:2] if root.requires_grad]
                     torch.autograd.backward(roots, [torch.zeros_like(root) for root in roots])
         return Pass(bytes_.peak, bytes_.work, forward, bytes_.large)
+
+
+def _shapes(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, tuple[int, ...]]]:
+    return [(name, tuple(parameter.shape)) for name, parameter in parameters]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.models import alike
 from lowmem.models.huggingface import tables
 from lowmem.models.huggingface.tables import looked_up, product
+from lowmem.objectives import alike
 from lowmem.objectives.base import in_chunks
 from lowmem.planning import passes
 from lowmem.planning.passes import LiveBytes

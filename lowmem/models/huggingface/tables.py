@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem.models.alike import starts
+from lowmem.objectives.alike import starts
 
 # Weights whose gradient is made at once, at least. A large table has few slices, because each costs a call
 # on the device.
