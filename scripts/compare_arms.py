@@ -4,6 +4,9 @@
 gets losses and figures, or the reason why the arm cannot run here. Every arm makes its layers' activations
 again in backward. Arms that share AdamW in fp32 have the losses of `plain`; GaLore, APOLLO, AdaLomo, BAdam
 and the 8-bit states are other optimizers, at the settings that their authors recommend.
+
+With the method diffusion_blocks, blocks are trained one after the other, each for an equal number of steps:
+`plain` is then a loop of torch over the same layers.
 """
 
 from __future__ import annotations
@@ -50,6 +53,16 @@ class Job:
     threads: int
     folder: str  # scratch of this run alone
     memory_gib: float  # what the arm may take
+    method: str = "end_to_end"  # or diffusion_blocks
+
+    @property
+    def whole(self) -> bool:
+        return self.method == "end_to_end"
+
+    @property
+    def visit_steps(self) -> int:
+        """Of the model, or of each block where blocks are trained alone."""
+        return self.all_steps if self.whole else self.all_steps // self.num_blocks
 
     @property
     def all_steps(self) -> int:
@@ -97,11 +110,17 @@ def recipe_of(job: Job, tier: str, num_blocks: int | str, optimizer: str) -> Rec
     update = {"name": optimizer, "betas": list(BETAS), "eps": EPS, "weight_decay": DECAY, "grad_clip": None}
     raw = {
         "schema": 1,
-        "method": "end_to_end",
+        "method": job.method,
         "model": {"name": "causal_lm", "noisy_input": "none", **model},
-        "blocks": {"num_blocks": num_blocks, "visit_steps": job.all_steps},
+        "blocks": {"num_blocks": num_blocks, "visit_steps": job.visit_steps, "overlap_gamma": 0},
         "data": {"name": "custom"},
-        "train": {"num_steps": job.all_steps, "precision": job.precision, "recompute": True, **batch, **rate},
+        "train": {
+            "num_steps": job.visit_steps,
+            "precision": job.precision,
+            "recompute": True,
+            **batch,
+            **rate,
+        },
         "optimizer": update,
         # Only `lowmem-auto` may keep layers in memory that its budget has room for.
         "offload": {"tier": tier, "resident_layers": "auto" if tier == "auto" else 0},
@@ -121,9 +140,9 @@ class Whole(nn.Module):
 
     def __init__(self, job: Job) -> None:
         super().__init__()
-        recipe = recipe_of(job, "device", 1, "adamw")
+        recipe = recipe_of(job, "device", job.num_blocks, "adamw")
         with torch.device("meta"):
-            self.model = CausalLm(recipe.model, VOCAB, job.seq_len, whole=True)  # type: ignore[arg-type]
+            self.model = CausalLm(recipe.model, VOCAB, job.seq_len, job.whole)  # type: ignore[arg-type]
         self.objective = self.model.make_objective(recipe.noise)
         self.seed, self.bf16 = job.seed, job.precision == "bfloat16"
 
@@ -188,14 +207,34 @@ def stepped(job: Job, meter: Meter, whole: nn.Module, optimizer: Any) -> None:
     loop(job, meter, whole, update)
 
 
-def torch_adamw(whole: nn.Module) -> torch.optim.Optimizer:
-    groups = decay_groups(whole.parameters())
-    return torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
+def torch_adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(decay_groups(parameters), lr=LR, betas=BETAS, eps=EPS, fused=True)
 
 
 def plain(job: Job, meter: Meter) -> None:
     whole = Whole(job).drawn()
-    stepped(job, meter, whole, torch_adamw(whole))
+    if job.whole:
+        stepped(job, meter, whole, torch_adamw(whole.parameters()))
+    else:
+        one_by_one(job, meter, whole)
+
+
+def one_by_one(job: Job, meter: Meter, whole: Whole) -> None:
+    """Each block alone, with the draws of this package, so that the losses are its own."""
+    model, objective = whole.model, whole.objective
+    shared = torch_adamw(p for name, p in model.named_parameters() if not name.startswith("layers."))
+    for block, indices in enumerate(model.block_slices(job.num_blocks)):
+        layers = nn.ModuleList(model.layers[i] for i in indices)
+        optimizers = torch_adamw(layers.parameters()), shared
+        interval = objective.interval(block, job.num_blocks, 0.0)
+        for step in range(job.visit_steps):
+            torch.manual_seed(mix_seed(job.seed, "step", block, step, 0))
+            loss = objective.block_loss(layers, batch_of(job, step), interval, recompute=True).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            meter.step(float(loss.detach()))
 
 
 def update_in_backward(parameter: nn.Parameter, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
@@ -246,7 +285,7 @@ def fsdp2_offload(job: Job, meter: Meter) -> None:
     )
     for part in (*whole.model.layers, whole):
         shard(part)
-    stepped(job, meter, whole, torch_adamw(whole))
+    stepped(job, meter, whole, torch_adamw(whole.parameters()))
 
 
 def alone() -> None:
@@ -338,7 +377,7 @@ def lomo(job: Job, meter: Meter) -> None:
 def badam(job: Job, meter: Meter) -> None:
     whole = Whole(job).drawn()
     optimizer = importlib.import_module("badam").BlockOptimizer(
-        base_optimizer=torch_adamw(whole),
+        base_optimizer=torch_adamw(whole.parameters()),
         named_parameters_list=list(whole.named_parameters()),
         switch_block_every=50,
         block_prefix_list=[[f"model.layers.{i}."] for i in range(job.layers)],
@@ -403,7 +442,7 @@ def lowmem(
     }
 
     def build() -> CausalLm:
-        return CausalLm(recipe.model, VOCAB, job.seq_len, whole=True)  # type: ignore[arg-type]
+        return CausalLm(recipe.model, VOCAB, job.seq_len, job.whole)  # type: ignore[arg-type]
 
     def listen(record: dict[str, Any]) -> None:
         if record["event"] == "step":

@@ -42,6 +42,19 @@ def test_the_quick_comparison_has_a_row_for_every_arm_and_the_exact_ones_have_th
     assert not scratch.exists(), "no scratch is left"
 
 
+@pytest.mark.slow  # three processes that import torch
+def test_blocks_that_are_trained_alone_have_the_losses_of_a_plain_loop(tmp_path: Path) -> None:
+    out, arms = tmp_path / "compare.json", ["plain", "lowmem-resident", "lowmem-disk"]
+    how = ["--quick", "--method", "diffusion_blocks", "--arms", *arms, "mapped"]
+    command = [sys.executable, str(SCRIPTS / "compare"), *how, "--run-dir", str(tmp_path / "runs")]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = {row["arm"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.pop("mapped")["why"] == "trains end_to_end only"
+    for row in rows.values():
+        assert row["losses_equal"] and len(set(row["runs"][0]["losses"])) == 4, row
+
+
 def test_the_search_finds_the_largest_number_that_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     most = script("compare", monkeypatch).most
     for answer in (0, 1, 2, 7, 8, 9, 15):
