@@ -122,10 +122,15 @@ class Holes:
         if not fitting:
             return None
         size, start = min(fitting)
-        self.remove(Span(start, start + size))
-        if size > num_bytes:
-            self.add(Span(start + num_bytes, start + size))
-        return Span(start, start + num_bytes)
+        return self.cut(Span(start, start + size), Span(start, start + num_bytes))
+
+    def cut(self, hole: Span, part: Span) -> Span:
+        """Takes a part out of a hole. What is left of the hole stays."""
+        self.remove(hole)
+        for rest in (Span(hole.start, part.start), Span(part.stop, hole.stop)):
+            if rest.num_bytes:
+                self.add(rest)
+        return part
 
     def ending_at(self, place: int) -> Span | None:
         start = self._start_of.get(place)
@@ -212,15 +217,9 @@ class Pool(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 missing = num_bytes - hole.num_bytes
                 if room is None or room.num_bytes < missing:
                     continue
+                start = room.start if room.start == hole.stop else room.stop - missing
                 self._warm.remove(hole)
-                self._cold.remove(room)
-                after = room.start == hole.stop
-                new = (
-                    Span(room.start, room.start + missing) if after else Span(room.stop - missing, room.stop)
-                )
-                for rest in (Span(room.start, new.start), Span(new.stop, room.stop)):
-                    if rest.num_bytes:
-                        self._cold.add(rest)
+                new = self._cold.cut(room, Span(start, start + missing))
                 self.keep_at_most(self.limit_bytes - missing)
                 self.held_bytes += missing
                 return Span(min(hole.start, new.start), max(hole.stop, new.stop))
@@ -239,11 +238,8 @@ class Pool(TorchDispatchMode):  # type: ignore[no-untyped-call]
             hole = self._warm.smallest()
             if hole is None:
                 return
-            self._warm.remove(hole)
             kept = max(hole.num_bytes - (self.held_bytes - limit_bytes), 0) // PAGE * PAGE
-            given = Span(hole.start + kept, hole.stop)
-            if kept:
-                self._warm.add(Span(hole.start, given.start))
+            given = self._warm.cut(hole, Span(hole.start + kept, hole.stop))
             self._space.madvise(mmap.MADV_DONTNEED, given.start, given.num_bytes)
             self._cold.add(given)
             self.held_bytes -= given.num_bytes
