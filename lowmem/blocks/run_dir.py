@@ -56,7 +56,7 @@ CURE = (
     "give a folder that can be written with --run-dir; "
     "`lowmem status`, `report`, `eval` and `sample --out` only read"
 )
-BLOCK_FILE = re.compile(r"(block-\d{4,}|shared)\.\d{6,}\.([0-9a-f]{16})\.safetensors")
+BLOCK_FILE = re.compile(r"(block-\d{4,}|shared|base)\.\d{6,}\.([0-9a-f]{16})\.safetensors")
 
 
 class FileRecord(Section):

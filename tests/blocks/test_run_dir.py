@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.blocks.run_dir import BlockRecord, FileRecord, RunDir, RunState
+from lowmem.blocks.stream import BASE_KEY, SHARED_KEY
 from lowmem.errors import LowmemError, ResumeError, StoreError
 from lowmem.planning.plan import first_difference
 
@@ -143,7 +144,8 @@ def test_a_run_removes_only_files_that_carry_its_identity(run: RunDir) -> None:
         (run.path / name).write_bytes(b"theirs")
     own = [
         run.file_name("block-7", 0),
-        run.file_name("shared", 0),
+        run.file_name(SHARED_KEY, 0),
+        run.file_name(BASE_KEY, 0),
         f".state.json.{run.identity}-{'0' * 16}.tmp",
     ]
     for name in own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
 import time
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crash_child import train_short
+from crash_child import finetune_short, train_short
+from hf_folders import BYTES_VOCAB, make_folder, make_tokenizer
 
 from lowmem.blocks.run_dir import RunDir
 from lowmem.reporting.report import digest
@@ -50,6 +52,9 @@ def processes() -> Any:
             "bitsandbytes.functional",
             "sklearn.datasets",
             "sklearn.model_selection",
+            "lowmem.finetuning",
+            "peft",
+            "transformers.models.llama.modeling_llama",
         ]
     )
     return context
@@ -197,3 +202,40 @@ def test_killed_at_a_write_of_a_step_through_the_whole_model_no_block_is_ahead_o
         assert second.exitcode == 0
         assert final_digest(folder, visits) == final_digest(tmp_path / "unbroken", visits)
         assert_only_kept_files(folder)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "adapter", [[], ["adapter.name=lora", "adapter.base=nf4"]], ids=["all parameters", "adapter"]
+)
+def test_killed_at_a_write_a_decoder_that_is_fine_tuned_on_packed_rows_ends_with_the_unbroken_digest(
+    tmp_path: Path, processes: Any, adapter: list[str], kills: int
+) -> None:
+    """The first writes make the store of frozen layers, where there is an adapter."""
+    model = make_tokenizer(make_folder(tmp_path / "llama", "llama", vocab_size=BYTES_VOCAB + 2))
+    rows = tmp_path / "rows.jsonl"
+    talks = [[turn("user", f"say {n}"), turn("assistant", "x" * (n % 7 + 1))] for n in range(24)]
+    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    short = ["train.num_steps=6", "train.seq_len=48", "train.batch_size=4", "blocks.visit_steps=2"]
+    overrides = [*short, "train.lr=0.01", "data.pack=true", "offload.tier=disk", *adapter]
+
+    def run(name: str, die_at: tuple[str, int] | None = None) -> Any:
+        arguments = (str(tmp_path / name), str(model), str(rows), overrides, die_at)
+        process = processes.Process(target=finetune_short, args=arguments)
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert run("unbroken", ("write", -1)) == 0
+    writes = int((tmp_path / "unbroken.count").read_text())
+    assert writes > 12
+    for moment in range(1, writes, max(writes // kills, 1)):
+        name = f"dies-at-{moment}"
+        assert run(name, ("write", moment)) == -9
+        assert run(name) == 0
+        assert final_digest(tmp_path / name, 3) == final_digest(tmp_path / "unbroken", 3)
+        assert_only_kept_files(tmp_path / name)
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
