@@ -46,11 +46,8 @@ def finetune_short(
     from lowmem.planning.passes import Pass, PassCounter
 
     torch.set_num_threads(1)
-    for name in (
-        "_count",
-        "_count_streamed",
-        "_count_evaluated",
-    ):  # every run fits, and counting takes longer
+    # Every run fits, and counting takes longer than the run.
+    for name in ("_count", "_count_streamed", "_count_evaluated"):
         setattr(PassCounter, name, lambda *_: Pass(1, Work(), Work()))
     with mortal(folder, die_at):
         job.train(finetune_recipe(Path(model), Path(rows), overrides), "cpu-4gib", folder)

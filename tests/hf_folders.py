@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,18 @@ def make_tokenizer(folder: Path, template: str | None = CHAT) -> Path:
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def chat_model(folder: Path, kind: str) -> Path:
+    """A family's folder with a tokenizer of bytes and a chat template."""
+    return make_tokenizer(make_folder(folder, kind, vocab_size=BYTES_VOCAB + 2))
+
+
+def chat_rows(path: Path) -> Path:
+    """24 short conversations as JSONL."""
+    talks = [
+        [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "x" * (n % 7 + 1)}]
+        for n in range(24)
+    ]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    return path

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import new_cache
-from hf_folders import BYTES_VOCAB, FAMILIES, make_folder, make_tokenizer
+from hf_folders import BYTES_VOCAB, FAMILIES, chat_model, chat_rows, make_folder
 
 from lowmem import job
 from lowmem.data.datasets import load_data
@@ -48,21 +48,8 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setattr(PassCounter, name, lambda *_: Pass(1, Work(), Work()))
 
 
-def rows(path: Path) -> Path:
-    talks = [
-        [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "x" * (n % 7 + 1)}]
-        for n in range(24)
-    ]
-    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
-    return path
-
-
-def model_folder(folder: Path, kind: str) -> Path:
-    return make_tokenizer(make_folder(folder, kind, vocab_size=BYTES_VOCAB + 2))
-
-
 def finetuned(tmp_path: Path, kind: str = "llama", tier: str = "disk", *overrides: str) -> Path:
-    folder, data = model_folder(tmp_path / kind, kind), rows(tmp_path / "rows.jsonl")
+    folder, data = chat_model(tmp_path / kind, kind), chat_rows(tmp_path / "rows.jsonl")
     recipe = finetune_recipe(folder, data, [*SHORT, f"offload.tier={tier}", *overrides])
     return job.train(recipe, "cpu-4gib", tmp_path / "run")
 
@@ -177,7 +164,7 @@ def test_a_changed_configuration_or_tokenizer_is_seen(tmp_path: Path) -> None:
 
 def test_sequences_are_as_long_as_the_rows_ask_for(tmp_path: Path) -> None:
     """Else the plan counts activations of batches that do not come."""
-    folder, data = model_folder(tmp_path / "model", "gpt2"), rows(tmp_path / "rows.jsonl")
+    folder, data = chat_model(tmp_path / "model", "gpt2"), chat_rows(tmp_path / "rows.jsonl")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "n_positions": 512}))
     recipe = finetune_recipe(folder, data)
@@ -191,7 +178,7 @@ def test_sequences_are_as_long_as_the_rows_ask_for(tmp_path: Path) -> None:
 
 
 def test_the_epochs_say_the_steps(tmp_path: Path) -> None:
-    folder, data = model_folder(tmp_path / "model", "llama"), rows(tmp_path / "rows.jsonl")
+    folder, data = chat_model(tmp_path / "model", "llama"), chat_rows(tmp_path / "rows.jsonl")
     recipe = finetune_recipe(folder, data, ["train.batch_size=5"], epochs=3)
     assert isinstance(recipe, Recipe)
     assert recipe.train.num_steps == 14  # 23 rows to train on

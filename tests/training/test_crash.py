@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import random
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from crash_child import finetune_short, train_short
-from hf_folders import BYTES_VOCAB, make_folder, make_tokenizer
+from hf_folders import chat_model, chat_rows
 
 from lowmem.blocks.run_dir import RunDir
 from lowmem.reporting.report import digest
@@ -212,10 +211,7 @@ def test_killed_at_a_write_a_decoder_that_is_fine_tuned_on_packed_rows_ends_with
     tmp_path: Path, processes: Any, adapter: list[str], kills: int
 ) -> None:
     """The first writes make the store of frozen layers, where there is an adapter."""
-    model = make_tokenizer(make_folder(tmp_path / "llama", "llama", vocab_size=BYTES_VOCAB + 2))
-    rows = tmp_path / "rows.jsonl"
-    talks = [[turn("user", f"say {n}"), turn("assistant", "x" * (n % 7 + 1))] for n in range(24)]
-    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    model, rows = chat_model(tmp_path / "llama", "llama"), chat_rows(tmp_path / "rows.jsonl")
     short = ["train.num_steps=6", "train.seq_len=48", "train.batch_size=4", "blocks.visit_steps=2"]
     overrides = [*short, "train.lr=0.01", "data.pack=true", "offload.tier=disk", *adapter]
 
@@ -235,7 +231,3 @@ def test_killed_at_a_write_a_decoder_that_is_fine_tuned_on_packed_rows_ends_with
         assert run(name) == 0
         assert final_digest(tmp_path / name, 3) == final_digest(tmp_path / "unbroken", 3)
         assert_only_kept_files(tmp_path / name)
-
-
-def turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
