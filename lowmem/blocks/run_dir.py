@@ -56,7 +56,13 @@ CURE = (
     "give a folder that can be written with --run-dir; "
     "`lowmem status`, `report`, `eval` and `sample --out` only read"
 )
-BLOCK_FILE = re.compile(r"(block-\d{4,}|shared|base)\.\d{6,}\.([0-9a-f]{16})\.safetensors")
+SHARED_KEY = "shared"
+BASE_KEY = "base"  # frozen weights that are in no block
+BLOCK_FILE = re.compile(rf"(block-\d{{4,}}|{SHARED_KEY}|{BASE_KEY})\.\d{{6,}}\.([0-9a-f]{{16}})\.safetensors")
+
+
+def block_key(block: int) -> str:
+    return f"block-{block}"
 
 
 class FileRecord(Section):

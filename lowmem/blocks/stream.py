@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer, device_buffer
-from lowmem.blocks.run_dir import FileRecord
+from lowmem.blocks.run_dir import SHARED_KEY, FileRecord, block_key
 from lowmem.blocks.staging import SlotPool, ring_bytes
 from lowmem.blocks.store import Store
 from lowmem.blocks.traffic import Traffic, TransferTimes
@@ -30,14 +30,8 @@ from lowmem.machine.device import Device
 
 HOST_SLOTS = 3  # on a CPU, at most: one in compute, one being filled, one being written
 DEVICE_SLOTS = 2  # on a device of its own: one in compute, one being written and then filled
-SHARED_KEY = "shared"
-BASE_KEY = "base"  # frozen weights that are in no block
 
 Committed = Callable[[dict[str, FileRecord]], None]  # the new files of a visit, by key
-
-
-def block_key(block: int) -> str:
-    return f"block-{block}"
 
 
 def num_slots(copied: bool, prefetch: bool, num_blocks: int) -> int:

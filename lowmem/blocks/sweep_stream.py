@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from lowmem.blocks.arena import ArenaLayout, device_buffer
-from lowmem.blocks.run_dir import FileRecord
+from lowmem.blocks.run_dir import FileRecord, block_key
 from lowmem.blocks.staging import SlotPool
 from lowmem.blocks.store import Store
-from lowmem.blocks.stream import block_key, num_slots
+from lowmem.blocks.stream import num_slots
 from lowmem.blocks.unit import Pages
 from lowmem.machine.device import Device, Mark
 from lowmem.units import PAGE, round_up

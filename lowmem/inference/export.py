@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from lowmem.blocks.arena import SAFETENSORS_DTYPE, Arena, ArenaLayout, parameter_views
-from lowmem.blocks.stream import BASE_KEY, block_key
+from lowmem.blocks.run_dir import BASE_KEY, block_key
 from lowmem.errors import ConfigError
 from lowmem.inference.export_adapter import (
     PEFT_CONFIG,

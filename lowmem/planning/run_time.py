@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.order import BlockQueue
-from lowmem.blocks.stream import block_key
+from lowmem.blocks.run_dir import block_key
 from lowmem.blocks.traffic import Traffic
 from lowmem.planning.duration import (
     EIGHT_BIT_S,

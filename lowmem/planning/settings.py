@@ -16,7 +16,8 @@ from torch import nn
 
 from lowmem.blocks.arena import FROZEN, ArenaLayout
 from lowmem.blocks.order import BlockQueue
-from lowmem.blocks.stream import SHARED_KEY, block_key, staging_bytes
+from lowmem.blocks.run_dir import SHARED_KEY, block_key
+from lowmem.blocks.stream import staging_bytes
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import (
     UnitBytes,

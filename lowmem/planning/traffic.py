@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from lowmem.blocks.arena import ArenaLayout
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.order import BlockQueue, Course
-from lowmem.blocks.stream import block_key
+from lowmem.blocks.run_dir import block_key
 from lowmem.blocks.sweep_stream import page_bytes, weights_pages, whole_pages
 from lowmem.blocks.traffic import Traffic
 from lowmem.blocks.unit import Field, Unit, edge_pages, first_alike

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.blocks.arena import Arena, aligned_buffer, bind, parameter_views, unbind
-from lowmem.blocks.run_dir import FileRecord, RunDir
+from lowmem.blocks.run_dir import BASE_KEY, SHARED_KEY, FileRecord, RunDir, block_key
 from lowmem.blocks.store import DiskStore
-from lowmem.blocks.stream import BASE_KEY, SHARED_KEY, block_key
 from lowmem.models.base import BlockModel, GivenWeights
 from lowmem.planning.plan import Plan
 from lowmem.planning.settings import base_layout_of, layouts_of

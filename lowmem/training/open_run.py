@@ -10,10 +10,10 @@ from pathlib import Path
 
 from lowmem.blocks.arena import Arena, ArenaLayout, bind, computing, parameter_views
 from lowmem.blocks.borders import AwayBorders, Borders, NearBorders
-from lowmem.blocks.run_dir import FileRecord, RunDir
+from lowmem.blocks.run_dir import BASE_KEY, SHARED_KEY, FileRecord, RunDir, block_key
 from lowmem.blocks.staging import RING_CHUNKS, Pace, Ring, ring_bytes
 from lowmem.blocks.store import DiskStore, HostStore
-from lowmem.blocks.stream import BASE_KEY, SHARED_KEY, BlockStream, block_key
+from lowmem.blocks.stream import BlockStream
 from lowmem.machine.detect import training_device
 from lowmem.machine.device import Device
 from lowmem.machine.monitor import NvmlReader, Sample

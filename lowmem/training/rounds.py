@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from lowmem.blocks.order import Visit
-from lowmem.blocks.run_dir import BlockRecord, FileRecord, RankRecord
-from lowmem.blocks.stream import block_key
+from lowmem.blocks.run_dir import BlockRecord, FileRecord, RankRecord, block_key
 from lowmem.training.attempt import Attempt
 from lowmem.training.memory_guard import check_available
 from lowmem.training.ranks import Ranks

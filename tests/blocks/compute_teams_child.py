@@ -14,9 +14,9 @@ import torch
 
 from lowmem.blocks.arena import ArenaLayout, aligned_buffer
 from lowmem.blocks.optim import Step
-from lowmem.blocks.run_dir import RunDir
+from lowmem.blocks.run_dir import RunDir, block_key
 from lowmem.blocks.store import DiskStore, HostStore
-from lowmem.blocks.stream import BlockStream, block_key
+from lowmem.blocks.stream import BlockStream
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import UnitStream, Update
 from lowmem.machine.device import CPU

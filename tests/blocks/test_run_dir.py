@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.blocks.run_dir import BlockRecord, FileRecord, RunDir, RunState
-from lowmem.blocks.stream import BASE_KEY, SHARED_KEY
+from lowmem.blocks.run_dir import BASE_KEY, SHARED_KEY, BlockRecord, FileRecord, RunDir, RunState
 from lowmem.errors import LowmemError, ResumeError, StoreError
 from lowmem.planning.plan import first_difference
 

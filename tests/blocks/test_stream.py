@@ -28,10 +28,10 @@ from lowmem.blocks import staging
 from lowmem.blocks import stream as stream_module
 from lowmem.blocks.arena import Arena, ArenaLayout, aligned_buffer, device_buffer
 from lowmem.blocks.block_file import ChunkRequests
-from lowmem.blocks.run_dir import FileRecord, RunDir, RunState
+from lowmem.blocks.run_dir import FileRecord, RunDir, RunState, block_key
 from lowmem.blocks.staging import RING_CHUNKS, Ring, ring_bytes
 from lowmem.blocks.store import DiskStore, HostStore, Store
-from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, block_key, num_slots, staging_bytes
+from lowmem.blocks.stream import DEVICE_SLOTS, HOST_SLOTS, BlockStream, num_slots, staging_bytes
 from lowmem.blocks.unit import Pages
 from lowmem.errors import StoreError
 from lowmem.files import is_temporary

@@ -35,10 +35,10 @@ from lowmem.blocks.arena import GROUP_SIZE, ArenaLayout, aligned_buffer
 from lowmem.blocks.borders import AwayBorders
 from lowmem.blocks.optim import Step
 from lowmem.blocks.order import border_calls
-from lowmem.blocks.run_dir import RunDir
+from lowmem.blocks.run_dir import RunDir, block_key
 from lowmem.blocks.staging import Ring
 from lowmem.blocks.store import DiskStore, HostStore
-from lowmem.blocks.stream import BlockStream, block_key
+from lowmem.blocks.stream import BlockStream
 from lowmem.blocks.sweep_stream import SweepStream
 from lowmem.blocks.unit import Unit
 from lowmem.blocks.unit_stream import UnitStream, Update

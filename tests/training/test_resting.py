@@ -13,9 +13,8 @@ from lowmem.blocks import unit as unit_module
 from lowmem.blocks.arena import GROUP_SIZE
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.optim import ODDS_NUMEL
-from lowmem.blocks.run_dir import FileRecord, RunDir
+from lowmem.blocks.run_dir import SHARED_KEY, FileRecord, RunDir
 from lowmem.blocks.store import DiskStore
-from lowmem.blocks.stream import SHARED_KEY
 from lowmem.blocks.verify import check_contents
 from lowmem.planning.settings import setup_of
 from lowmem.planning.traffic import streamed_traffic
