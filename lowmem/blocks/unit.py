@@ -24,7 +24,7 @@ from lowmem.machine.pool import past_pools
 from lowmem.units import PAGE, round_up
 
 # Weights that an update reads, changes and writes back at once, by kind of device: what a processor's cache
-# holds, or enough that a card is not kept waiting for the next kernel.
+# holds, or enough that a card is not kept waiting for the next kernel. The plan may choose more.
 CHUNK_NUMEL = {"cpu": 512 * 1024, "cuda": 4 * 1024 * 1024, "mps": 1024 * 1024, "xpu": 4 * 1024 * 1024}
 
 
@@ -156,12 +156,13 @@ class Unit:
         names: Collection[str],
         device_kind: str = "cpu",
         computes: str = "weights",
+        chunk_numel: int | None = None,
     ) -> None:
         """`key`: of the block; `names`: of the unit's parameters. `computes`: what passes use, the weights or
-        their average ("ema").
+        their average ("ema"). `chunk_numel`: weights of a chunk; None: as many as usual.
         """
         self.key, self.layout, self._computes = key, layout, computes
-        self._chunk_numel = CHUNK_NUMEL[device_kind]
+        self._chunk_numel = chunk_numel or CHUNK_NUMEL[device_kind]
         self.pieces: list[Piece] = []
         self.slots: list[ParameterSlot] = []  # in the unit's own flat vectors: its pieces, one after another
         self.starts: list[int] = []  # of each piece in those

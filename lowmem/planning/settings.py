@@ -73,6 +73,7 @@ class Settings(Section):
     borders: Tier = "device"
     # where the shared part's masters and moments rest in that case: on the device, or with the blocks
     shared: Literal["device", "tier"] = "device"
+    update_chunk: int | None = None  # weights that the update of a unit moves at once; None: as usual
     write_back: Literal["beside", "wait"]
 
 
@@ -142,13 +143,15 @@ def units_of(
         for run in model.units():
             if run.start in layers:
                 names = {name for name, _ in named_layer_parameters(model, run)}
-                units.append(Unit(block_key(block), layouts[block], names, device_kind, computes))
+                chunk = settings.update_chunk
+                units.append(Unit(block_key(block), layouts[block], names, device_kind, computes, chunk))
     return units
 
 
-def shared_unit(layout: ArenaLayout, device_kind: str) -> Unit:
+def shared_unit(layout: ArenaLayout, settings: Settings, device_kind: str) -> Unit:
     """The shared part as a unit that comes in chunks to be updated."""
-    return Unit(SHARED_KEY, layout, {slot.name for slot in layout.slots}, device_kind)
+    names = {slot.name for slot in layout.slots}
+    return Unit(SHARED_KEY, layout, names, device_kind, chunk_numel=settings.update_chunk)
 
 
 def is_resident(settings: Settings, unified: bool) -> bool:
@@ -201,7 +204,7 @@ class Setup:
     def resting(self) -> Unit | None:
         """The shared part, where its masters and moments rest with the blocks."""
         rests = self.settings.shared == "tier"
-        return shared_unit(self.shared, self.profile.device.type) if rests else None
+        return shared_unit(self.shared, self.settings, self.profile.device.type) if rests else None
 
     @property
     def before_growth(self) -> Setup:

@@ -283,7 +283,7 @@ class Attempt:
         updates = updates and plan.recipe.method == "end_to_end"
         in_place = updates and updates_in_place(units, plan.recipe.optimizer.grad_clip)
         rests, ready = plan.settings.shared == "tier", self.stream.wait_for
-        shared = shared_unit(self.shared_layout, device.kind) if rests else None
+        shared = shared_unit(self.shared_layout, plan.settings, device.kind) if rests else None
         held = spread_over(len(units), stay, plan.settings.resident_weights)
         self.units = UnitStream(store, units, device, stay, prefetch, updates, in_place, shared, held, ready)
         opened.callback(self.units.close)
