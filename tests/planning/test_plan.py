@@ -15,6 +15,8 @@ import torch
 from conftest import recipe_with
 
 from lowmem.blocks.order import BlockQueue
+from lowmem.blocks.unit import CHUNK_NUMEL
+from lowmem.blocks.unit_stream import CHUNKS
 from lowmem.cli.training import plan as cli_plan
 from lowmem.data.datasets import describe_data
 from lowmem.errors import BudgetError, ConfigError, ResumeError
@@ -30,7 +32,7 @@ from lowmem.planning.footprint import with_headroom
 from lowmem.planning.passes import PassCounter
 from lowmem.planning.plan import Plan, check_continues, make_plan
 from lowmem.planning.settings import layouts_of, setup_of
-from lowmem.units import GIB, MIB
+from lowmem.units import GIB, MIB, PAGE
 
 
 def machine(memory_gib: float) -> Profile:
@@ -481,6 +483,34 @@ def test_a_larger_budget_keeps_weights_of_more_layers_and_then_whole_layers_and_
     assert all(sum(counts) == 6 or not counts[0] for counts in kept)
     assert any(0 < weights < 6 for _, weights in kept[:4]) and any(0 < layers < 6 for layers, _ in kept)
     assert moved == sorted(moved, reverse=True) and moved[-1] == 0
+
+
+def test_updates_move_larger_chunks_where_the_budget_has_room_and_a_unit_has_six_of_them() -> None:
+    def planned(gib: float, dim: int, **offload: Any) -> Plan:
+        recipe = recipe_with(
+            method="end_to_end",
+            model={"name": "vit", "num_layers": 3, "dim": dim, "num_heads": 8, "patch_size": 4},
+            blocks={"num_blocks": 3},
+            offload={"tier": "disk", "borders": "device", "resident_layers": 0, **offload},
+            train={"num_steps": 4, "batch_size": 4, "micro_batch_size": 4, "lr": 1e-3},
+        )
+        raw = load_profile("cpu-4gib").model_dump(mode="json", by_alias=True)
+        memory = {"memory_gib": gib, "reserve_gib": 0.0}
+        profile = profile_from_dict({**raw, "device": {**raw["device"], **memory}, "host": memory}, "test")
+        return make_plan(model_builder(recipe, describe_data(recipe.data)), recipe, profile)
+
+    wide = planned(4.0, 896)
+    assert wide.settings.update_chunk == 4 * CHUNK_NUMEL["cpu"]
+    assert planned(4.0, 640).settings.update_chunk == 2 * CHUNK_NUMEL["cpu"]
+    assert planned(4.0, 512).settings.update_chunk is None  # such chunks would be larger than a sixth
+    assert planned(4.0, 896, tier="device").settings.update_chunk is None  # nothing comes and goes
+    assert f"updates {4 * CHUNK_NUMEL['cpu']:,} weights at once" in wide.table()
+    needed = with_headroom(wide.predicted.run_peak_bytes) / GIB
+    less, least = planned(needed - 0.001, 896), planned(needed - 0.04, 896)
+    assert (less.settings.update_chunk, least.settings.update_chunk) == (2 * CHUNK_NUMEL["cpu"], None)
+    saved = 8 * CHUNKS * 2 * CHUNK_NUMEL["cpu"]  # two moments of fp32
+    staged = [plan.predicted.by_category["staging"] for plan in (wide, less)]
+    assert saved <= staged[0] - staged[1] <= saved + CHUNKS * 4 * PAGE
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from lowmem.blocks.arena import GROUP_SIZE
 from lowmem.blocks.borders import BorderBytes
 from lowmem.blocks.optim import has_muon
 from lowmem.blocks.traffic import Traffic
+from lowmem.planning import plan as plan_module
 from lowmem.planning.settings import setup_of
 from lowmem.planning.traffic import StreamedTraffic, streamed_traffic
 from lowmem.reporting.report import digest, read_report
@@ -74,6 +75,7 @@ def test_the_bytes_of_updates_in_many_chunks_are_those_of_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(unit_module.CHUNK_NUMEL, "cpu", 3 * GROUP_SIZE)
+    monkeypatch.setattr(plan_module, "CHUNK_TIMES", ())  # larger ones would be whole pages
     for name, changes in {
         "moves": {"offload__resident_layers": 0},
         "stays": {"offload__resident_layers": 1},
@@ -85,6 +87,24 @@ def test_the_bytes_of_updates_in_many_chunks_are_those_of_the_plan(
         state, plan = trained(tmp_path / name, "causal_lm", offload__tier="disk", train=short(3), **changes)
         assert plan.predicted.traffic is not None
         assert state.traffic == plan.predicted.traffic.moved(steps=3, commits=1)
+
+
+@pytest.mark.parametrize(("times", "groups"), [(2, 5), (3, 3)])
+def test_larger_chunks_end_with_the_digest_of_usual_ones_and_move_the_bytes_of_their_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, groups: int
+) -> None:
+    changes = {"train": short(3), "offload__tier": "disk", "offload__resident_layers": 0}
+    usual = groups * GROUP_SIZE
+    monkeypatch.setitem(unit_module.CHUNK_NUMEL, "cpu", usual)
+    ends, chunks = set[str](), []
+    for allowed in ((), (times,)):
+        monkeypatch.setattr(plan_module, "CHUNK_TIMES", allowed)
+        state, plan = trained(tmp_path / str(allowed), "causal_lm", **changes)
+        assert plan.predicted.traffic is not None
+        assert state.traffic == plan.predicted.traffic.moved(steps=3, commits=1)
+        ends.add(digest(state))
+        chunks.append(plan.settings.update_chunk)
+    assert len(ends) == 1 and chunks == [None, times * usual]
 
 
 @pytest.mark.parametrize("clip", ["block", "global"])

@@ -16,6 +16,7 @@ from lowmem.blocks.optim import ODDS_NUMEL
 from lowmem.blocks.run_dir import SHARED_KEY, FileRecord, RunDir
 from lowmem.blocks.store import DiskStore
 from lowmem.blocks.verify import check_contents
+from lowmem.planning import plan as plan_module
 from lowmem.planning.settings import setup_of
 from lowmem.planning.traffic import streamed_traffic
 from lowmem.reporting.report import digest
@@ -28,6 +29,7 @@ RESTING = {"offload__shared": "tier", "offload__tier": "disk"}
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the shared part comes in several, and their edges lie within pages and draws."""
     monkeypatch.setitem(unit_module.CHUNK_NUMEL, "cpu", 3 * GROUP_SIZE)
+    monkeypatch.setattr(plan_module, "CHUNK_TIMES", ())  # larger ones would be whole pages
     monkeypatch.setitem(ODDS_NUMEL, "cpu", 1024)
 
 
