@@ -99,7 +99,7 @@ def test_the_slope_has_a_row_for_every_cap_with_medians_of_interleaved_rounds(
             return {"parameters": 1, "losses": [1.0], "per_step": step, **peaks}
 
     rows = compare.slope(Faked())
-    assert asked == [0.5, 1, 2] * 3
+    assert asked == [0.5, 1, 2, 2, 1, 0.5, 0.5, 1, 2]  # every second round backwards
     assert [(row["cap_gib"], row.get("why")) for row in rows] == [(0.5, "killed"), (1, None), (2, None)]
     tokens = 2 * 32
     assert [row["tokens_per_s"] for row in rows[1:]] == pytest.approx([tokens / 3, tokens / 1.5])
