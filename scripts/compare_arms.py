@@ -316,7 +316,9 @@ def bnb8(job: Job, meter: Meter) -> None:
 
 
 def deepspeed(job: Job, meter: Meter, stage: int, device: str) -> None:
-    """ZeRO-3 makes its optimizer's state with a step on zero gradients: its count is one ahead of plain's."""
+    """ZeRO-3 makes its optimizer's state with a step on zero gradients: its count is one ahead of plain's.
+    Its buffers are as large as this model's layers need: by default they alone would take gigabytes.
+    """
     builders = importlib.import_module("deepspeed.ops.op_builder")
     if device == "nvme" and not builders.AsyncIOBuilder().is_compatible(verbose=False):
         raise RuntimeError("DeepSpeed's async_io cannot be compiled here: install libaio-dev")
@@ -325,11 +327,13 @@ def deepspeed(job: Job, meter: Meter, stage: int, device: str) -> None:
     if stage == 3:  # a parameter that is used outside its own module's forward
         library.zero.register_external_parameter(whole, whole.model.tokens.weight)
     offload = {"device": device, "nvme_path": job.folder}
-    zero = {
-        "stage": stage,
-        "offload_optimizer": offload,
-        **({"offload_param": offload} if stage == 3 else {}),
-    }
+    largest = max(p.numel() for p in whole.parameters())
+    of_layer = sum(p.numel() for p in whole.model.layers[0].parameters())
+    zero: dict[str, Any] = {"stage": stage, "offload_optimizer": offload, "reduce_bucket_size": largest}
+    if stage == 3:
+        zero["offload_param"] = {**offload, "buffer_size": largest}
+        zero["sub_group_size"] = zero["stage3_max_live_parameters"] = 2 * of_layer
+        zero["stage3_max_reuse_distance"] = zero["stage3_prefetch_bucket_size"] = of_layer
     config = {
         "train_batch_size": job.batch_size,
         "train_micro_batch_size_per_gpu": job.batch_size,
