@@ -35,6 +35,7 @@ from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.files import open_regular, refusals_of
 from lowmem.machine.device import Device, Mark
+from lowmem.machine.heap import MMAP_THRESHOLD_BYTES
 from lowmem.recipe import Tier
 from lowmem.units import PAGE, round_up
 
@@ -105,17 +106,20 @@ def border_bytes(
     two_passes: bool,
     kept: int = 0,
     course: Course = WHOLE,
+    kind: str = "cpu",
 ) -> BorderBytes:
     """Counts the borders of a step over `parts` micro-batches.
 
     `border`: bytes of one micro-batch at one border. `waiting`: bytes of a micro-batch that stay on the
     device for the whole step (the condition and the like). `kept`: rows that stay from step to step.
+    `kind`: of the device.
     """
     count = (num_blocks + 1 + kept) * parts
     states = (num_blocks + (1 + kept if kept else 0)) * parts * RANDOM_STATE_BYTES
-    if tier == "device":
-        return BorderBytes(device=parts * waiting + count * border, host=states)
     slot, on_disk = round_up(border, PAGE), tier == "disk"
+    if tier == "device":
+        each = slot if in_one_buffer(border, kind) else border
+        return BorderBytes(device=parts * waiting + count * each, host=states)
     puts, gets = moved_in_a_step(num_blocks, parts, two_passes, course)
     return BorderBytes(
         device=parts * waiting + (AT_HAND + AHEAD + IN_USE) * border,
@@ -128,6 +132,15 @@ def border_bytes(
             disk_written_bytes=puts * slot if on_disk else 0,
         ),
     )
+
+
+def in_one_buffer(border: int, kind: str) -> bool:
+    """Whether tensors of so many bytes that stay on a device of this kind lie in one buffer.
+
+    They do where the C library would serve each from its heap. There they would lie amid the temporaries of
+    layers, and split the memory that those leave free: the heap grew by 1.5 times what they hold.
+    """
+    return kind == "cpu" and border < MMAP_THRESHOLD_BYTES
 
 
 def moved_in_a_step(num_blocks: int, parts: int, two_passes: bool, course: Course = WHOLE) -> tuple[int, int]:
@@ -156,6 +169,9 @@ class Borders(ABC):
     def rows(self) -> int:
         return self.num_blocks + 1 + self.kept
 
+    def _index(self, place: Place) -> int:
+        return place[0] * self.parts + place[1]
+
     @abstractmethod
     def begin(self, course: Course = WHOLE) -> None:
         """A step begins."""
@@ -178,17 +194,22 @@ class Borders(ABC):
 
 
 class NearBorders(Borders):
-    """All tensors stay on the device."""
+    """All tensors stay on the device: each where it was made, or all in one buffer."""
 
     def __init__(self, num_blocks: int, parts: int, two_passes: bool, kept: int = 0) -> None:
         super().__init__(num_blocks, parts, two_passes, kept)
         self._there: dict[Place, Tensor] = {}
+        self._buffer: _Slots | None = None  # made at the first put, which tells the tensors' size
 
     def begin(self, course: Course = WHOLE) -> None:
         for place in [place for place in self._there if place[0] <= self.num_blocks]:
             del self._there[place]
 
     def put(self, place: Place, h: Tensor) -> None:
+        if in_one_buffer(h.nbytes, h.device.type):
+            if self._buffer is None:
+                self._buffer = _Slots(h, self.rows * self.parts)
+            h = self._buffer.like(self._index(place)).copy_(h.detach())
         self._there[place] = h
 
     def get(self, place: Place) -> Tensor:
@@ -199,6 +220,7 @@ class NearBorders(Borders):
 
     def close(self) -> None:
         self._there.clear()
+        self._buffer = None
 
 
 class AwayBorders(Borders):
@@ -325,9 +347,6 @@ class AwayBorders(Borders):
                     chunk.numpy()[:] = slot.numpy()[part]
         return target
 
-    def _index(self, place: Place) -> int:
-        return place[0] * self.parts + place[1]
-
     def _check(self, moved: int, away: _Slots) -> None:
         """Raises StoreError unless all of a slot was moved: the system may move less, without an error."""
         if moved != away.slot_bytes:
@@ -342,13 +361,16 @@ class _Slots:
 
     def __init__(self, h: Tensor, count: int) -> None:
         self.shape, self.dtype = h.shape, h.dtype
-        self.num_bytes = h.numel() * h.element_size()
-        self.slot_bytes = round_up(self.num_bytes, PAGE)
+        self.slot_bytes = round_up(h.nbytes, PAGE)
         self._count, self._bytes = count, aligned_buffer(count * self.slot_bytes)
 
     def slot(self, index: int) -> Tensor:
         start = index % self._count * self.slot_bytes
         return self._bytes[start : start + self.slot_bytes]
+
+    def like(self, index: int) -> Tensor:
+        """The slot, as a tensor like `h`."""
+        return self.slot(index)[: self.shape.numel() * self.dtype.itemsize].view(self.dtype).view(self.shape)
 
 
 def _open_unnamed(path: Path) -> io.FileIO:

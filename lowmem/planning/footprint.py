@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lowmem.blocks.arena import ArenaLayout
-from lowmem.blocks.borders import BorderBytes, border_bytes
+from lowmem.blocks.borders import BorderBytes, border_bytes, in_one_buffer
 from lowmem.blocks.optim import scratch_bytes, workspace_bytes
 from lowmem.blocks.order import BlockQueue, Course
 from lowmem.blocks.unit_stream import GRADIENTS, gathers_by_block, unit_bytes
 from lowmem.machine.child import compiler_stays
 from lowmem.machine.floor import Library, measured_floor_bytes, measured_library_bytes
-from lowmem.machine.pool import LENT_BYTES, pays
+from lowmem.machine.pool import pays
 from lowmem.machine.profile import Profile
 from lowmem.models.base import BlockModel
 from lowmem.planning.duration import Duration, Work, has_rates
@@ -212,9 +212,11 @@ def _pool_bytes(setup: Setup, passes: list[Pass], lent_borders: int) -> int:
 
 
 def _lent_border_bytes(setup: Setup, counter: PassCounter) -> int:
-    """Of borders that stay on the device: those that passes make, which are all but the input's."""
+    """Of borders that stay on the device, each where it was made: those that passes make, which are all but
+    the input's.
+    """
     border, _ = counter.waiting(setup.settings)
-    if setup.settings.borders != "device" or border < LENT_BYTES:
+    if setup.settings.borders != "device" or in_one_buffer(border, setup.profile.device.type):
         return 0
     return (setup.num_pieces + setup.queue.kept_batches) * setup.under_way * border
 
@@ -281,6 +283,7 @@ def _border_bytes(setup: Setup, counter: PassCounter, course: Course | None = No
         setup.two_passes,
         setup.queue.kept_batches,
         Course(lowest=setup.lowest) if course is None else course,
+        setup.profile.device.type,
     )
 
 

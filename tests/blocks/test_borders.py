@@ -17,6 +17,8 @@ from lowmem.blocks.order import border_calls
 from lowmem.blocks.traffic import Traffic
 from lowmem.errors import StoreError
 from lowmem.machine.device import CPU
+from lowmem.machine.heap import MMAP_THRESHOLD_BYTES
+from lowmem.units import PAGE
 
 
 @pytest.mark.parametrize("num_blocks, parts", [(2, 1), (2, 2), (3, 3), (4, 7)])
@@ -44,6 +46,30 @@ def test_borders_away_from_the_device_give_back_what_was_put_last(
     counted = border_bytes(tier, True, 5600, 0, *shape)  # type: ignore[arg-type]
     assert away.traffic() == counted.traffic * 2
     assert near.traffic() == Traffic()
+
+
+def test_small_borders_of_a_cpu_lie_in_one_buffer_and_large_ones_where_they_were_made() -> None:
+    """Amid the temporaries of layers they would split the heap's free memory. Copies of large ones would cost
+    time, and each is a map of its own anyway.
+    """
+    shape = num_blocks, parts, two_passes = 3, 2, False
+    for numel, packed in [(MMAP_THRESHOLD_BYTES // 4 - 1, True), (MMAP_THRESHOLD_BYTES // 4, False)]:
+        near, put = NearBorders(*shape), dict[tuple[int, int], torch.Tensor]()
+        near.begin()
+        for is_put, place in border_calls(*shape):
+            if is_put:
+                put[place] = torch.randn(1, numel)
+                near.put(place, put[place].clone() if packed else put[place])
+        held = {place: near.get(place) for place in put}
+        assert all(torch.equal(held[place], put[place]) for place in put)
+        buffers = {h.untyped_storage().data_ptr(): h.untyped_storage().nbytes() for h in held.values()}
+        assert len(buffers) == (1 if packed else len(put))
+        assert packed or all(held[place] is put[place] for place in put)
+        counted = border_bytes("device", True, 4 * numel, 0, *shape).device
+        assert counted == (num_blocks + 1) * parts * MMAP_THRESHOLD_BYTES  # whole pages of the smaller ones
+        assert sum(buffers.values()) == counted + packed * PAGE  # the buffer begins on a page
+    small = border_bytes("device", False, 100, 0, num_blocks, parts, two_passes, kind="cuda")
+    assert small.device == (num_blocks + 1) * parts * 100  # a card's allocator has no such heap
 
 
 def one_step(away: AwayBorders) -> None:
