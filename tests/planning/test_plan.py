@@ -503,7 +503,8 @@ def test_updates_move_larger_chunks_where_the_budget_has_room_and_a_unit_has_six
     assert wide.settings.update_chunk == 4 * CHUNK_NUMEL["cpu"]
     assert planned(4.0, 640).settings.update_chunk == 2 * CHUNK_NUMEL["cpu"]
     assert planned(4.0, 512).settings.update_chunk is None  # such chunks would be larger than a sixth
-    assert planned(4.0, 896, tier="device").settings.update_chunk is None  # nothing comes and goes
+    for nothing_moves in ({"tier": "device"}, {"resident_layers": 3}, {"resident_layers": "auto"}):
+        assert planned(4.0, 896, **nothing_moves).settings.update_chunk is None
     assert f"updates {4 * CHUNK_NUMEL['cpu']:,} weights at once" in wide.table()
     needed = with_headroom(wide.predicted.run_peak_bytes) / GIB
     less, least = planned(needed - 0.001, 896), planned(needed - 0.04, 896)
