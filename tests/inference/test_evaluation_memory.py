@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from lowmem.blocks.arena import Arena, parameter_views
 from lowmem.data.datasets import Dataset, describe_data, load_data
 from lowmem.inference.evaluate import shown_progress
+from lowmem.inference.evaluation import labels, tokens
 from lowmem.inference.evaluation.common import Draws
 from lowmem.inference.export import export_run
 from lowmem.inference.frozen_run import FrozenRun, open_run
@@ -92,6 +93,25 @@ def numbers(tree: Any) -> list[float]:
     if isinstance(tree, list):
         return [number for value in tree for number in numbers(value)]
     return [float(tree)] if isinstance(tree, int | float) else []
+
+
+@pytest.mark.parametrize(("name", "walks"), [("vit", labels._Walks), ("causal_lm", tokens._Walks)])
+def test_what_waits_between_the_calls_of_a_chain_keeps_its_memory(
+    tmp_path: Path, name: str, walks: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In new memory at every call it would split the free memory of the C library's heap."""
+    places: dict[int, list[int]] = {}
+    real = walks._chain  # type: ignore[attr-defined]
+
+    def chain(self: Any, which: int, layers: Any, part: Any, z: torch.Tensor, *levels: float | None) -> Any:
+        places.setdefault(id(part), []).append(z.data_ptr())
+        return real(self, which, layers, part, z, *levels)
+
+    monkeypatch.setattr(walks, "_chain", chain)
+    _, data = opened(tmp_path, method="diffusion_blocks", **MODELS[name])
+    cut(tmp_path, data, 4, 10**6)
+    assert len(places) > 1 and all(len(calls) > 1 for calls in places.values())
+    assert len({place for calls in places.values() for place in calls}) == len(places)
 
 
 @pytest.mark.parametrize("method", ["diffusion_blocks", "end_to_end"])

@@ -125,14 +125,14 @@ class _Walks:
         scale = math.sqrt(1 + sigma_max**2)
         top = [(self._draws.rows(len(part)) * scale).to(device) for part in parts]
         log_probs = [torch.zeros(len(part), num_classes, device=device) for part in parts]
-        z, site = list(top), 0
+        z, site = [each.clone() for each in top], 0
         for block, layers in self._frozen.walk(self._frozen.blocks):
             # the paper's sampler: this block's share of the way down from sigma_max
             for i, (owner, sigma, following) in enumerate(self.calls):
                 if owner == block:
                     self._draws.go_to(group, site := site + 1)
                     for place, part in enumerate(parts):
-                        z[place] = self._chain(i, layers, part, z[place], sigma, following)
+                        z[place].copy_(self._chain(i, layers, part, z[place], sigma, following))
             # this block as a plain predictor from pure noise
             for part, noise, total in zip(parts, top, log_probs, strict=True):
                 alone = objective.logits(layers, part.batch, noise, _full(sigma_max, noise))

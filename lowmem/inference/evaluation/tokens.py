@@ -91,7 +91,8 @@ class _Walks:
         self._draws.go_to(group, 0)
         scale = math.sqrt(1 + sigma_max**2)
         top = [(self._draws.rows(len(part)) * scale).to(device) for part in parts]
-        z, mean_features, site = list(top), [torch.zeros_like(each) for each in top], 0
+        # What waits keeps its memory. In new memory at every call it would split the heap's free memory.
+        z, mean_features, site = [each.clone() for each in top], [torch.zeros_like(each) for each in top], 0
         for block, layers in self._frozen.walk(self._frozen.blocks):
             # a plain predictor from pure noise
             for part, noise, total in zip(parts, top, mean_features, strict=True):
@@ -103,7 +104,7 @@ class _Walks:
                 if owner == block:
                     self._draws.go_to(group, site := site + 1)
                     for place, part in enumerate(parts):
-                        z[place] = self._chain(i, layers, part, z[place], sigma, following)
+                        z[place].copy_(self._chain(i, layers, part, z[place], sigma, following))
             for i, (owner, sigma) in enumerate(self.levels):
                 if owner == block:
                     self._draws.go_to(group, site := site + 1)
