@@ -250,7 +250,7 @@ def _made_plan(
         )
     plan = _with_larger_chunks(plan, setup, planned)
     plan = _with_more_staying(plan, num_pieces, setup.in_place, planned)
-    if plan.settings.resident_layers == num_pieces and plan.settings.shared == "device":
+    if plan.settings.update_chunk and not replace(setup, settings=plan.settings).unit_bytes.chunks:
         settings = plan.settings.model_copy(update={"update_chunk": None})  # no update moves anything
         plan = plan.model_copy(update={"settings": settings})
     if not plan.fits:

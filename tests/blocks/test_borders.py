@@ -72,6 +72,35 @@ def test_small_borders_of_a_cpu_lie_in_one_buffer_and_large_ones_where_they_were
     assert small.device == (num_blocks + 1) * parts * 100  # a card's allocator has no such heap
 
 
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+def test_borders_give_back_what_was_put_last_where_batches_differ_in_width(tmp_path: Path, tier: str) -> None:
+    """A padded batch is as wide as its longest row. In a sweep several batches are under way."""
+    folder = tmp_path if tier == "disk" else None
+    shape = 3, 2, False
+    borders = NearBorders(*shape) if tier == "device" else AwayBorders(*shape, CPU, folder, None)
+    for widths in ((64, 64), (64, 700), (128, 64), (64, 64), (1500, 3000)):
+        borders.begin()
+        put: dict[tuple[int, int], torch.Tensor] = {}
+        for is_put, place in border_calls(*shape):
+            if is_put:
+                put[place] = torch.randn(2, widths[place[1]], 8)
+                borders.put(place, put[place].clone())
+            else:
+                assert torch.equal(borders.get(place), put[place])
+    borders.close()
+
+
+def test_rows_that_are_kept_from_step_to_step_are_whole_where_a_wider_batch_follows() -> None:
+    near, kept = NearBorders(3, 2, False, kept=1), dict[tuple[int, int], torch.Tensor]()
+    for width in (64, 192, 128):
+        near.begin()
+        assert all(torch.equal(near.get(place), h) for place, h in kept.items())
+        near.put((0, 0), torch.randn(2, width, 8))
+        for part in range(2):
+            kept[4, part] = torch.randn(2, width, 8)
+            near.put((4, part), kept[4, part].clone())
+
+
 def one_step(away: AwayBorders) -> None:
     away.begin()
     for is_put, place in border_calls(away.num_blocks, away.parts, away.two_passes):
