@@ -284,7 +284,8 @@ def bind(
         # must not make autograd believe that this one has changed.
         parameter = nn.Parameter(value.data, requires_grad=grads is not None)
         if callable(grads):
-            parameter.register_post_accumulate_grad_hook(functools.partial(grads, name))  # type: ignore[no-untyped-call]
+            hook = functools.partial(grads, name)
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         elif grads is not None:
             parameter.grad = grads[name]
         _set_parameter(model, name, parameter)

@@ -355,7 +355,7 @@ class AwayBorders(Borders):
         return target
 
     def _move(self, old: _Slots, wider: _Slots) -> None:
-        """Takes what lies in the old slots to wider ones; the last first, because they overlap in the file."""
+        """Takes what lies in the old slots to wider ones, the last first: they overlap in the file."""
         for index in reversed(range(self.rows * self.parts)):
             source, target = old.slot(index), wider.slot(index)
             if self._file is not None and self._path is not None:

@@ -150,7 +150,8 @@ def _operations(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))  # type: ignore[no-untyped-call]
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))  # type: ignore[no-untyped-call]
+        shapes = (tensor.shape for tensor in args[:4])
+        return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
     count = flop_registry.get(packet)
     return 0 if count is None else int(count(*args, **kwargs, out_val=out))
 

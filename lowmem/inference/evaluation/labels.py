@@ -125,7 +125,7 @@ class _Walks:
         scale = math.sqrt(1 + sigma_max**2)
         top = [(self._draws.rows(len(part)) * scale).to(device) for part in parts]
         log_probs = [torch.zeros(len(part), num_classes, device=device) for part in parts]
-        z, site = [each.clone() for each in top], 0
+        z, site = [each.clone() for each in top], 0  # it keeps its memory, as in `tokens`
         for block, layers in self._frozen.walk(self._frozen.blocks):
             # the paper's sampler: this block's share of the way down from sigma_max
             for i, (owner, sigma, following) in enumerate(self.calls):

@@ -93,7 +93,8 @@ class FrozenLinear(nn.Module):
         self.bias = like.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = _Product.apply(x, self.weight, self.scales, self.bias, self.kind, self.shape)  # type: ignore[no-untyped-call]
+        how = self.weight, self.scales, self.bias, self.kind, self.shape
+        made: Tensor = _Product.apply(x, *how)  # type: ignore[no-untyped-call]
         return made
 
 

@@ -55,7 +55,8 @@ def looked_up(table: nn.Embedding, tokens: Tensor) -> Tensor:
     """The rows [..., D] of tokens [...]."""
     if not gathers(table.weight):
         return F.embedding(tokens, table.weight, table.padding_idx)
-    return torch.as_tensor(_LookUp.apply(tokens, table.weight, table.padding_idx))  # type: ignore[no-untyped-call]
+    rows = _LookUp.apply(tokens, table.weight, table.padding_idx)  # type: ignore[no-untyped-call]
+    return torch.as_tensor(rows)
 
 
 class Table(nn.Embedding):
