@@ -76,9 +76,9 @@ def test_small_borders_of_a_cpu_lie_in_one_buffer_and_large_ones_where_they_were
 def test_borders_give_back_what_was_put_last_where_batches_differ_in_width(tmp_path: Path, tier: str) -> None:
     """A padded batch is as wide as its longest row. In a sweep several batches are under way."""
     folder = tmp_path if tier == "disk" else None
-    shape = 3, 2, False
+    shape = 3, 3, False
     borders = NearBorders(*shape) if tier == "device" else AwayBorders(*shape, CPU, folder, None)
-    for widths in ((64, 64), (64, 700), (128, 64), (64, 64), (1500, 3000)):
+    for widths in ((64, 64, 64), (64, 64, 700), (128, 64, 64), (64, 64, 64), (1500, 3000, 64)):
         borders.begin()
         put: dict[tuple[int, int], torch.Tensor] = {}
         for is_put, place in border_calls(*shape):
